@@ -1,0 +1,14 @@
+"""Constants that mean the same thing in every file of the package."""
+
+IGNORE_INDEX = -100
+"""Label of a position that is not scored (torch's and transformers' convention)."""
+
+MAX_MEAN_LOGP = -(2.0**-27)
+"""Largest mean log-prob the odds are evaluated at (nats).
+
+`log(p / (1 - p))` and its gradient have a pole at p = 1. Mean log-probs above this value
+(p closer to 1 than 7.5e-9) are evaluated at it, and counted in `ORPOOutput.clamped_logps`.
+"""
+
+DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+"""Smallest default of `workspace_bytes`: what the vocabulary-sized work may allocate."""

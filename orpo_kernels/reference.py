@@ -1,0 +1,144 @@
+"""The definition of every op of the package, in plain torch: the oracle of tests and benchmarks.
+
+Everything is written the obvious way, with the whole `(N, V)` logits and with autograd, in the
+dtype of the inputs (use float64). Nothing here is shared with the production code, and the formulae
+are deliberately other ones: a mistake, or a cancellation, in one shows in the other.
+
+    z_t    = softcap(scale * (h_t W^T + b))          softcap(x) = c tanh(x / c)
+    logp_t = log softmax(z_t)[y_t]
+    logp(s) = mean of logp_t over the scored tokens of sequence s
+    log_odds(x) = x - log(1 - e^x)
+    or_loss = -log sigmoid(log_odds(chosen) - log_odds(rejected))
+    loss = nll + beta * mean(or_loss)
+
+Source: Hong, Lee, Thorne 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
+arXiv 2403.07691, equations 4 to 7.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
+
+
+class ReferenceOutput(NamedTuple):
+    """What `orpo_loss` returns here; every field carries its graph. Fields as in `ORPOOutput`."""
+
+    loss: Tensor
+    nll_loss: Tensor
+    or_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    log_odds_ratio: Tensor
+    skipped_pairs: Tensor
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The transformed logits, `(..., V)`, in the dtype of the inputs."""
+    z = hidden @ weight.transpose(0, 1)
+    if low_rank is not None:
+        z = z + low_rank[0] @ low_rank[1].transpose(0, 1)
+    if bias is not None:
+        z = z + bias
+    z = logit_scale * z
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Log-prob of each label, `(...)`, 0 where ignored. `hidden (..., H)`, `weight (V, H)`."""
+    z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, low_rank=low_rank)
+    scored = labels != ignore_index
+    picked = F.log_softmax(z, dim=-1).gather(-1, labels.where(scored, 0)[..., None])[..., 0]
+    return picked * scored
+
+
+def sequence_mean(token_logps: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Mean over the scored tokens of each row, `(B, T) -> (B,)`; 0 for a row with none."""
+    scored = labels != ignore_index
+    return (token_logps * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+
+
+def log_odds(logp: Tensor) -> Tensor:
+    """`log(p / (1 - p))` of a log-prob, evaluated at most at `MAX_MEAN_LOGP` (gradient too)."""
+    at_most = logp + (logp.clamp(max=MAX_MEAN_LOGP) - logp).detach()
+    return at_most - torch.log1p(-torch.exp(at_most))
+
+
+def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """`(P,), (P,) -> or_loss (P,) >= 0, log_odds_ratio (P,)`, in nats."""
+    ratio = log_odds(chosen_logps) - log_odds(rejected_logps)
+    return torch.logaddexp(torch.zeros_like(ratio), -ratio), ratio
+
+
+def orpo_loss(  # noqa: PLR0913 - as orpo_kernels.orpo_loss
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    nll_labels: Tensor | None = None,
+    beta: float = 0.1,
+    nll_reduction: str = "token",
+    num_nll_tokens: int | None = None,
+    num_pairs: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> ReferenceOutput:
+    """The ORPO loss of stacked pairs, `hidden (2P, T, H)`, `labels (2P, T)` shifted, chosen first.
+
+    A pair with an empty side contributes exactly 0. One pair at a time, in a loop, on purpose.
+    """
+    pairs = labels.shape[0] // 2
+    nll_labels = labels if nll_labels is None else nll_labels
+
+    def logps(row: int, row_labels: Tensor) -> Tensor:
+        return linear_logps(
+            hidden[row], weight, row_labels, bias,
+            logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+        )  # fmt: skip
+
+    def mean(row: int) -> Tensor:
+        return sequence_mean(logps(row, labels[row])[None], labels[row][None], ignore_index)[0]
+
+    zero = (hidden.sum() + weight.sum()) * 0.0
+    chosen = torch.stack([mean(row) for row in range(pairs)]) if pairs else zero.new_zeros(0)
+    rejected = torch.stack([mean(pairs + row) for row in range(pairs)]) if pairs else chosen
+    or_losses, ratio = odds_ratio_loss(chosen, rejected)
+    nll_sum, or_sum, tokens, valid = zero, zero, 0, 0
+    for row in range(pairs):
+        if not all(bool((labels[side] != ignore_index).any()) for side in (row, pairs + row)):
+            continue
+        count = int((nll_labels[row] != ignore_index).sum())
+        row_nll = -logps(row, nll_labels[row]).sum()
+        nll_sum = nll_sum + (row_nll if nll_reduction == "token" else row_nll / max(count, 1))
+        or_sum = or_sum + or_losses[row]
+        tokens, valid = tokens + count, valid + 1
+    pair_count = max(valid if num_pairs is None else num_pairs, 1)
+    token_count = max(tokens if num_nll_tokens is None else num_nll_tokens, 1)
+    nll = nll_sum / (token_count if nll_reduction == "token" else pair_count)
+    or_mean = or_sum / pair_count
+    return ReferenceOutput(
+        nll + beta * or_mean, nll, or_mean, chosen, rejected, ratio, torch.tensor(pairs - valid)
+    )

@@ -1,0 +1,62 @@
+"""The oracle itself: gradcheck in float64, and agreement with torch's own losses."""
+
+import torch
+import torch.nn.functional as F
+
+from orpo_kernels import reference
+
+
+def doubles(*shapes):
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_linear_logps():
+    hidden, weight, bias, hidden_r, weight_r = doubles((2, 3, 4), (5, 4), (5,), (2, 3, 2), (5, 2))
+    labels = torch.tensor([[0, -100, 4], [2, 2, 1]])
+
+    def logps(hidden, weight, bias, hidden_r, weight_r):
+        return reference.linear_logps(
+            hidden,
+            weight,
+            labels,
+            bias,
+            logit_scale=0.7,
+            softcap=3.0,
+            low_rank=(hidden_r, weight_r),
+        )
+
+    assert torch.autograd.gradcheck(logps, (hidden, weight, bias, hidden_r, weight_r))
+    plain = reference.linear_logps(hidden, weight, labels)
+    loss = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(plain.flatten(), -loss)
+
+
+def test_odds_ratio_loss():
+    chosen = -torch.rand(5, dtype=torch.float64).mul(3).add(0.1).requires_grad_()
+    chosen = chosen.detach().requires_grad_()
+    rejected = (-torch.rand(5, dtype=torch.float64).mul(3) - 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(reference.odds_ratio_loss, (chosen, rejected))
+    odds = [torch.exp(x) / (1 - torch.exp(x)) for x in (chosen, rejected)]
+    loss, ratio = reference.odds_ratio_loss(chosen, rejected)
+    torch.testing.assert_close(ratio, torch.log(odds[0] / odds[1]))
+    torch.testing.assert_close(loss, -F.logsigmoid(ratio))
+
+
+def test_sequence_mean():
+    (x,) = doubles((3, 4))
+    labels = torch.tensor([[1, -100, 1, 1], [-100] * 4, [1] * 4])
+    assert torch.autograd.gradcheck(lambda x: reference.sequence_mean(x, labels), x)
+    means = reference.sequence_mean(x, labels)
+    assert means[1] == 0
+    torch.testing.assert_close(means[2], x[2].mean())
+
+
+def test_orpo_loss():
+    hidden, weight, bias = doubles((4, 3, 4), (5, 4), (5,))
+    labels = torch.tensor([[1, 2, -100], [0, 4, 3], [2, 2, 2], [-100, 1, 0]])
+    for reduction in ("token", "pair"):
+
+        def loss(hidden, weight, bias, reduction=reduction):
+            return reference.orpo_loss(hidden, weight, labels, bias, nll_reduction=reduction).loss
+
+        assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
