@@ -1,0 +1,1 @@
+"""Vocabulary-sized work in a fixed workspace: row chunks x vocabulary blocks, GEMMs, tile ops."""

@@ -1,0 +1,226 @@
+"""From a budget in bytes to row chunks and vocabulary blocks, and the GEMMs on them.
+
+The workspace is everything the vocabulary-sized work allocates beyond its inputs and its results
+(log-probs, gradients): tiles, accumulators, gathered rows, widened strips. `plan_forward` and
+`plan_backward` pick the largest shape whose bytes fit; nothing is allocated beyond it.
+
+Shapes are preferred in this order. CPU: 1024 rows x 8192 columns (16 MB of bf16 logits stay in a
+last-level cache; under 256 rows the GEMM slows down), then fewer columns, then fewer rows.
+Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES
+from orpo_kernels.engine.tiles import accumulation_dtype, strip_bytes
+
+_CPU_COLUMNS = (8192, 4096, 2048)
+_CPU_BACKWARD_COLUMNS = (16384, 8192, 4096, 2048)
+_COLUMNS = (65536, 32768, 16384, 8192)
+_CPU_ROWS = (1024, 512, 256)
+_ROWS = (8192, 4096, 2048, 1024, 512, 256)
+_KEPT_ROWS = 256
+_SMALL = tuple((rows, columns) for rows in (256, 128, 64, 32, 16) for columns in (1024, 512, 256))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one problem. `hidden_columns` H counts the columns of a low-rank part too."""
+
+    rows: int
+    vocabulary: int
+    hidden_columns: int
+    label_sets: int
+    compute_dtype: torch.dtype
+    weight_is_copied: bool  # cast, or joined with the low-rank part, block by block
+    device: torch.device
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """float32 where the GEMM can widen (CUDA): a 16-bit logit costs 1e-2 in the gradient."""
+        return accumulation_dtype(self.compute_dtype) if self.widens else self.compute_dtype
+
+    @property
+    def widens(self) -> bool:
+        """Whether 16-bit GEMMs have a float32 output on this device."""
+        return self.device.type == "cuda"
+
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        """Dtype in which a GEMM hands over a product that is then summed in float32."""
+        return accumulation_dtype(self.compute_dtype) if self.widens else self.compute_dtype
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes of an element of an accumulator."""
+        return accumulation_dtype(self.compute_dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows per chunk, vocabulary columns per block, and the bytes this takes."""
+
+    rows: int
+    columns: int
+    workspace_bytes: int
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """64 MiB, or 1 % of the device's memory where that is more."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return max(DEFAULT_WORKSPACE_BYTES, total // 100)
+    return DEFAULT_WORKSPACE_BYTES
+
+
+def spans(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """`range(count)` in (start, stop) pieces of `step`; the last may be shorter."""
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def plan_forward(sizes: Sizes, budget: int, *, with_gradient: bool) -> Plan:
+    """Shape of the forward: logits tile, and with a gradient the float32 accumulator of E W."""
+    per_cell = sizes.logits_dtype.itemsize
+    if with_gradient and sizes.logits_dtype != sizes.compute_dtype:
+        per_cell += sizes.compute_dtype.itemsize
+    per_row, per_column = _forward_units(sizes, with_gradient)
+    return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_COLUMNS)
+
+
+def kept_rows(sizes: Sizes, budget: int) -> int:
+    """How many rows of E `(N, V)` fit beside the workspace; does not depend on `sizes.rows`."""
+    reserve = _kept_forward_bytes(sizes, _KEPT_ROWS)
+    narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
+    block = sizes.hidden_columns * (_KEPT_ROWS * (narrow + 2 * wide) + 1024 * 2 * wide)
+    reserve = max(reserve, block + 2**20)
+    return max(0, budget - reserve) // (sizes.vocabulary * narrow)
+
+
+def plan_kept(sizes: Sizes, capacity: int, budget: int) -> Plan:
+    """Shape of a forward that keeps E for `capacity` rows (at most `kept_rows`).
+
+    One block, the whole vocabulary: then E has one reference per row and needs no rescaling.
+    """
+    left = budget - capacity * sizes.vocabulary * sizes.compute_dtype.itemsize
+    rows = max(
+        _KEPT_ROWS, *(r for r in _ROWS if _kept_forward_bytes(sizes, r) <= left or r == _KEPT_ROWS)
+    )
+    return Plan(
+        min(rows, sizes.rows), sizes.vocabulary, budget - left + _kept_forward_bytes(sizes, rows)
+    )
+
+
+def _kept_forward_bytes(sizes: Sizes, rows: int) -> int:
+    per_row, per_column = _forward_units(sizes, with_gradient=True)
+    per_cell = sizes.logits_dtype.itemsize if sizes.logits_dtype != sizes.compute_dtype else 0
+    tile = rows * (per_row + sizes.vocabulary * per_cell)
+    return tile + sizes.vocabulary * per_column + strip_bytes(sizes.device)
+
+
+def plan_backward(sizes: Sizes, budget: int, gradient_columns: int, *, recompute: bool) -> Plan:
+    """Shape of the weight gradient: a float32 block of it, and the recomputed tile.
+
+    Args:
+        sizes: of the problem.
+        budget: bytes.
+        gradient_columns: columns of the weight parts that need a gradient (0: the bias only).
+        recompute: whether a tile of logits is needed (E was not kept).
+
+    Returns:
+        The plan.
+    """
+    narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
+    per_row = gradient_columns * (narrow + 2 * wide) + 64 * sizes.label_sets
+    per_column = gradient_columns * (wide + sizes.partial_dtype.itemsize) + 2 * wide
+    per_cell = 0
+    if recompute:
+        per_row += sizes.hidden_columns * narrow
+        per_cell += sizes.logits_dtype.itemsize
+        per_cell += narrow if sizes.logits_dtype != sizes.compute_dtype else 0
+        per_column += sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
+    return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_BACKWARD_COLUMNS)
+
+
+def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
+    """Bytes per row (gathered, widened, label entries, product, accumulator) and per column."""
+    narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
+    per_row = sizes.hidden_columns * (narrow + (2 + sizes.label_sets) * wide) + 128
+    if with_gradient:
+        per_row += sizes.hidden_columns * (wide + sizes.partial_dtype.itemsize)
+    return per_row, sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
+
+
+def _first_fit(
+    sizes: Sizes, budget: int, unit_bytes: tuple[int, int, int], cpu_columns: tuple[int, ...]
+) -> Plan:
+    per_row, per_column, per_cell = unit_bytes
+    shapes = [(rows, columns) for rows in _CPU_ROWS for columns in cpu_columns]
+    if sizes.device.type != "cpu":
+        shapes = [(rows, sizes.vocabulary) for rows in _ROWS]
+        shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
+    for rows, columns in (*shapes, *_SMALL):
+        rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
+        scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
+        need = rows * per_row + columns * per_column + rows * columns * per_cell + scratch
+        if need <= budget:
+            even = -(-sizes.rows // -(-sizes.rows // rows))
+            return Plan(even, columns, need)
+    raise ValueError(
+        f"workspace_bytes={budget} is too small: the smallest tile of a head with H = "
+        f"{sizes.hidden_columns} and V = {sizes.vocabulary} takes {need} bytes; "
+        f"raise workspace_bytes to at least that (default: {DEFAULT_WORKSPACE_BYTES})"
+    )
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out = a @ b`, widened in the GEMM when `out` is wider than `a` (CUDA)."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)  # type: ignore[no-any-return]
+
+
+class Rows:
+    """Rows of hidden states (and of their low-rank part), gathered by chunk in the GEMMs' dtype."""
+
+    def __init__(self, parts: tuple[Tensor, ...], index: Tensor | None, dtype: torch.dtype) -> None:
+        self.parts = parts
+        self.index = index
+        self.dtype = dtype
+
+    def take(self, start: int, stop: int, parts: tuple[int, ...] | None = None) -> Tensor:
+        """Rows `start` to `stop` of the chosen parts, `(R, H)`; a view where nothing moves."""
+        chosen = self.parts if parts is None else tuple(self.parts[i] for i in parts)
+        pieces = [self._gather(part, start, stop).to(self.dtype) for part in chosen]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def _gather(self, part: Tensor, start: int, stop: int) -> Tensor:
+        if self.index is None:
+            return part[start:stop]
+        rows = self.index[start:stop]
+        if part.ndim == 2:
+            return part.index_select(0, rows)
+        return part[torch.unravel_index(rows, part.shape[:-1])]
+
+
+class Columns:
+    """Rows of the head's weight (vocabulary entries), block by block in the GEMMs' dtype."""
+
+    def __init__(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        self.parts = parts
+        self.dtype = dtype
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop`, `(C, H)`; a view unless cast or joined from two parts."""
+        pieces = [part[start:stop].to(self.dtype) for part in self.parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def rows(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Entries of the labels (-1 taken as 0), `(R, H)`, rounded like the GEMMs' operands."""
+        index = labels.clamp(min=0)
+        pieces = [part.index_select(0, index).to(self.dtype).to(dtype) for part in self.parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

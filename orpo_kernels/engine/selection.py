@@ -1,0 +1,107 @@
+"""Which positions are scored, by which label, and the rows of hidden states that go with them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.chunks import Columns, Rows, Sizes
+from orpo_kernels.engine.exact import Coefficients, Head, Labels
+
+
+class Scored(NamedTuple):
+    """Per position (N,): the labels with -1 for none, and which label sets score it."""
+
+    labels: Labels
+    masks: Tensor  # (K, N) bool
+
+    def coefficients(self, dlogps: Tensor) -> Coefficients:
+        """From `d loss / d logps` (K, ...), any strides; ignored positions are dropped."""
+        a = torch.where(self.masks, dlogps.reshape(self.masks.shape), 0.0)
+        if self.labels.second is None:
+            return Coefficients(a[0], None)
+        second = torch.where(self.labels.second >= 0, a[1], 0.0)
+        return Coefficients(a[0] + (a[1] - second), second)
+
+    def logps(self, statistics: Tensor) -> Tensor:
+        """Log-probs (K, N) per label set, 0 where it does not score, from the statistics (5, N)."""
+        logps = statistics[3:4]
+        if self.labels.second is not None:
+            second = torch.where(self.labels.second >= 0, statistics[4], statistics[3])
+            logps = torch.stack((statistics[3], second))
+        return torch.where(self.masks, logps, 0.0)
+
+
+def score(labels: Tensor, ignore_index: int, vocabulary: int) -> Scored:
+    """Labels (K, ...) to one or two distinct labels per position; refuses ids outside [0, V)."""
+    flat = labels.reshape(labels.shape[0], -1)
+    masks = flat != ignore_index
+    in_range = ((flat >= 0) & (flat < vocabulary)) | ~masks
+    if flat.device.type != "cpu":
+        torch._assert_async(in_range.all(), "orpo_kernels: a label is outside [0, V)")
+    elif not bool(in_range.all()):
+        worst = int(flat[~in_range][0])
+        raise ValueError(
+            f"labels must be in [0, V) = [0, {vocabulary}) or ignore_index = {ignore_index}, "
+            f"got {worst}; is the tokenizer larger than the head?"
+        )
+    if flat.shape[0] == 1:
+        return Scored(Labels(torch.where(masks[0], flat[0], -1), None), masks)
+    either = torch.where(masks[0], flat[0], torch.where(masks[1], flat[1], -1))
+    second = torch.where(masks[0] & masks[1] & (flat[0] != flat[1]), flat[1], -1)
+    return Scored(Labels(either, second), masks)
+
+
+class Selection(NamedTuple):
+    """The scored rows: their hidden parts, head, labels, and where they stand among all N."""
+
+    rows: Rows
+    head: Head
+    labels: Labels
+    sizes: Sizes
+    scored: Tensor | None  # (M,) or None: every row is scored
+
+
+def select(
+    hidden: tuple[Tensor, Tensor | None],
+    weight: tuple[Tensor, Tensor | None],
+    bias: Tensor | None,
+    scored: Scored,
+    options: tuple[float, float | None, torch.dtype],
+) -> Selection:
+    """The scored rows of hidden and its low-rank part; syncs a GPU once, to count them."""
+    logit_scale, softcap, dtype = options
+    flat = [flat_rows(each) for each in hidden if each is not None]
+    count = scored.labels.first.shape[0]
+    index: Tensor | None = (scored.labels.first >= 0).nonzero()[:, 0]
+    labels = scored.labels
+    if index is not None and index.shape[0] < count:
+        labels = labels.take(index)
+    elif all(part.ndim == 2 for part in flat):
+        index = None
+    parts = tuple(each for each in weight if each is not None)
+    head = Head(Columns(parts, dtype), bias, logit_scale, softcap)
+    sizes = problem_sizes(labels.first.shape[0], hidden, weight, scored.masks.shape[0], dtype)
+    return Selection(Rows(tuple(flat), index, dtype), head, labels, sizes, index)
+
+
+def flat_rows(hidden: Tensor) -> Tensor:
+    """`(N, H)` where that is a view, else as it is."""
+    # A slice such as hidden[:, :-1] has no (N, H) view: it is gathered chunk by chunk instead.
+    try:
+        return hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        return hidden
+
+
+def problem_sizes(
+    rows: int,
+    hidden: tuple[Tensor, Tensor | None],
+    weight: tuple[Tensor, Tensor | None],
+    label_sets: int,
+    dtype: torch.dtype,
+) -> Sizes:
+    """Sizes of `rows` rows of this hidden on this head."""
+    columns = hidden[0].shape[-1] + (0 if hidden[1] is None else hidden[1].shape[-1])
+    copied = weight[1] is not None or weight[0].dtype != dtype
+    return Sizes(rows, weight[0].shape[0], columns, label_sets, dtype, copied, weight[0].device)

@@ -1,0 +1,149 @@
+"""Tile operations: one schema each, and their plain-torch form for every backend without its own.
+
+A tile holds the raw logits `h W^T` of R rows and C consecutive vocabulary columns, `first_column`
+on. The transform is part of the operation: `z = softcap(scale * (tile + bias))`, `d = dz / dtile`.
+
+    softmax_stats   max over the tile and sum of exp(z - max), per row          1 read
+    softmax_grad_   tile <- exp(z - reference) * d, label columns 0             1 read + 1 write
+    column_sums     coefficients^T tile                                         1 read
+
+`labels` is (K, R) int64, K label sets, -1 where a row has none. Label columns take no part in the
+statistics and are zeroed in the gradient: the engine handles them in float32, from exact dots, so a
+confident token loses no digits. All arithmetic is float32 (float64 for a float64 tile); a 16-bit
+tile is widened in strips that stay in cache, never as a whole.
+
+A backend implements an operation by registering a kernel for its dispatch key (CPU: `csrc/`).
+"""
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine import native
+
+_STRIP_BYTES_CPU = 2**20  # widened strip: half an L2 cache; more gains nothing, less costs calls
+_STRIP_BYTES_OTHER = 2**22  # elsewhere a strip is a few launches: larger, yet inside 64 MiB
+
+torch.library.define(
+    "orpo_kernels::softmax_stats",
+    "(Tensor logits, Tensor? bias, Tensor labels, int first_column, float logit_scale, "
+    "float? softcap) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "orpo_kernels::softmax_grad_",
+    "(Tensor(a!) logits, Tensor? bias, Tensor labels, int first_column, Tensor reference, "
+    "float logit_scale, float? softcap, Tensor(b!)? out=None) -> ()",
+)
+torch.library.define("orpo_kernels::column_sums", "(Tensor tile, Tensor coefficients) -> Tensor")
+
+softmax_stats = torch.ops.orpo_kernels.softmax_stats
+softmax_grad_ = torch.ops.orpo_kernels.softmax_grad_
+column_sums = torch.ops.orpo_kernels.column_sums
+
+native.load(f"orpo_kernels::{name}" for name in ("softmax_stats", "softmax_grad_", "column_sums"))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the arithmetic and of every per-row figure for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def strip_bytes(device: torch.device) -> int:
+    """Bytes of scratch one tile operation in plain torch may take (a strip and its temporaries)."""
+    return 4 * (_STRIP_BYTES_CPU if device.type == "cpu" else _STRIP_BYTES_OTHER)
+
+
+def _strips(tile: Tensor) -> list[tuple[int, int]]:
+    limit = strip_bytes(tile.device) // 4
+    rows = max(1, limit // max(1, tile.shape[1] * accumulation_dtype(tile.dtype).itemsize))
+    return [(i, min(i + rows, tile.shape[0])) for i in range(0, tile.shape[0], rows)]
+
+
+def _transform(
+    strip: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
+    z = strip.to(accumulation_dtype(strip.dtype), copy=True)
+    if bias is not None:
+        z += bias
+    if softcap is not None:
+        return z.mul_(logit_scale / softcap).tanh_().mul_(softcap)
+    return z if logit_scale == 1.0 else z.mul_(logit_scale)
+
+
+def _fill_label_columns(z: Tensor, labels: Tensor, first_column: int, value: float) -> None:
+    # Written without nonzero: rows whose label lies elsewhere rewrite the value they have.
+    for row_labels in labels:
+        column = (row_labels - first_column)[:, None]
+        inside = (column >= 0) & (column < z.shape[1])
+        column = column.clamp(0, z.shape[1] - 1)
+        z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
+
+
+@torch.library.impl("orpo_kernels::softmax_stats", "CompositeExplicitAutograd")
+def _softmax_stats(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    row_max = logits.new_empty(logits.shape[0], dtype=dtype)
+    sum_exp = torch.empty_like(row_max)
+    for i, j in _strips(logits):
+        z = _transform(logits[i:j], bias, logit_scale, softcap)
+        _fill_label_columns(z, labels[:, i:j], first_column, -torch.inf)
+        # A tile of one column that is the label has no maximum: the smallest number keeps exp at 0.
+        torch.amax(z, 1, out=row_max[i:j]).clamp_(min=torch.finfo(dtype).min)
+        torch.sum(z.sub_(row_max[i:j, None]).exp_(), 1, out=sum_exp[i:j])
+    return row_max, sum_exp
+
+
+@torch.library.impl("orpo_kernels::softmax_grad_", "CompositeExplicitAutograd")
+def _softmax_grad_(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    reference: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
+) -> None:
+    out = logits if out is None else out
+    for i, j in _strips(logits):
+        z = _transform(logits[i:j], bias, logit_scale, softcap)
+        slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
+        z.sub_(reference[i:j, None]).exp_()
+        if slope is not None:
+            z.mul_(slope)
+        if logit_scale != 1.0:
+            z.mul_(logit_scale)
+        _fill_label_columns(z, labels[:, i:j], first_column, 0.0)
+        out[i:j].copy_(z)
+
+
+@torch.library.impl("orpo_kernels::column_sums", "CompositeExplicitAutograd")
+def _column_sums(tile: Tensor, coefficients: Tensor) -> Tensor:
+    sums = tile.new_zeros(tile.shape[1], dtype=coefficients.dtype)
+    for i, j in _strips(tile):
+        sums.addmv_(tile[i:j].to(sums.dtype).t(), coefficients[i:j])
+    return sums
+
+
+@torch.library.register_fake("orpo_kernels::softmax_stats")  # type: ignore[untyped-decorator]
+def _softmax_stats_fake(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    row_max = logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
+    return row_max, torch.empty_like(row_max)
+
+
+@torch.library.register_fake("orpo_kernels::column_sums")  # type: ignore[untyped-decorator]
+def _column_sums_fake(tile: Tensor, coefficients: Tensor) -> Tensor:
+    return tile.new_empty(tile.shape[1], dtype=coefficients.dtype)

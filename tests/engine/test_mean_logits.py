@@ -1,0 +1,24 @@
+"""The mean-logit metric against the logits it avoids."""
+
+import pytest
+import torch
+
+from orpo_kernels import reference
+from orpo_kernels.engine.mean_logits import mean_logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mean_logits(dtype, softcap, bias):
+    base = torch.randn(4, 10, 24).to(dtype)
+    hidden, weight = base[:, :-1], torch.randn(999, 24).to(dtype)  # a slice without (N, H) view
+    b = torch.randn(999).to(dtype) if bias else None
+    options = {"logit_scale": 0.6, "softcap": softcap}
+    z = reference.logits(
+        hidden.double(), weight.double(), None if b is None else b.double(), **options
+    )
+    found = mean_logits(hidden, weight, b, **options)
+    assert found.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-4
+    torch.testing.assert_close(found.double(), z.mean((1, 2)), rtol=1e-5, atol=tolerance)

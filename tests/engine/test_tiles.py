@@ -1,0 +1,80 @@
+"""Tile operations against their formulae in float64: every dtype, option and edge of a tile."""
+
+import pytest
+import torch
+
+from orpo_kernels.engine import tiles
+from tests.helpers import assert_accurate
+
+OPTIONS = [(1.0, None), (0.3, None), (1.0, 5.0), (1.7, 2.0)]
+# One row; one column; a width no vector divides; more rows than a strip holds.
+SHAPES = [(1, 7), (5, 1), (3, 1003), (40, 9000)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def problem(shape, dtype, first_column, sets):
+    logits = (torch.randn(shape, dtype=torch.float64) * 4).to(dtype)
+    bias = torch.randn(shape[1]).to(dtype)
+    # In the tile, in its neighbours, and absent.
+    labels = torch.randint(0, first_column + 2 * shape[1], (sets, shape[0]))
+    labels[0, 0] = first_column
+    labels[-1, -1] = -1
+    return logits, bias, labels
+
+
+def expected(logits, bias, labels, first_column, scale, softcap):
+    z = scale * (logits.double() + bias.double())
+    slope = torch.full_like(z, scale)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+        slope = scale * (1 - (z / softcap) ** 2)
+    columns = torch.arange(first_column, first_column + z.shape[1])
+    held_out = (labels[:, :, None] == columns).any(0)
+    return z.masked_fill(held_out, -torch.inf), slope
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize(("scale", "softcap"), OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats_and_gradient(dtype, shape, scale, softcap, sets):
+    logits, bias, labels = problem(shape, dtype, 11, sets)
+    z, slope = expected(logits, bias, labels, 11, scale, softcap)
+    row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
+    some = ~torch.isinf(z).all(1)
+    assert_accurate(row_max[some].double().float(), z.amax(1)[some])
+    truth = torch.exp(z[some] - row_max[some].double()[:, None]).sum(1)
+    torch.testing.assert_close(sum_exp[some].double(), truth, rtol=2e-6, atol=0)
+    assert not sum_exp[~some].any()
+
+    reference = row_max + 0.5
+    out = torch.empty_like(logits, dtype=torch.bfloat16)
+    tiles.softmax_grad_(logits.clone(), bias, labels, 11, reference, scale, softcap, out)
+    before = logits.clone()
+    tiles.softmax_grad_(logits, bias, labels, 11, reference, scale, softcap)
+    true = torch.nan_to_num(torch.exp(z - reference.double()[:, None]) * slope)
+    eps = max(torch.finfo(dtype).eps, 1e-5)  # exp of a float32 difference: |z| times its eps
+    torch.testing.assert_close(logits.double(), true, rtol=eps, atol=1e-7)
+    torch.testing.assert_close(out.double(), true, rtol=8e-3, atol=1e-7)
+    assert not torch.equal(before, logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_sums(dtype):
+    tile, weights = torch.randn(300, 2000).to(dtype), torch.randn(300)
+    weights = weights.to(tiles.accumulation_dtype(dtype))
+    found = tiles.column_sums(tile, weights)
+    torch.testing.assert_close(
+        found.double(), weights.double() @ tile.double(), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_rows_of_a_wider_matrix():
+    # A kept E is sliced by vocabulary block: rows are contiguous, the tile is not.
+    wide = torch.randn(5, 40)
+    labels = torch.full((1, 5), -1)
+    found = tiles.softmax_stats(wide[:, 8:20], None, labels, 8, 1.0, None)
+    true = tiles.softmax_stats(wide[:, 8:20].contiguous(), None, labels, 8, 1.0, None)
+    assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
+    sums = tiles.column_sums(wide[:, 8:20], torch.ones(5))
+    torch.testing.assert_close(sums, wide[:, 8:20].sum(0))
