@@ -1,0 +1,365 @@
+"""The ORPO loss: composition over the token log-probs and the pair term.
+
+    loss = nll + beta * mean over pairs of or_loss
+    nll  = mean of -logp over the NLL tokens of the chosen answers ("token"), or the mean over pairs
+           of each one's mean ("pair")
+
+Stacked sequences, chosen first: sequence i is paired with sequence P + i. A pair with a side that
+has no scored token contributes exactly 0, its NLL included, and is counted in `skipped_pairs`.
+
+Source: arXiv 2403.07691, equations 5 to 7.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
+from orpo_kernels.linear_logps import linear_logps
+from orpo_kernels.odds_ratio import odds_ratio_loss
+from orpo_kernels.sequence_mean import sequence_mean
+
+NLL_REDUCTIONS = ("token", "pair")
+
+
+class ORPOOutput(NamedTuple):
+    """Result of the ORPO loss. float32; only `loss` carries a graph; scalars are 0-dim tensors.
+
+    Attributes:
+        loss: `nll_loss + beta * or_loss`, nats.
+        nll_loss: negative log-likelihood of the chosen answers, nats per token.
+        or_loss: mean over pairs of `-log sigmoid(log_odds_ratio)`, >= 0, nats.
+        chosen_logps: (P,) mean log-prob per scored token of the chosen answers; 0 without one.
+        rejected_logps: (P,) the same of the rejected answers.
+        log_odds_ratio: (P,) `log_odds(chosen) - log_odds(rejected)`.
+        skipped_pairs: int64, pairs with an empty side; they contribute 0.
+        clamped_logps: int64, mean log-probs above `MAX_MEAN_LOGP`, evaluated at it.
+        pair_mask: (P,) bool, the pairs that count.
+        num_nll_tokens: int64, tokens in the NLL of this batch.
+    """
+
+    loss: Tensor
+    nll_loss: Tensor
+    or_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    log_odds_ratio: Tensor
+    skipped_pairs: Tensor
+    clamped_logps: Tensor
+    pair_mask: Tensor
+    num_nll_tokens: Tensor
+
+
+class Preset(NamedTuple):
+    """What a stack in use calls the ORPO loss: which tokens the NLL scores, and how it averages."""
+
+    nll_scope: str
+    nll_reduction: str
+
+
+PRESETS = {
+    "trl": Preset("prompt+completion", "token"),
+    "llamafactory": Preset("completion", "pair"),
+    "xfactlab": Preset("prompt+completion", "token"),
+}
+
+
+def orpo_loss(  # noqa: PLR0913 - the public signature
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    nll_labels: Tensor | None = None,
+    beta: float = 0.1,
+    nll_reduction: str = "token",
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_nll_tokens: Tensor | int | None = None,
+    num_pairs: Tensor | int | None = None,
+    **options: Any,
+) -> ORPOOutput:
+    """The ORPO loss of preference pairs, from hidden states, without logits.
+
+    Args:
+        hidden: (2P, T, H), chosen first; or packed (N, H) with `sequence_ids`. Floating.
+        weight: (V, H) floating, the output projection.
+        labels: (2P, T) or (N,) integer, already shifted: `labels[s, t]` is scored from
+            `hidden[s, t]`. The tokens of the odds ratio; `ignore_index` elsewhere.
+        bias: (V,) floating.
+        nll_labels: like `labels`, or its chosen half (P, T): the tokens of the NLL, when they are
+            others (TRL scores prompt + completion). Rejected rows are ignored. Default: `labels`.
+        beta: weight of the odds-ratio term (the paper's lambda).
+        nll_reduction: "token" (mean over NLL tokens) or "pair" (mean over pairs of their means).
+        sequence_ids: (N,) integer in [0, 2P) when packed; sequence i is paired with P + i.
+        num_sequences: 2P when packed; default: the largest id + 1 (one sync on a GPU; give it when
+            the last sequence may be empty).
+        num_nll_tokens: what the NLL is divided by, default this batch's count. Give the count over
+            all micro-batches (see `count_terms`) and their gradients sum to the large batch's.
+        num_pairs: the same for the pair term, and for the NLL when `nll_reduction="pair"`.
+        **options: of `linear_logps`: logit_scale, softcap, ignore_index, gradient, compute_dtype,
+            workspace_bytes, low_rank.
+
+    Returns:
+        `ORPOOutput`.
+
+    Raises:
+        ValueError: an odd number of sequences, shapes that do not match, an unknown reduction, and
+            what `linear_logps` raises.
+        TypeError: see `linear_logps`.
+
+    Note:
+        Peak memory beyond inputs and gradients: `workspace_bytes`, whatever T and V. Deterministic.
+
+    Source:
+        arXiv 2403.07691, equations 5 to 7.
+    """
+    ignore_index = options.get("ignore_index", IGNORE_INDEX)
+    count = _num_sequences(labels, sequence_ids, num_sequences)
+    keywords = {
+        "beta": beta, "nll_reduction": nll_reduction, "ignore_index": ignore_index,
+        "sequence_ids": sequence_ids, "num_sequences": count,
+        "num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs,
+    }  # fmt: skip
+    if nll_labels is None or nll_labels is labels:
+        token_logps = cast(Tensor, linear_logps(hidden, weight, labels, bias, **options))
+        return orpo_loss_from_logps(token_logps, labels, **keywords)
+    nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
+    token_logps, nll_token_logps = linear_logps(
+        hidden, weight, (labels, nll_labels), bias, **options
+    )
+    return orpo_loss_from_logps(token_logps, labels, nll_token_logps, nll_labels, **keywords)
+
+
+def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
+    token_logps: Tensor,
+    labels: Tensor,
+    nll_token_logps: Tensor | None = None,
+    nll_labels: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    nll_reduction: str = "token",
+    ignore_index: int = IGNORE_INDEX,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_nll_tokens: Tensor | int | None = None,
+    num_pairs: Tensor | int | None = None,
+) -> ORPOOutput:
+    """The ORPO loss when the token log-probs are already there (the fused head computes them).
+
+    Args:
+        token_logps: (2P, T) or packed (N,) floating, log-probs of `labels`, nats.
+        labels: same shape; says which tokens count, the ids do not matter.
+        nll_token_logps: same shape, log-probs of `nll_labels`; default: `token_logps`.
+        nll_labels: same shape; default: `labels`.
+        beta: as in `orpo_loss`, and so are the other arguments.
+        nll_reduction: as in `orpo_loss`.
+        ignore_index: label of positions that do not count.
+        sequence_ids: as in `orpo_loss`.
+        num_sequences: as in `orpo_loss`.
+        num_nll_tokens: as in `orpo_loss`.
+        num_pairs: as in `orpo_loss`.
+
+    Returns:
+        `ORPOOutput`.
+
+    Raises:
+        ValueError: an odd number of sequences, shapes that do not match, an unknown reduction.
+    """
+    if nll_reduction not in NLL_REDUCTIONS:
+        raise ValueError(f"nll_reduction must be one of {NLL_REDUCTIONS}, got {nll_reduction!r}")
+    if (nll_token_logps is None) != (nll_labels is None):
+        raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
+    count = _num_sequences(labels, sequence_ids, num_sequences)
+    scored = labels != ignore_index
+    means, counts = sequence_mean(token_logps, scored, sequence_ids, count)
+    nll_means, nll_counts = means, counts
+    if nll_token_logps is not None and nll_labels is not None:
+        nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
+        nll_scored = nll_labels != ignore_index
+        nll_means, nll_counts = sequence_mean(nll_token_logps, nll_scored, sequence_ids, count)
+
+    pairs = count // 2
+    chosen, rejected = means[:pairs], means[pairs:]
+    pair_mask = (counts[:pairs] > 0) & (counts[pairs:] > 0)
+    or_losses, log_odds_ratio = odds_ratio_loss(chosen, rejected)
+    nll_tokens = torch.where(pair_mask, nll_counts[:pairs], 0.0)
+    by_token = nll_reduction == "token"
+    weights = nll_tokens if by_token else pair_mask.to(nll_tokens.dtype)
+    pair_count = _divisor(pair_mask.sum() if num_pairs is None else num_pairs)
+    token_count = _divisor(nll_tokens.sum() if num_nll_tokens is None else num_nll_tokens)
+    nll_loss = -(nll_means[:pairs] * weights).sum() / (token_count if by_token else pair_count)
+    or_loss = torch.where(pair_mask, or_losses, 0.0).sum() / pair_count
+    clamped = (torch.cat((chosen, rejected)) > MAX_MEAN_LOGP) & pair_mask.repeat(2)
+    return ORPOOutput(
+        loss=nll_loss + beta * or_loss,
+        nll_loss=nll_loss.detach(),
+        or_loss=or_loss.detach(),
+        chosen_logps=chosen.detach(),
+        rejected_logps=rejected.detach(),
+        log_odds_ratio=log_odds_ratio.detach(),
+        skipped_pairs=(~pair_mask).sum(),
+        clamped_logps=clamped.sum(),
+        pair_mask=pair_mask,
+        num_nll_tokens=nll_tokens.sum().to(torch.int64),
+    )
+
+
+def count_terms(
+    labels: Tensor,
+    nll_labels: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the loss of this batch divides by: sum these over micro-batches for exact accumulation.
+
+    Args:
+        labels: (2P, T) or packed (N,), already shifted.
+        nll_labels: as in `orpo_loss`.
+        ignore_index: label of positions that are not scored.
+        sequence_ids: as in `orpo_loss`.
+        num_sequences: as in `orpo_loss`.
+
+    Returns:
+        num_nll_tokens and num_pairs, 0-dim int64; pairs with an empty side are in neither.
+
+    Raises:
+        ValueError: as `orpo_loss`.
+    """
+    zeros = torch.zeros(labels.shape, device=labels.device)
+    output = orpo_loss_from_logps(
+        zeros, labels, None if nll_labels is None else zeros, nll_labels,
+        ignore_index=ignore_index, sequence_ids=sequence_ids, num_sequences=num_sequences,
+    )  # fmt: skip
+    return output.num_nll_tokens, output.pair_mask.sum()
+
+
+class ORPOLoss(nn.Module):
+    """`orpo_loss` as a module: the options once, tensors per call.
+
+    Args:
+        beta: weight of the odds-ratio term.
+        nll_reduction: "token" or "pair".
+        **options: of `linear_logps`.
+
+    Raises:
+        ValueError: an unknown `nll_reduction`.
+    """
+
+    def __init__(self, beta: float = 0.1, nll_reduction: str = "token", **options: Any) -> None:
+        super().__init__()
+        if nll_reduction not in NLL_REDUCTIONS:
+            raise ValueError(
+                f"nll_reduction must be one of {NLL_REDUCTIONS}, got {nll_reduction!r}"
+            )
+        self.beta = beta
+        self.nll_reduction = nll_reduction
+        self.options = options
+
+    @classmethod
+    def from_preset(cls, name: str, beta: float = 0.1, **options: Any) -> "ORPOLoss":
+        """The loss of a stack in `PRESETS`; its `nll_scope` is a matter of the labels it is given.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        return cls(beta, PRESETS[name].nll_reduction, **options)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        nll_labels: Tensor | None = None,
+        **batch: Any,
+    ) -> ORPOOutput:
+        """See `orpo_loss`; `batch`: sequence_ids, num_sequences, num_nll_tokens, num_pairs."""
+        return orpo_loss(
+            hidden, weight, labels, bias, nll_labels=nll_labels,
+            beta=self.beta, nll_reduction=self.nll_reduction, **batch, **self.options,
+        )  # fmt: skip
+
+    def from_logps(
+        self,
+        token_logps: Tensor,
+        labels: Tensor,
+        nll_token_logps: Tensor | None = None,
+        nll_labels: Tensor | None = None,
+        **batch: Any,
+    ) -> ORPOOutput:
+        """See `orpo_loss_from_logps`."""
+        return orpo_loss_from_logps(
+            token_logps, labels, nll_token_logps, nll_labels,
+            beta=self.beta, nll_reduction=self.nll_reduction,
+            ignore_index=self.options.get("ignore_index", IGNORE_INDEX), **batch,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _num_sequences(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int | None) -> int:
+    if sequence_ids is None:
+        if labels.ndim != 2:
+            raise ValueError(
+                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs sequence_ids"
+            )
+        count: int = labels.shape[0]
+    else:
+        if labels.ndim != 1 or sequence_ids.shape != labels.shape:
+            raise ValueError(
+                "packed labels and sequence_ids must both be (N,), got "
+                f"{tuple(labels.shape)} and {tuple(sequence_ids.shape)}"
+            )
+        count = _packed_count(sequence_ids, num_sequences)
+    if count % 2:
+        raise ValueError(
+            f"sequences must come in pairs, P chosen then P rejected, got {count} sequences; "
+            "stack both halves (packed: pass num_sequences=2P when the last one may be empty)"
+        )
+    return count
+
+
+def _packed_count(sequence_ids: Tensor, num_sequences: int | None) -> int:
+    if num_sequences is None:
+        return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+    if sequence_ids.device.type == "cpu" and sequence_ids.numel():
+        low, high = (int(bound) for bound in sequence_ids.aminmax())
+        if low < 0 or high >= num_sequences:
+            raise ValueError(
+                f"sequence_ids must be in [0, num_sequences) = [0, {num_sequences}), "
+                f"got ids from {low} to {high}"
+            )
+    return num_sequences
+
+
+def _chosen_only(
+    nll_labels: Tensor, labels: Tensor, sequence_ids: Tensor | None, count: int, ignore_index: int
+) -> Tensor:
+    """NLL labels with the rejected half ignored, in the shape of `labels`."""
+    pairs = count // 2
+    if sequence_ids is not None:
+        if nll_labels.shape != labels.shape:
+            raise ValueError(
+                f"nll_labels must be (N,) = {tuple(labels.shape)}, got {tuple(nll_labels.shape)}"
+            )
+        return torch.where(sequence_ids < pairs, nll_labels, ignore_index)
+    if nll_labels.shape not in (labels.shape, (pairs, *labels.shape[1:])):
+        raise ValueError(
+            f"nll_labels must be (2P, T) = {tuple(labels.shape)} or its chosen half (P, T), "
+            f"got {tuple(nll_labels.shape)}"
+        )
+    ignored = torch.full_like(labels[pairs:], ignore_index)
+    return torch.cat((nll_labels[:pairs].to(labels), ignored))
+
+
+def _divisor(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

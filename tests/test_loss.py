@@ -1,0 +1,236 @@
+"""orpo_loss against the definition, and against what TRL and LLaMA-Factory compute."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from orpo_kernels import PRESETS, ORPOLoss, linear_logps, orpo_loss, reference
+from orpo_kernels.loss import count_terms, orpo_loss_from_logps
+
+P, T, H, V = 3, 11, 16, 50  # three pairs: one may be empty, two remain
+
+
+def batch(dtype=torch.float64, pairs=P, length=T):
+    hidden = torch.randn(2 * pairs, length, H, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, V, (2 * pairs, length))
+    labels[torch.rand(2 * pairs, length) < 0.4] = -100
+    labels[:, -2] = 1  # no side is empty by chance
+    return hidden, weight, labels
+
+
+def other_labels(labels):
+    nll = torch.randint(0, V, labels.shape)
+    nll[torch.rand(labels.shape) < 0.2] = -100
+    return nll
+
+
+def compare(found, true, inputs, rtol=1e-10):
+    for name in ("loss", "nll_loss", "or_loss", "chosen_logps", "rejected_logps", "log_odds_ratio"):
+        ours, exact = getattr(found, name), getattr(true, name)
+        if name == "log_odds_ratio":  # of a skipped pair it means nothing
+            ours, exact = ours[found.pair_mask], exact[found.pair_mask]
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=rtol, atol=rtol)
+    pairs = zip(
+        torch.autograd.grad(found.loss, inputs), torch.autograd.grad(true.loss, inputs), strict=True
+    )
+    for ours, exact in pairs:
+        torch.testing.assert_close(ours, exact, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("reduction", ["token", "pair"])
+@pytest.mark.parametrize("nll", ["same", "other", "chosen half"])
+@pytest.mark.parametrize("empty", [(), (1,), (4,), (1, 4), tuple(range(6))])
+def test_definition(reduction, nll, empty):
+    hidden, weight, labels = batch()
+    labels[list(empty)] = -100
+    nll_labels = {"same": None}.get(nll, other_labels(labels))
+    true = reference.orpo_loss(
+        hidden, weight, labels, nll_labels=nll_labels, nll_reduction=reduction
+    )
+    given = nll_labels[:P] if nll == "chosen half" else nll_labels
+    found = orpo_loss(hidden, weight, labels, nll_labels=given, nll_reduction=reduction)
+    compare(found, true, (hidden, weight))
+    assert found.skipped_pairs == true.skipped_pairs == {0: 0, 6: P}.get(len(empty), 1)
+    assert found.loss == found.nll_loss + 0.1 * found.or_loss
+    assert not any(each.requires_grad for each in found[1:])
+
+
+@pytest.mark.parametrize("reduction", ["token", "pair"])
+@pytest.mark.parametrize("with_nll", [False, True])
+def test_packed_equals_padded(reduction, with_nll):
+    hidden, weight, labels = batch()
+    nll = other_labels(labels) if with_nll else None
+    padded = orpo_loss(hidden, weight, labels, nll_labels=nll, nll_reduction=reduction)
+    order = torch.randperm(2 * P * T)
+    ids = torch.arange(2 * P).repeat_interleave(T)[order]
+    packed = orpo_loss(
+        hidden.reshape(-1, H)[order], weight, labels.reshape(-1)[order],
+        nll_labels=None if nll is None else nll.reshape(-1)[order],
+        nll_reduction=reduction, sequence_ids=ids,
+    )  # fmt: skip
+    compare(packed, padded, (hidden, weight))
+
+
+def test_packed_with_an_empty_last_sequence():
+    # Inferred from the ids, its pair would be missing: num_sequences says what is there.
+    hidden, weight, labels = batch()
+    keep = torch.arange(2 * P).repeat_interleave(T) < 2 * P - 1
+    ids = torch.arange(2 * P).repeat_interleave(T)[keep]
+    flat = hidden.reshape(-1, H)[keep], weight, labels.reshape(-1)[keep]
+    with pytest.raises(ValueError, match="num_sequences=2P"):
+        orpo_loss(*flat, sequence_ids=ids)
+    found = orpo_loss(*flat, sequence_ids=ids, num_sequences=2 * P)
+    assert found.skipped_pairs == 1
+    labels[-1] = -100
+    compare(found, orpo_loss(hidden, weight, labels), (hidden, weight))
+
+
+@pytest.mark.parametrize("reduction", ["token", "pair"])
+def test_exact_gradient_accumulation(reduction):
+    # Ragged micro-batches, one with an empty pair: their sum is the large batch to the last digit.
+    hidden, weight, labels = batch(pairs=4)
+    labels[1] = labels[6, :5] = -100
+    nll = other_labels(labels)
+    tokens, pairs = count_terms(labels, nll)
+    options = {"nll_reduction": reduction, "num_nll_tokens": tokens, "num_pairs": pairs}
+    whole = orpo_loss(hidden, weight, labels, nll_labels=nll, nll_reduction=reduction)
+    parts = [
+        orpo_loss(
+            hidden[[i, 4 + i]], weight, labels[[i, 4 + i]], nll_labels=nll[[i, 4 + i]], **options
+        )
+        for i in range(4)
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    for ours, exact in zip(
+        torch.autograd.grad(sum(part.loss for part in parts), (hidden, weight)),
+        torch.autograd.grad(whole.loss, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact)
+    assert (int(tokens), int(pairs)) == (int(whole.num_nll_tokens), 3)
+
+
+def trl_loss(hidden, weight, labels, nll_labels, beta):
+    # TRL 1.16's definition on full logits, through its own odds_ratio_loss.
+    trl = pytest.importorskip("trl.experimental.orpo.orpo_trainer", reason="TRL is a bench extra")
+    logits = hidden @ weight.t()
+    pairs = hidden.shape[0] // 2
+    stub = type(
+        "Stub", (), {"beta": beta, "accelerator": type("A", (), {"device": logits.device})()}
+    )
+    scored = labels != -100
+    picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    means = (picked * scored).sum(-1) / scored.sum(-1)
+    nll = F.cross_entropy(logits[:pairs].flatten(0, 1), nll_labels[:pairs].flatten())
+    losses = trl.ORPOTrainer.odds_ratio_loss(stub(), means[:pairs], means[pairs:])[0]
+    return nll - losses.mean()
+
+
+def llamafactory_loss(hidden, weight, labels, nll_labels, beta):
+    # Re-derived: mean log-prob of each completion; SFT term per pair; odds by log1p(-exp).
+    scored = labels != -100
+    picked = (
+        (hidden @ weight.t()).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    )
+    chosen, rejected = ((picked * scored).sum(-1) / scored.sum(-1)).chunk(2)
+    odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    return (-chosen + beta * -F.logsigmoid(odds)).mean()
+
+
+@pytest.mark.parametrize(
+    ("preset", "theirs"), [("trl", trl_loss), ("llamafactory", llamafactory_loss)]
+)
+def test_presets(preset, theirs):
+    hidden, weight, labels = batch(torch.float32)
+    nll = labels.clone()
+    nll[:, :4] = torch.randint(0, V, (2 * P, 4))  # the prompt, scored by the NLL only
+    loss = ORPOLoss.from_preset(preset, beta=0.3)
+    completion = PRESETS[preset].nll_scope == "completion"
+    found = loss(hidden, weight, labels, nll_labels=None if completion else nll)
+    expected = theirs(hidden, weight, labels, labels if completion else nll, 0.3)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-6, atol=0)
+    for ours, other in zip(
+        torch.autograd.grad(found.loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        strict=True,
+    ):
+        assert (ours - other).norm() <= 1e-6 * other.norm()
+
+
+def test_module_and_from_logps_equal_the_function():
+    hidden, weight, labels = batch()
+    bias, nll = torch.randn(V, dtype=torch.float64), other_labels(labels)
+    loss = ORPOLoss(beta=0.2, nll_reduction="pair", softcap=4.0)
+    expected = orpo_loss(
+        hidden, weight, labels, bias, nll_labels=nll, beta=0.2, nll_reduction="pair", softcap=4.0
+    )
+    assert torch.equal(loss(hidden, weight, labels, bias, nll).loss, expected.loss)
+    logps, nll_logps = linear_logps(hidden, weight, (labels, nll), bias, softcap=4.0)
+    torch.testing.assert_close(loss.from_logps(logps, labels, nll_logps, nll).loss, expected.loss)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(twin(hidden, weight, labels, bias, nll).loss, expected.loss)
+    assert repr(loss) == "ORPOLoss(beta=0.2, nll_reduction='pair', softcap=4.0)"
+
+
+def test_clamps_are_counted():
+    logps = torch.tensor([[0.0], [-1.0], [-1e-12], [0.0]], requires_grad=True)
+    labels = torch.tensor([[1], [1], [1], [-100]])
+    found = orpo_loss_from_logps(logps, labels)
+    assert found.clamped_logps == 2  # the empty side is 0 too, and is not a clamp
+    assert found.skipped_pairs == 1
+    assert torch.isfinite(torch.autograd.grad(found.loss, logps)[0]).all()
+
+
+def test_ignore_index_inside_the_vocabulary():
+    hidden, weight, labels = batch()
+    inside = labels.masked_fill(labels == -100, 7)
+    expected = orpo_loss(hidden, weight, inside.masked_fill(inside == 7, -100))
+    found = orpo_loss(hidden, weight, inside, ignore_index=7)
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_compiles():
+    def step(hidden, weight, labels, nll):
+        return orpo_loss(hidden, weight, labels, nll_labels=nll).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    hidden, weight, labels = batch()
+    nll = other_labels(labels)
+    torch.testing.assert_close(
+        compiled(hidden, weight, labels, nll), step(hidden, weight, labels, nll)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, w, l: (h[:3], w, l[:3], {}), "in pairs.*got 3 sequences"),
+        (lambda h, w, l: (h[0], w, l[0], {}), "packed .* needs sequence_ids"),
+        (lambda h, w, l: (h, w, l[:4], {}), "labels must have the shape"),
+        (lambda h, w, l: (h, w, l, {"nll_labels": l[:1]}), "nll_labels must be"),
+        (lambda h, w, l: (h, w, l, {"nll_reduction": "mean"}), "nll_reduction must be one of"),
+        (lambda h, w, l: (h[0], w, l[0], {"sequence_ids": l}), "must both be"),
+        (
+            lambda h, w, l: (h[0], w, l[0], {"sequence_ids": l[0] * 0 + 4, "num_sequences": 2}),
+            "sequence_ids must be in",
+        ),
+    ],
+)
+def test_rejects(change, message):
+    hidden, weight, labels, options = change(*batch())
+    with pytest.raises(ValueError, match=message):
+        orpo_loss(hidden, weight, labels, **options)
+
+
+def test_rejects_unknown_names():
+    with pytest.raises(ValueError, match="nll_reduction"):
+        ORPOLoss(nll_reduction="sum")
+    with pytest.raises(ValueError, match="preset must be one of"):
+        ORPOLoss.from_preset("unknown")
+    with pytest.raises(ValueError, match="go together"):
+        orpo_loss_from_logps(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 2))
