@@ -1,0 +1,151 @@
+"""One fused call: what stands in for the head's forward while the model's own forward runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.engine.mean_logits import mean_logits
+from orpo_kernels.integrations.head import Head, HeadTerms, LogitTransform
+from orpo_kernels.integrations.selfcheck import SelfCheck
+from orpo_kernels.linear_logps import linear_logps
+from orpo_kernels.loss import ORPOLoss
+
+_BLOCK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fuse_head` was asked for."""
+
+    loss: ORPOLoss | None
+    workspace_bytes: int | None
+    gradient: str
+    compute_dtype: torch.dtype | None
+    mean_logits: bool
+    check: bool
+
+
+class HeadCall:
+    """One fused call: stands in for the head's forward and keeps what it computed."""
+
+    def __init__(
+        self,
+        options: Options,
+        head: Head,
+        labels: Tensor,
+        nll_labels: Tensor | None,
+        transform: LogitTransform,
+    ) -> None:
+        self.head = head
+        self.labels, self.nll_labels = labels, nll_labels  # (B, T) shifted
+        self.results: dict[str, Tensor] = {}
+        self.readings: list[LogitTransform] = []  # to be checked
+        self.check: SelfCheck | None = None
+        self.own_forward: Callable[..., Tensor]
+        self._options, self._transform = options, transform
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return empty (B, T, 0) for hidden (B, T, H), or two tokens' logits for the self-check."""
+        self._validate(hidden, [*(type(each).__name__ for each in args), *kwargs])
+        hidden = hidden.to(self.head.linear.weight.device)
+        terms, target = self.head.terms(hidden), self.labels.device
+        sets = self.labels if self.nll_labels is None else (self.labels, self.nll_labels)
+        logps = self._score(hidden, terms, sets, self._transform, self._options.compute_dtype)
+        if isinstance(logps, tuple):
+            self.results["nll_token_logps"], logps = logps[1].to(target), logps[0]
+        self.results["token_logps"] = logps.to(target)
+        if self._options.mean_logits:
+            self.results["mean_logits"] = self._mean_logits(hidden, terms).to(target)
+        empty = logps[..., None][..., :0].to(hidden)
+        self.results["logits"] = empty.detach()
+        if self.readings and hidden.numel() > 0:
+            tokens = _two_tokens(hidden, self.labels)
+            self.check = SelfCheck(
+                self.head.module, self.own_forward, tokens, self.readings, self._score_rows
+            )
+            return self.check.logits + empty.sum()
+        return empty
+
+    def tie(self, logits: Tensor) -> None:
+        """Let the log-probs depend on `logits`, what the model made of the head's output, by + 0.
+
+        FSDP and ZeRO-3 gather the head's weight for the backward when a gradient reaches the output
+        of the head, so one has to.
+        """
+        zero = logits.flatten()[:0].sum(dtype=torch.float32)
+        for name in ("token_logps", "nll_token_logps"):
+            if name in self.results:
+                self.results[name] = self.results[name] + zero.to(self.results[name].device)
+
+    def _validate(self, hidden: Tensor, extra: list[str]) -> None:
+        if extra:
+            raise NotImplementedError(
+                f"the output head was called with {extra} besides hidden states (adapter_names?): "
+                "unsupported by the fused head; leave them out when labels are passed"
+            )
+        if self.results:
+            raise NotImplementedError(
+                "the model called its output head twice in one forward; the fused head supports one"
+            )
+        for name, labels in (("labels", self.labels), ("nll_labels", self.nll_labels)):
+            if labels is not None and labels.shape != hidden.shape[:-1]:
+                raise ValueError(
+                    f"{name} must be (B, T) = {tuple(hidden.shape[:-1])}, like the hidden states, "
+                    f"got {tuple(labels.shape)}; pad labels like input_ids"
+                )
+
+    def _score(
+        self,
+        hidden: Tensor,
+        terms: HeadTerms,
+        labels: Tensor | tuple[Tensor, Tensor],
+        transform: LogitTransform,
+        compute_dtype: torch.dtype | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return linear_logps(
+            hidden,
+            terms.weight,
+            labels,
+            terms.bias,
+            low_rank=terms.low_rank,
+            gradient=self._options.gradient,
+            compute_dtype=compute_dtype,
+            workspace_bytes=self._options.workspace_bytes,
+            **transform._asdict(),
+        )
+
+    def _score_rows(self, hidden: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
+        # In the head's own dtype: the check is about the transform, not about a chosen rounding.
+        logps = self._score(hidden, self.head.terms(hidden), labels, transform, None)
+        return logps if isinstance(logps, Tensor) else logps[0]
+
+    @torch.no_grad()
+    def _mean_logits(self, hidden: Tensor, terms: HeadTerms) -> Tensor:
+        """(B,) over positions 0 to T - 2, those that predict a token."""
+        hidden, weight = hidden[:, :-1], terms.weight
+        options = {**self._transform._asdict(), "workspace_bytes": self._options.workspace_bytes}
+        if terms.low_rank is None:
+            return mean_logits(hidden, weight, terms.bias, **options)
+        # A LoRA on the head: its r columns go beside the weight's, block by block.
+        hidden = torch.cat((hidden, terms.low_rank[0][:, :-1].to(hidden)), dim=-1)
+        size = max(1, _BLOCK_ELEMENTS // hidden.shape[-1])
+        total = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        for start in range(0, weight.shape[0], size):
+            rows = slice(start, start + size)
+            block = torch.cat((weight[rows], terms.low_rank[1][rows].to(weight)), dim=-1)
+            bias = None if terms.bias is None else terms.bias[rows]
+            total += mean_logits(hidden, block, bias, **options) * block.shape[0]
+        return total / weight.shape[0]
+
+
+def _two_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (1 or 2, H) and labels of the first scored tokens, else of the first token."""
+    where = (labels != IGNORE_INDEX).nonzero()[:2]
+    # Never put off: ranks that disagreed on whether to check would wait for each other.
+    rows, positions = (where if where.numel() else where.new_zeros(1, 2)).unbind(-1)
+    tokens = hidden.detach()[rows.to(hidden.device), positions.to(hidden.device)]
+    return tokens, labels[rows, positions].clamp(min=0).to(hidden.device)

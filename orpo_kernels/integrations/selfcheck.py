@@ -1,0 +1,104 @@
+"""Two tokens of a fused call, compared with the model's own logits.
+
+In the first call the head returns the true logits of two tokens instead of the empty tensor. The
+rest of the model's forward transforms them as it would all logits, and what comes out is compared
+with the log-probs that `linear_logps` gives for the same two hidden states. There is no second
+forward: no random number is drawn, and sharded, split and quantised models are as they train.
+
+The second token's hidden state is enlarged until its logits reach about 64: an untrained or tiny
+model has logits so small that a missing softcap or norm would pass for rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from orpo_kernels.integrations.head import LogitTransform
+
+_LARGE_LOGIT = 64.0
+_LARGE_HIDDEN = 1e4  # float16 ends at 65,504
+_TF32_EPS = 2.0**-10
+
+Score = Callable[[Tensor, Tensor, LogitTransform], Tensor]
+"""(hidden (N, H), labels (N,), transform) -> token log-probs (N,)"""
+
+
+class SelfCheck:
+    """Made while the head runs, from two hidden states; judged when the model's logits are there.
+
+    `logits` (1, 2, V) are the head's own, to be sent through the rest of the model's forward.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        own: Callable[[Tensor], Tensor],
+        tokens: tuple[Tensor, Tensor],
+        readings: list[LogitTransform],
+        score: Score,
+    ) -> None:
+        """`own` is the forward of `head`; `tokens` are hidden (1 or 2, H) and labels (1 or 2,)."""
+        hidden, labels = torch.stack((tokens[0][0], tokens[0][-1])), tokens[1].expand(2)
+        with torch.no_grad(), _without_dropout(head):
+            room = _LARGE_HIDDEN / hidden.abs().amax().float()
+            factor = torch.minimum(_LARGE_LOGIT / own(hidden).abs().amax().float(), room)
+            hidden[1] *= factor.nan_to_num(1.0, posinf=1.0).to(hidden.dtype)
+            self.logits = own(hidden)[None]
+            # The transforms are monotone: these stay the best and the worst token.
+            self._labels = torch.stack(
+                (labels, self.logits[0].argmax(-1), self.logits[0].argmin(-1)), dim=-1
+            )  # (2, 3)
+            rows = hidden.repeat_interleave(3, dim=0)
+            self._logps = {each: score(rows, self._labels.flatten(), each) for each in readings}
+            self._largest = float(self.logits.abs().amax())
+
+    def choose(self, model: nn.Module, logits: Tensor) -> LogitTransform:
+        """The first reading that agrees with `logits`, what the model's forward made of ours.
+
+        Raises:
+            RuntimeError: none does.
+        """
+        name = type(model).__name__
+        if logits.shape != self.logits.shape:
+            raise RuntimeError(
+                f"{name} turned the logits {tuple(self.logits.shape)} of its head into "
+                f"{tuple(logits.shape)}: it does more than scale and cap them, so the fused head "
+                "would train another objective; train this model on its own logits"
+            )
+        theirs = logits[0].detach().float()
+        truth = theirs.log_softmax(-1).gather(-1, self._labels.to(theirs.device)).flatten()
+        errors = {}
+        for reading, ours in self._logps.items():
+            errors[reading] = float((ours.to(truth) - truth).abs().amax())
+            if errors[reading] <= self._tolerance(reading, logits):
+                return reading
+        tried = ", ".join(f"{reading}: {error:.3g}" for reading, error in errors.items())
+        raise RuntimeError(
+            f"the fused head does not reproduce the logits of {name}: the log-probs of two tokens "
+            f"are off by (nats) {tried}. The model changes hidden states or logits in a way "
+            "its config does not name (an extra norm, scale or bias in the head, or a patched "
+            "forward), so the fused head would train another objective. Undo the patch, or train "
+            "this model on its own logits; check=False trusts the config instead"
+        )
+
+    def _tolerance(self, reading: LogitTransform, logits: Tensor) -> float:
+        """Four roundings (GEMM, scale, two of the softcap) of the largest logit, in nats."""
+        eps = max(torch.finfo(each.dtype).eps for each in (logits, self.logits))
+        if logits.is_cuda:
+            eps = max(eps, _TF32_EPS)
+        largest = min(reading.logit_scale * self._largest, reading.softcap or torch.inf)
+        return 1e-4 + 4.0 * eps * largest
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    modes = [(each, each.training) for each in module.modules()]
+    for each, _ in modes:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
