@@ -1,0 +1,114 @@
+"""The trainer's arguments: which go together, and which of Trainer's settings must change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import EvalPrediction
+
+from orpo_kernels.training.config import ORPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """The datasets that were given, with the names messages call them by.
+
+    Args:
+        train_dataset: dataset or None.
+        eval_dataset: dataset, dictionary of several, or None.
+
+    Returns:
+        (name, dataset) of each.
+    """
+    several = isinstance(eval_dataset, Mapping)
+    named = [(f"eval_dataset[{name!r}]", d) for name, d in eval_dataset.items()] if several else []
+    if not several:
+        named.append(("eval_dataset", eval_dataset))
+    named.append(("train_dataset", train_dataset))
+    return [(name, dataset) for name, dataset in named if dataset is not None]
+
+
+def check_arguments(model: Any, args: Any, model_init: Any, preprocess_logits: Any) -> None:
+    """Refuse arguments of the trainer that contradict each other, before anything is loaded.
+
+    Args:
+        model: as passed to the trainer, like all others.
+        args: arguments of the run.
+        model_init: function that makes models.
+        preprocess_logits: function on logits.
+
+    Raises:
+        TypeError: `args` is not an `ORPOConfig`.
+        ValueError: both or none of `model` and `model_init`; `model_init_kwargs` without a name.
+        NotImplementedError: logits are asked for.
+    """
+    if not isinstance(args, ORPOConfig):
+        raise TypeError(
+            f"args must be an ORPOConfig, got {type(args).__name__}; it takes the same arguments "
+            "as transformers.TrainingArguments and TRL's ORPOConfig"
+        )
+    if (model is None) == (model_init is None):
+        raise ValueError(
+            f"exactly one of model and model_init is needed, got model={type(model).__name__} and "
+            f"model_init={type(model_init).__name__}"
+        )
+    if not isinstance(model, str) and args.model_init_kwargs:
+        raise ValueError(
+            "model_init_kwargs are for a model given by name, but it is loaded already; pass them "
+            "to from_pretrained"
+        )
+    if preprocess_logits is not None:
+        raise NotImplementedError(
+            "preprocess_logits_for_metrics needs logits, which are never formed; compute_metrics "
+            "gets the mean log-probs of the pairs instead: predictions (N, 2), chosen and rejected"
+        )
+
+
+def adapt_arguments(args: ORPOConfig, train_dataset: Any) -> None:
+    """Change settings of Trainer that would break the pairing of rows in a batch.
+
+    Args:
+        args: arguments of the run; changed.
+        train_dataset: dataset or None.
+    """
+    args.remove_unused_columns = False  # it goes by the model's signature
+    if args.n_gpu > 1:
+        logger.warning(
+            "torch.nn.DataParallel would split chosen from rejected answers: of the %d devices "
+            "one is used. Start with `torchrun --nproc-per-node` or `accelerate launch` for all.",
+            args.n_gpu,
+        )
+        args._n_gpu = 1
+    if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
+        # By default one rank would read for all and cut the stacked batch.
+        accelerator: Any = args.accelerator_config
+        accelerator.dispatch_batches = False
+
+
+def explained(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Let a user's metric that fails say what it was given.
+
+    Args:
+        compute_metrics: the user's function.
+
+    Returns:
+        The same function, whose errors become a ValueError that describes its input.
+    """
+
+    @wraps(compute_metrics)
+    def compute(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return compute_metrics(prediction, **kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"compute_metrics failed ({type(error).__name__}: {error}). It must work without "
+                "logits, which are never formed: it gets predictions (N, 2), the mean log-probs "
+                "of chosen and rejected answer, and label_ids (N,), 0 or -100 for skipped pairs"
+            ) from error
+
+    return compute

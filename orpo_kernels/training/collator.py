@@ -1,0 +1,139 @@
+"""PreferenceCollator: rows of a prepared dataset to one stacked batch, chosen first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.training.data import COLUMNS
+
+_SIDES = ("chosen", "rejected")
+_NLL_SCOPES = ("prompt+completion", "completion")
+
+
+class PreferenceCollator:
+    """Stack P preference pairs into a batch of 2P sequences, padded on the right.
+
+    The batch goes as it is into a model whose head is fused (`fuse_head`), with ORPOTrainer or
+    with a plain `transformers.Trainer(..., args with remove_unused_columns=False)`:
+
+    - `input_ids` (2P, T) int64: the P chosen sequences, then the P rejected ones;
+    - `attention_mask` (2P, T) int64: 0 on padding;
+    - `labels` (2P, T) int64: answer tokens, -100 elsewhere, not shifted;
+    - `nll_labels` (2P, T) int64: tokens of the NLL, by `nll_scope`; rejected rows all -100.
+
+    Args:
+        processing_class: tokenizer (or processor) that knows the pad token.
+        pad_token_id: id to pad with instead.
+        nll_scope: "prompt+completion" or "completion".
+        vocab_size: refuse token ids of this value and above; not checked if None.
+        pad_to_multiple_of: round T up.
+
+    Raises:
+        ValueError: no pad token, or an unknown scope.
+    """
+
+    def __init__(
+        self,
+        processing_class: Any = None,
+        *,
+        pad_token_id: int | None = None,
+        nll_scope: str = "prompt+completion",
+        vocab_size: int | None = None,
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if pad_token_id is None:
+            pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        if pad_token_id is None:
+            raise ValueError(
+                "a pad token is needed to batch sequences, but the tokenizer has none; set "
+                "tokenizer.pad_token (tokenizer.eos_token will do: padding is never scored), or "
+                "pass pad_token_id (padding_value in ORPOConfig)"
+            )
+        if nll_scope not in _NLL_SCOPES:
+            raise ValueError(f"nll_scope must be one of {_NLL_SCOPES}, got {nll_scope!r}")
+        self.pad_token_id = pad_token_id
+        self.nll_scope = nll_scope
+        self.vocab_size = vocab_size
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows with the columns `COLUMNS`; others are ignored.
+
+        Args:
+            features: the P rows.
+
+        Returns:
+            The batch described above.
+
+        Raises:
+            ValueError: missing columns, ids and labels of different lengths, ids or labels out of
+                range.
+        """
+        _check_features(features)
+        ids, labels = (
+            [torch.as_tensor(row[f"{side}_{kind}"]) for side in _SIDES for row in features]
+            for kind in ("input_ids", "labels")
+        )
+        longest = max(len(sequence) for sequence in ids)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        for one, other in zip(ids, labels, strict=True):
+            if len(one) != len(other):
+                raise ValueError(
+                    "input_ids and labels of a sequence must have one length, got "
+                    f"{len(one)} and {len(other)}; prepare_dataset makes both"
+                )
+        real = torch.tensor([len(sequence) for sequence in ids])[:, None] > torch.arange(length)
+        batch = {
+            "input_ids": _pad(ids, length, self.pad_token_id),
+            "attention_mask": real.long(),
+            "labels": _pad(labels, length, IGNORE_INDEX),
+        }
+        self._check_range("input_ids", batch["input_ids"][real])
+        self._check_range("labels", batch["labels"][batch["labels"] != IGNORE_INDEX])
+        batch["nll_labels"] = self._nll_labels(batch, real, len(features))
+        return batch
+
+    def _nll_labels(
+        self, batch: Mapping[str, torch.Tensor], real: torch.Tensor, pairs: int
+    ) -> torch.Tensor:
+        if self.nll_scope == "completion":
+            nll_labels = batch["labels"].clone()
+        else:
+            nll_labels = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+        nll_labels[pairs:] = IGNORE_INDEX
+        return nll_labels
+
+    def _check_range(self, name: str, values: torch.Tensor) -> None:
+        if values.numel() == 0:
+            return
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
+            vocabulary = "the vocabulary" if self.vocab_size is None else f"[0, {self.vocab_size})"
+            raise ValueError(
+                f"{name} must be in {vocabulary} (or {IGNORE_INDEX} in labels), got values from "
+                f"{low} to {high}; prepare the dataset with the tokenizer of this model"
+            )
+
+
+def _pad(sequences: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(sequences), length), value, dtype=torch.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def _check_features(features: Sequence[Mapping[str, Any]]) -> None:
+    if not features:
+        raise ValueError("a batch needs at least one row, got none")
+    missing = [column for column in COLUMNS if column not in features[0]]
+    if missing:
+        raise ValueError(
+            f"rows must have the columns {list(COLUMNS)}; {missing} missing, got "
+            f"{list(features[0])}; call prepare_dataset first, and with a plain "
+            "transformers.Trainer set remove_unused_columns=False"
+        )

@@ -1,0 +1,238 @@
+"""ORPOConfig: transformers' TrainingArguments, TRL's ORPO arguments, and ours."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from orpo_kernels.loss import PRESETS
+
+DEFAULT_MAX_LENGTH = 512
+"""What `max_length=None` means in TRL, and here."""
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Arguments of `ORPOTrainer`: those of TRL's class of the same name, and a few more.
+
+    Only what differs from `transformers.TrainingArguments` is listed.
+
+    Args:
+        learning_rate: 1e-6.
+        logging_steps: 10.
+        gradient_checkpointing: on unless it, or its new name `activation_checkpointing`, is given.
+        bf16: on unless `fp16` is given or the device cannot do it; off on a CPU unless asked for.
+        max_length: tokens of prompt + answer; longer answers are cut, prompts never are.
+            None means 512.
+        max_completion_length: refused; TRL uses it for encoder-decoder models only.
+        beta: weight of the odds-ratio term; the paper's lambda, other stacks' alpha.
+        disable_dropout: set every dropout of the model to 0, adapters included.
+        padding_value: token id to pad with; the tokenizer's pad token if None.
+        generate_during_eval: refused.
+        is_encoder_decoder: None or False; encoder-decoder models are refused.
+        model_init_kwargs: keyword arguments of `from_pretrained` when the model is a name.
+        trust_remote_code: allow model code from the hub; passed to `from_pretrained`.
+        dataset_num_proc: processes that tokenise the datasets.
+        preset: whose loss it is: "trl", "llamafactory" or "xfactlab". It sets `nll_scope` and
+            `nll_reduction` where these are None.
+        nll_scope: tokens of the chosen sequence in the NLL, "prompt+completion" or "completion".
+        nll_reduction: mean over "token"s of the batch, or over each pair first ("pair").
+        loss_normalization: what a token's share of the loss is when one optimizer step takes
+            several micro-batches or ranks. "micro_batch": the mean of their means, as in TRL.
+            "global": the mean over all tokens and all pairs of the step, so that the result does
+            not depend on how the step was cut up. The two agree when there is one micro-batch,
+            and when all have equally many NLL tokens and scored pairs.
+        workspace_bytes: cap of the memory of vocabulary-sized work; the package's default if None.
+        gradient: strategy of the vocabulary-sized work, see `linear_logps`.
+        compute_dtype: dtype of its matrix products, see `linear_logps`; e.g. "bfloat16".
+        log_mean_logits: log `logits/chosen` and `logits/rejected`. Free, but for models with a
+            logit softcap, where it costs one more pass over the vocabulary.
+        overwrite_output_dir: delete the checkpoints of another run found in `output_dir`.
+            Without it such a folder is refused.
+
+    Raises:
+        ValueError: a value out of range.
+        NotImplementedError: an argument that asks for what this trainer does not do.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "The initial learning rate of the optimizer."}
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every X steps; a number below 1 is a share of all steps."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass. On by default.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision. On by default where the device supports it "
+            "(never on a CPU unless asked for) and fp16 is not set."
+        },
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Tokens of prompt + answer. Longer answers are cut, prompts are not."},
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Refused: only encoder-decoder models have it."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Weight of the odds-ratio term (lambda in the paper)."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the model to 0."}
+    )
+    padding_value: int | None = field(
+        default=None, metadata={"help": "Token id to pad with; the tokenizer's pad token if None."}
+    )
+    generate_during_eval: bool = field(
+        default=False, metadata={"help": "Refused: generate in a callback instead."}
+    )
+    is_encoder_decoder: bool | None = field(
+        default=None, metadata={"help": "None or False: encoder-decoder models are refused."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained when the model is a name."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow model and tokenizer code from the hub to run."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the datasets."}
+    )
+    preset: Literal["trl", "llamafactory", "xfactlab"] = field(
+        default="trl",
+        metadata={"help": "Whose loss: sets nll_scope and nll_reduction where they are not given."},
+    )
+    nll_scope: Literal["prompt+completion", "completion"] | None = field(
+        default=None, metadata={"help": "Tokens of the chosen sequence that enter the NLL."}
+    )
+    nll_reduction: Literal["token", "pair"] | None = field(
+        default=None, metadata={"help": "NLL as a mean over tokens, or over each pair first."}
+    )
+    loss_normalization: Literal["micro_batch", "global"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "Mean of the micro-batches' means (as TRL), or over all tokens and pairs of "
+            "the optimizer step, exact whatever the accumulation and the number of devices."
+        },
+    )
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Cap of the memory of vocabulary-sized work, in bytes."}
+    )
+    gradient: str = field(
+        default="exact", metadata={"help": "Strategy of the vocabulary-sized work."}
+    )
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "dtype of the matrix products with the vocabulary."}
+    )
+    log_mean_logits: bool = field(
+        default=True, metadata={"help": "Log logits/chosen and logits/rejected."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete the checkpoints of another run found in output_dir."},
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve_bf16()
+        self._resolve_checkpointing()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_values()
+        self._check_support()
+
+    @property
+    def resolved_nll_scope(self) -> str:
+        """`nll_scope`, or the preset's."""
+        return self.nll_scope or str(PRESETS[self.preset].nll_scope)
+
+    @property
+    def resolved_nll_reduction(self) -> str:
+        """`nll_reduction`, or the preset's."""
+        return self.nll_reduction or str(PRESETS[self.preset].nll_reduction)
+
+    @property
+    def resolved_max_length(self) -> int:
+        """`max_length`, or TRL's 512."""
+        return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
+
+    def _resolve_bf16(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+
+    def _resolve_checkpointing(self) -> None:
+        """Default on, under whichever of the argument's two names this transformers reads."""
+        if not hasattr(self, "activation_checkpointing"):
+            if self.gradient_checkpointing is None:
+                self.gradient_checkpointing = True
+        elif self.activation_checkpointing is None:
+            wanted = self.gradient_checkpointing
+            self.activation_checkpointing = True if wanted is None else wanted
+
+    def _check_values(self) -> None:
+        _check_choice("preset", self.preset, tuple(PRESETS))
+        _check_choice("nll_scope", self.nll_scope, (None, "prompt+completion", "completion"))
+        _check_choice("nll_reduction", self.nll_reduction, (None, "token", "pair"))
+        _check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
+        _check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
+        if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta < 0:
+            raise ValueError(
+                f"beta must be a finite number >= 0, got {self.beta!r}; 0.1 is the usual value, "
+                "0 trains on the chosen answers alone"
+            )
+        _check_positive("max_length", self.max_length)
+        _check_positive("workspace_bytes", self.workspace_bytes)
+        if self.max_length is None:
+            warnings.warn(
+                f"max_length is None: {DEFAULT_MAX_LENGTH} is used, as TRL does. Set it to the "
+                "longest prompt + answer worth the memory.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _check_support(self) -> None:
+        if self.is_encoder_decoder or self.max_completion_length is not None:
+            raise NotImplementedError(
+                "encoder-decoder models are not supported, and max_completion_length "
+                f"(got {self.max_completion_length}) and is_encoder_decoder (got "
+                f"{self.is_encoder_decoder}) are for them only; use max_length for a causal model"
+            )
+        if self.generate_during_eval:
+            raise NotImplementedError(
+                "generate_during_eval=True is not supported; set it to False and call "
+                "trainer.model.generate in a TrainerCallback's on_evaluate"
+            )
+        if self.label_smoothing_factor:
+            raise NotImplementedError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no definition in the "
+                "ORPO loss; set it to 0"
+            )
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")

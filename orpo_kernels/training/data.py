@@ -1,0 +1,344 @@
+"""Preference data: the formats, chat templates, tokenisation, truncation and labels.
+
+A row is a prompt and two answers, as text or as lists of messages; the prompt may also be implied,
+as the common beginning of two full conversations. The token ids and labels are those of TRL 1.16's
+`ORPOTrainer`. Where that one stops, or trains on what was not meant, the docstrings say what is
+done here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed
+from datasets import Dataset, IterableDataset
+
+from orpo_kernels.constants import IGNORE_INDEX
+
+COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+"""Columns of a prepared dataset: lists of token ids; -100 in labels where no answer token is."""
+
+_STATISTICS = ("_no_answer", "_max_id")  # of a row, dropped when counted
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_dataset(
+    dataset: Any,
+    processing_class: Any,
+    *,
+    max_length: int = 1024,
+    num_proc: int | None = None,
+    vocab_size: int | None = None,
+    name: str = "dataset",
+) -> Any:
+    """Tokenise a preference dataset with `datasets.map`.
+
+    Args:
+        dataset: `datasets.Dataset` (or `IterableDataset`) with columns `chosen`, `rejected` and,
+            unless they contain it, `prompt`; other columns are ignored. One that already has the
+            columns `COLUMNS` is returned as it is.
+        processing_class: tokenizer, or processor with a `tokenizer`.
+        max_length: tokens of prompt + answer to keep.
+        num_proc: processes.
+        vocab_size: refuse token ids of this value and above.
+        name: what to call the dataset in messages.
+
+    Returns:
+        A dataset of the columns `COLUMNS`, and `length` (of the longer side, by which Trainer can
+        group rows), one row for each row given. Rows whose prompt leaves no room for an answer
+        stay (their pair contributes 0 to the loss); one warning counts them.
+
+    Raises:
+        TypeError: not a dataset of the `datasets` library.
+        ValueError: no rows, missing columns, an unreadable row, a token id out of range.
+    """
+    columns = check_dataset(dataset, name)
+    if set(COLUMNS) <= set(columns):
+        return dataset
+    if "tools" in columns:
+        logger.warning(
+            "column 'tools' of %s is ignored, as TRL's ORPO trainer does; to show the tools to "
+            "the chat template, put them into a column chat_template_kwargs as {'tools': ...}",
+            name,
+        )
+    streamed = isinstance(dataset, IterableDataset)
+    options = {} if streamed else {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
+    dataset = dataset.map(
+        _prepare_row,
+        with_indices=True,
+        fn_kwargs={"processing_class": processing_class, "max_length": max_length, "name": name},
+        remove_columns=columns,
+        **options,
+    )
+    if not streamed:
+        _report_no_answer(dataset["_no_answer"][:], max_length, name)
+        if vocab_size is not None:
+            _check_ids(max(dataset["_max_id"][:]), vocab_size, processing_class, name)
+    return dataset.remove_columns(list(_STATISTICS))
+
+
+def check_dataset(dataset: Any, name: str) -> list[str]:
+    """Refuse what cannot be prepared, before any time is spent on it.
+
+    Args:
+        dataset: what the user passed.
+        name: what to call it in messages.
+
+    Returns:
+        Its column names.
+
+    Raises:
+        TypeError: not a dataset of the `datasets` library.
+        ValueError: no rows, or missing columns.
+    """
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"{name} must be one dataset, got {type(dataset).__name__} with the splits "
+            f"{list(dataset)}; pass one of them"
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(dataset).__name__}; "
+            "Dataset.from_list(rows) and Dataset.from_json(path) make one"
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} has no rows; check the file, the split and any filter")
+    columns = dataset.column_names
+    if columns is None:  # a stream whose first row has not been looked at
+        columns = list(next(iter(dataset.take(1)), {}))
+    needed = COLUMNS if COLUMNS[0] in columns else ("chosen", "rejected")
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name} must have the columns 'chosen', 'rejected' and, unless these contain it, "
+            f"'prompt'; {missing} missing, got {columns}; rename them with dataset.rename_column"
+        )
+    return list(columns)
+
+
+def extract_prompt(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Split a row into prompt, chosen answer and rejected answer, all text or all messages.
+
+    A prompt of the same kind as the answers is taken as it is. Otherwise the prompt is the common
+    beginning of the two answers, which must then be full conversations (or texts); a `prompt`
+    column of text beside conversations, as in mlabonne/orpo-dpo-mix-40k, is ignored. Unlike TRL,
+    messages as prompt of text answers are refused: TRL drops that prompt.
+
+    Args:
+        example: row with `chosen`, `rejected` and perhaps `prompt`.
+
+    Returns:
+        (prompt, chosen, rejected).
+
+    Raises:
+        ValueError: a value that is neither text nor messages, kinds that do not go together, or
+            conversations that do not begin alike.
+    """
+    chosen, rejected, prompt = example["chosen"], example["rejected"], example.get("prompt")
+    kind = _kind("chosen", chosen)
+    if _kind("rejected", rejected) != kind:
+        raise ValueError(
+            f"chosen and rejected must be of one kind, got {kind} and {_kind('rejected', rejected)}"
+        )
+    if prompt is not None:
+        prompt_kind = _kind("prompt", prompt)
+        if prompt_kind == kind:
+            return prompt, chosen, rejected
+        if prompt_kind == "messages":
+            raise ValueError(
+                "prompt holds messages but chosen and rejected are text; give the answers as "
+                "messages too, [{'role': 'assistant', 'content': ...}]"
+            )
+    length = _implied_prompt_length(chosen, rejected)
+    if kind == "messages" and length == 0:
+        raise ValueError(
+            "without a prompt, chosen and rejected must begin with the same message, got "
+            f"{chosen[0]!r} and {rejected[0]!r}; add a prompt column, or the full conversations"
+        )
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str, str]:
+    """The three texts of a row: messages go through the chat template.
+
+    The prompt's text ends with the template's generation prompt (or is left open, when its last
+    message is the assistant's); what the two full conversations do not share is given to the
+    answers.
+
+    Args:
+        example: row as in `extract_prompt`; `chat_template_kwargs`, a dictionary, is passed on.
+        processing_class: tokenizer or processor whose chat template is used.
+
+    Returns:
+        (prompt, chosen, rejected) text.
+
+    Raises:
+        ValueError: as `extract_prompt`; messages without a chat template; a prompt that ends
+            with neither user, tool nor assistant.
+    """
+    prompt, chosen, rejected = extract_prompt(example)
+    if isinstance(prompt, str):
+        return prompt, chosen, rejected
+    if getattr(processing_class, "chat_template", None) is None:
+        raise ValueError(
+            "the rows hold messages, which need a chat template, but "
+            f"{type(processing_class).__name__} has none; set tokenizer.chat_template, take the "
+            "tokenizer of a chat model, or give prompt, chosen and rejected as text"
+        )
+    role = prompt[-1].get("role")
+    if role not in ("user", "tool", "assistant"):
+        raise ValueError(
+            "the last message of the prompt must be from 'user', 'tool' or 'assistant', got "
+            f"{role!r}; move it before the user's message"
+        )
+    options = {"tokenize": False, **(example.get("chat_template_kwargs") or {})}
+    template = processing_class.apply_chat_template
+    opening = template(
+        list(prompt),
+        add_generation_prompt=role != "assistant",
+        continue_final_message=role == "assistant",
+        **options,
+    )
+    full = [template([*prompt, *answer], **options) for answer in (chosen, rejected)]
+    shared = _common_length(opening, *full)
+    return opening[:shared], full[0][shared:], full[1][shared:]
+
+
+def tokenize_pair(
+    example: Mapping[str, Any], processing_class: Any, max_length: int
+) -> dict[str, list[int]]:
+    """Token ids and labels of one row.
+
+    Prompt and answer are tokenised together, so that tokens merge across the border as they do at
+    inference; a token that holds the end of the prompt and the beginning of the answer counts as
+    answer. BOS goes in front and EOS to the end where they are missing. An answer is cut where
+    prompt + answer exceed `max_length`. Two differences to TRL: a prompt that is itself longer is
+    cut too (its pair is not scored, so only memory is at stake), and prompts whose tokens change
+    by more than one in front of an answer are split at the first change instead of refused.
+
+    Args:
+        example: row as in `extract_prompt`.
+        processing_class: tokenizer, or processor with a `tokenizer`.
+        max_length: tokens to keep of each sequence.
+
+    Returns:
+        `COLUMNS`: per side the ids of prompt + answer, and labels with -100 for the prompt.
+
+    Raises:
+        ValueError: as `render`.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    prompt, chosen, rejected = render(example, processing_class)
+    alone, *full = (
+        _encode(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected)
+    )
+    row = {}
+    for side, ids, start in zip(
+        ("chosen", "rejected"), full, _answer_starts(alone, *full), strict=True
+    ):
+        opening, answer = ids[:start], ids[start:]
+        if tokenizer.bos_token_id is not None and opening[:1] != [tokenizer.bos_token_id]:
+            opening = [tokenizer.bos_token_id, *opening]
+        if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+            answer = [*answer, tokenizer.eos_token_id]
+        row[f"{side}_input_ids"] = (opening + answer)[:max_length]
+        row[f"{side}_labels"] = ([IGNORE_INDEX] * len(opening) + answer)[:max_length]
+    return row
+
+
+def _prepare_row(
+    example: Mapping[str, Any], index: int, processing_class: Any, max_length: int, name: str
+) -> dict[str, Any]:
+    try:
+        row = tokenize_pair(example, processing_class, max_length)
+    except ValueError as error:
+        raise ValueError(f"row {index} of {name}: {error}") from error
+    # The first position has no predecessor to be scored from.
+    scored = (
+        any(label != IGNORE_INDEX for label in row[f"{side}_labels"][1:])
+        for side in ("chosen", "rejected")
+    )
+    ids = row["chosen_input_ids"] + row["rejected_input_ids"]
+    statistics = {"_no_answer": not all(scored), "_max_id": max(ids, default=0)}
+    lengths = (len(row[f"{side}_labels"]) for side in ("chosen", "rejected"))
+    return {**row, "length": max(lengths), **statistics}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: no warning about the length of what is about to be cut.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _answer_starts(prompt: list[int], *full: list[int]) -> list[int]:
+    """Where the answer begins in each tokenised prompt + answer, given the prompt's own tokens."""
+    length = len(prompt)
+    # TRL's rule: a changed prompt is taken to have changed in its last token.
+    starts = [length - (ids[:length] != prompt) for ids in full]
+    openings = [ids[:start] for ids, start in zip(full, starts, strict=True)]
+    changes = sum(a != b for a, b in zip(*openings, strict=False))
+    if changes > 1 or any(len(ids) < length for ids in full):
+        starts = [_common_length(prompt, ids) for ids in full]
+    return starts
+
+
+def _common_length(*sequences: Sequence[Any]) -> int:
+    """Length of the common beginning of all sequences."""
+    shortest = min(len(sequence) for sequence in sequences)
+    for i in range(shortest):
+        if any(sequence[i] != sequences[0][i] for sequence in sequences):
+            return i
+    return shortest
+
+
+def _implied_prompt_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    length = _common_length(chosen, rejected)
+    if length == min(len(chosen), len(rejected)):
+        # One continues the other, or they are equal: what they share last is left to the answers.
+        return max(length - 1, 0)
+    # The space before an answer belongs to it: " blue" is one token.
+    return length - 1 if length > 0 and chosen[length - 1] == " " else length
+
+
+def _kind(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Sequence) and value and all(_is_message(item) for item in value):
+        return "messages"
+    received = type(value).__name__
+    if isinstance(value, Sequence):
+        received += f" of {type(value[0]).__name__}" if value else " that is empty"
+    raise ValueError(
+        f"{name} must be text or a list of messages {{'role': ..., 'content': ...}}, got {received}"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _report_no_answer(flags: Sequence[bool], max_length: int, name: str) -> None:
+    count = sum(flags)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if count and first:
+        logger.warning(
+            "%d of %d rows of %s have no answer token left within max_length=%d: they stay but "
+            "contribute 0 to the loss, and are counted as skipped_pairs. Raise max_length, or "
+            "filter out long prompts.",
+            count,
+            len(flags),
+            name,
+            max_length,
+        )
+
+
+def _check_ids(max_id: int, vocab_size: int, processing_class: Any, name: str) -> None:
+    if max_id >= vocab_size:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        raise ValueError(
+            f"token ids must be below the model's vocabulary of {vocab_size}, got {max_id} in "
+            f"{name} from a tokenizer of {len(tokenizer)} tokens; use the model's own tokenizer, "
+            "or model.resize_token_embeddings(len(tokenizer)) after adding tokens"
+        )

@@ -1,0 +1,172 @@
+"""From what the user passes as `model` to a model that is ready to be trained, as TRL does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo_kernels.training.config import ORPOConfig
+
+_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
+
+
+def load_model(name: str, args: ORPOConfig) -> nn.Module:
+    """Load a causal LM by hub name or path, from safetensors unless the user says otherwise.
+
+    Args:
+        name: hub name or folder.
+        args: `model_init_kwargs` and `trust_remote_code` are used.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a dtype that torch does not have.
+    """
+    options = {
+        "trust_remote_code": args.trust_remote_code,
+        "use_safetensors": True,
+        **_init_kwargs(args),
+    }
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        options["dtype"] = getattr(torch, dtype, None)
+    if dtype not in (None, "auto") and not isinstance(options["dtype"], torch.dtype):
+        raise ValueError(
+            f"model_init_kwargs['dtype'] must be 'auto' or the name of a torch dtype, got {dtype!r}"
+        )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(name, **options)
+    return model
+
+
+def load_processing_class(model: nn.Module | None, args: ORPOConfig) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        model: the model.
+        args: `trust_remote_code`, and the `revision` of `model_init_kwargs`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: the model does not know where it came from.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processing_class is needed: the model has no name to load a tokenizer by; pass "
+            "processing_class=AutoTokenizer.from_pretrained(...)"
+        )
+    revision = _init_kwargs(args).get("revision")
+    options = {} if revision is None else {"revision": revision}
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+
+
+def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    """Add adapters, make checkpointed inputs require gradients, switch dropout off.
+
+    Args:
+        model: causal LM, or a `PeftModel` when `peft_config` is None.
+        args: arguments of the run.
+        peft_config: `peft.PeftConfig` or None.
+
+    Returns:
+        The model to train.
+
+    Raises:
+        TypeError: `peft_config` is not a `PeftConfig`.
+        ValueError: a `PeftModel` together with a `peft_config`.
+        NotImplementedError: an encoder-decoder model.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} is an encoder-decoder model, expected a causal language "
+            "model; TRL's ORPOTrainer trains encoder-decoder models"
+        )
+    if peft_config is not None:
+        model = _with_adapters(model, args, peft_config)
+    elif args.gradient_checkpointing:
+        _require_input_grads(model)
+    if args.disable_dropout:
+        _disable_dropout(model)
+    return model
+
+
+def _init_kwargs(args: ORPOConfig) -> dict[str, Any]:
+    kwargs = args.model_init_kwargs or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(
+            f"model_init_kwargs must be a dictionary, or JSON of one, got {kwargs!r}; write "
+            'e.g. {"dtype": "bfloat16"}'
+        )
+    return kwargs
+
+
+def _with_adapters(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
+    try:
+        from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise ImportError("peft_config needs the peft library: pip install peft") from error
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            "peft_config must be a peft.PeftConfig such as peft.LoraConfig(...), got "
+            f"{type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PeftModel and peft_config was passed too; pass the PeftModel alone to go "
+            "on training its adapter, or model.merge_and_unload() and a new peft_config"
+        )
+    quantised = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if quantised:
+        prepare: Any = prepare_model_for_kbit_training
+        model = prepare(
+            model,
+            use_gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    elif args.gradient_checkpointing:
+        _require_input_grads(model)
+    plugin = args.deepspeed_plugin
+    # ZeRO-3 gathers parameters of one dtype only, so the adapter keeps the base model's.
+    sharded = plugin is not None and plugin.zero_stage == 3 and not quantised
+    model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
+    if args.bf16 and getattr(model, "is_loaded_in_4bit", False):
+        _cast_unquantised_to_bf16(model)
+    return model
+
+
+def _cast_unquantised_to_bf16(model: nn.Module) -> None:
+    """Undo part of `prepare_model_for_kbit_training`: embeddings and head need no float32."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.LayerNorm) or "norm" in name:
+            module.to(torch.float32)
+        elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")) and (
+            weight is not None and weight.dtype == torch.float32
+        ):
+            module.to(torch.bfloat16)
+
+
+def _require_input_grads(model: Any) -> None:
+    """Reentrant checkpointing drops gradients unless an input requires one."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+        return
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_(True)
+    )
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention, and all of OPT, call F.dropout with a number kept on the module.
+        for name in _DROPOUTS:
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)

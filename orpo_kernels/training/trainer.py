@@ -1,0 +1,396 @@
+"""ORPOTrainer: `transformers.Trainer` on the fused ORPO loss, with TRL's arguments and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.integrations.transformers import FusedHead, fuse_head
+from orpo_kernels.loss import ORPOLoss, count_terms
+from orpo_kernels.training.arguments import (
+    adapt_arguments,
+    check_arguments,
+    explained,
+    named_datasets,
+)
+from orpo_kernels.training.checkpoints import (
+    check_complete,
+    check_fits,
+    check_output_dir,
+    last_complete_checkpoint,
+    load_renamed,
+)
+from orpo_kernels.training.collator import PreferenceCollator
+from orpo_kernels.training.config import ORPOConfig
+from orpo_kernels.training.data import check_dataset, prepare_dataset
+from orpo_kernels.training.metrics import MetricSums, pair_table
+from orpo_kernels.training.model_setup import load_model, load_processing_class, set_up_model
+
+
+class ORPOTrainer(Trainer):
+    """Train a causal LM on preference pairs with the ORPO loss, without logits.
+
+    Drop-in for TRL's class of this name: same arguments, data formats, metric names, numbers.
+    The output head of `model` is fused (`fuse_head`): called with labels it returns log-probs
+    and the loss, without labels it works as ever. `fused_head.unfuse()` undoes it.
+
+    Args:
+        model: causal LM, `PeftModel`, or a hub name or folder to load (`model_init_kwargs`).
+        args: the run's arguments; `ORPOConfig()` if None.
+        data_collator: makes batches as `PreferenceCollator`, which is the default.
+        train_dataset: see `prepare_dataset`; a prepared one is taken as it is.
+        eval_dataset: the same, or a dictionary of several.
+        processing_class: tokenizer, or processor with one; loaded by the model's name if None.
+        model_init: returns a fresh model for every `train()`, instead of `model`.
+        callbacks: further callbacks.
+        optimizers: optimizer and scheduler to use.
+        preprocess_logits_for_metrics: refused, there are no logits.
+        peft_config: adapters to add; a quantised model is prepared for training first.
+        compute_metrics: called after an evaluation, on all its N pairs, with `predictions` (N, 2)
+            float32, the mean log-probs (nats) of chosen and rejected answer, and `label_ids` (N,),
+            the column of the preferred answer: 0, or -100 where an answer has no scored token.
+
+    Raises:
+        TypeError: arguments of a wrong type.
+        ValueError: no model, no tokenizer, unusable data, contradicting arguments.
+        NotImplementedError: an encoder-decoder model, a head that cannot be fused, logits asked
+            for, context or sequence parallelism.
+    """
+
+    args: ORPOConfig
+    # Read by transformers >= 5.19; see `_tell_trainer_what_is_scaled` for older ones.
+    loss_is_scaled_for_ga: bool | None = False
+
+    def __init__(  # noqa: PLR0913 - TRL's signature
+        self,
+        model: nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Callable[[Any], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+    ) -> None:
+        args = ORPOConfig() if args is None else args
+        check_arguments(model, args, model_init, preprocess_logits_for_metrics)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_dataset(dataset, name)
+        adapt_arguments(args, train_dataset)
+        self._peft_config = peft_config
+        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._tokens: Tensor | None = None
+        self._owns_output_dir = False
+
+        set_seed(args.seed)  # the adapters' weights are drawn here
+        if isinstance(model, str):
+            model = load_model(model, args)
+        if processing_class is None:
+            processing_class = load_processing_class(model, args)
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                processing_class,
+                pad_token_id=args.padding_value,
+                nll_scope=args.resolved_nll_scope,
+            )
+        if model is not None:
+            model = set_up_model(model, args, peft_config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,  # type: ignore[arg-type]
+            compute_metrics=None if compute_metrics is None else explained(compute_metrics),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if model is not None:
+            self._fuse(model)
+        self._refuse_split_sequences()
+        self._tell_trainer_what_is_scaled()
+        self._bound_vocabulary()
+        self.train_dataset = self._prepared(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, Mapping):
+            self.eval_dataset = {
+                name: self._prepared(dataset, f"eval_dataset[{name!r}]")
+                for name, dataset in eval_dataset.items()
+            }
+        else:
+            self.eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, set up and fused as a given one is."""
+        model = set_up_model(super().call_model_init(trial), self.args, self._peft_config)
+        self._fuse(model)
+        return model
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: path of a checkpoint, or True for the last complete one in
+                `output_dir`.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Returns:
+            Step count, mean loss and metrics, `train_tokens` and `train_tokens_per_second`
+            (tokens of both answers' sequences without padding) among them.
+
+        Raises:
+            FileExistsError: `output_dir` holds another run; see `overwrite_output_dir`.
+            FileNotFoundError: no complete checkpoint to resume from.
+            ValueError: an incomplete checkpoint, or another model's.
+        """
+        folder = Path(self.args.output_dir or ".")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(folder))
+        elif resume_from_checkpoint:
+            check_complete(Path(resume_from_checkpoint))
+        elif not self._owns_output_dir and self.args.should_save:
+            check_output_dir(folder, self.args.overwrite_output_dir)
+        if resume_from_checkpoint and not self._is_sharded:
+            check_fits(cast(nn.Module, self.model), Path(resume_from_checkpoint))
+        self._owns_output_dir = True
+        self._train_sums, self._tokens = MetricSums(), None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, and what its loss divides by.
+
+        Returns:
+            The batches and, with loss_normalization="global", (2,) int64: NLL tokens and scored
+            pairs of all of them, and of all ranks if `average_tokens_across_devices`.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.loss_normalization != "global" or not batches:
+            return batches, None
+        counts = torch.stack([torch.stack(_count(batch)) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            # Ranks of one tensor-parallel group count the same pairs.
+            counts = self._summed_over_ranks(counts) // self.get_tp_size()
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a training batch; its metrics are added to the next log.
+
+        Args:
+            model: the model as Trainer has wrapped it.
+            inputs: batch of `PreferenceCollator`.
+            return_outputs: also return the model's output, whose `logits` are empty.
+            num_items_in_batch: from `get_batch_samples`.
+
+        Returns:
+            0-dim float32 loss, or (loss, output).
+        """
+        counts: dict[str, Tensor] = {}
+        weight: Tensor | float = 1.0
+        if isinstance(num_items_in_batch, Tensor):
+            num_nll_tokens, num_pairs = num_items_in_batch.unbind()
+            counts = {"num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs}
+        output = self._forward(model, inputs, **counts)
+        loss = output.loss
+        if counts:
+            weight = output.orpo.pair_mask.sum() / num_pairs.clamp(min=1)
+            if self.args.average_tokens_across_devices:  # gradients will be averaged over ranks
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._train_sums.add(self._table(output, weight))
+        self._count_tokens(inputs)
+        loss = loss.to(self.args.device)
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of an evaluation batch, within the memory of a training batch.
+
+        Returns:
+            Loss, and unless `prediction_loss_only` the `predictions` and `label_ids` described at
+            `compute_metrics`, for the batch's P pairs.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = self._forward(model, inputs)
+        self._eval_sums.add(self.accelerator.gather_for_metrics(self._table(output, None)))
+        loss = output.loss.detach().to(self.args.device)
+        if prediction_loss_only:
+            return loss, None, None
+        orpo = output.orpo
+        logps = torch.stack((orpo.chosen_logps, orpo.rejected_logps), dim=1)
+        preferred = torch.where(orpo.pair_mask, 0, IGNORE_INDEX)
+        return loss, logps, preferred
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop; the metrics get the loop's own prefix ("eval", "eval_<name>", "test")."""
+        self._eval_sums = MetricSums()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._eval_sums.pop()
+        metrics: dict[str, float] = output.metrics if output.metrics is not None else {}
+        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output._replace(metrics=metrics)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer's; a dataset passed to `evaluate` is prepared like those of the trainer."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As Trainer's; the dataset passed to `predict` is prepared."""
+        return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics since the last log; see `transformers.Trainer.log`."""
+        if "loss" in logs:
+            logs.update(self._train_sums.pop(self._summed_over_ranks))
+        elif "train_runtime" in logs and self._tokens is not None:
+            tokens = float(self._summed_over_ranks(self._tokens).item())
+            logs["train_tokens"] = tokens
+            logs["train_tokens_per_second"] = round(tokens / max(logs["train_runtime"], 1e-9), 1)
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        whole = cast(nn.Module, self.model)
+        if self._is_sharded or not load_renamed(whole, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best, whole = self.state.best_model_checkpoint, cast(nn.Module, self.model)
+        if self._is_sharded or best is None or not load_renamed(whole, Path(best)):
+            super()._load_best_model()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _fuse(self, model: nn.Module) -> None:
+        args = self.args
+        compute_dtype = None if args.compute_dtype is None else getattr(torch, args.compute_dtype)
+        self.fused_head: FusedHead = fuse_head(
+            model,
+            loss=ORPOLoss(args.beta, args.resolved_nll_reduction),
+            workspace_bytes=args.workspace_bytes,
+            gradient=args.gradient,
+            compute_dtype=compute_dtype,
+            mean_logits=args.log_mean_logits,
+        )
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any], **counts: Tensor) -> Any:
+        missing = [name for name in ("labels", "nll_labels") if name not in inputs]
+        if missing:
+            raise ValueError(
+                f"a batch must have input_ids, attention_mask, labels and nll_labels, {missing} "
+                f"missing, got {list(inputs)}; use PreferenceCollator as data_collator"
+            )
+        # The fused head has put the loss on the output: all of it runs inside `model`'s wrappers.
+        return model(**inputs, **counts, use_cache=False)
+
+    def _table(self, output: Any, weight: Tensor | float | None) -> Tensor:
+        return pair_table(
+            output.orpo,
+            self.args.beta,
+            mean_logits=output.mean_logits if self.args.log_mean_logits else None,
+            aux_loss=getattr(output, "aux_loss", None),
+            weight=weight,
+        )
+
+    def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        tokens = (
+            inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
+            if mask is None
+            else mask.sum()
+        )
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        if dataset is None:
+            return None
+        args = self.args
+        with args.main_process_first(local=False, desc=f"tokenizing {name}"):
+            return prepare_dataset(
+                dataset,
+                self.processing_class,
+                max_length=args.resolved_max_length,
+                num_proc=args.dataset_num_proc,
+                vocab_size=self._vocab_size,
+                name=name,
+            )
+
+    @property
+    def _vocab_size(self) -> int:
+        """Ids must have an embedding and, to be scored, a logit."""
+        model: Any = self.model
+        weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        # ZeRO-3 leaves an empty tensor and keeps the real shape aside.
+        return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)
+
+    def _bound_vocabulary(self) -> None:
+        collator = self.data_collator
+        if not isinstance(collator, PreferenceCollator):
+            return
+        if collator.vocab_size is None:
+            collator.vocab_size = self._vocab_size
+        if collator.nll_scope != self.args.resolved_nll_scope:
+            raise ValueError(
+                f"data_collator.nll_scope is {collator.nll_scope!r} but the arguments say "
+                f"{self.args.resolved_nll_scope!r}; set nll_scope in ORPOConfig to match"
+            )
+
+    def _refuse_split_sequences(self) -> None:
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise NotImplementedError(
+                "context and sequence parallelism cut a sequence across ranks, which the means "
+                f"over its tokens do not allow (got sizes {self.get_cp_size()} and "
+                f"{self.get_sp_size()}); use data parallelism, FSDP or ZeRO"
+            )
+
+    def _tell_trainer_what_is_scaled(self) -> None:
+        """Whether the loss is already divided for gradient accumulation, in old and new ways."""
+        scaled = self.args.loss_normalization == "global"
+        self.loss_is_scaled_for_ga = scaled
+        self.model_accepts_loss_kwargs = False
+        if scaled and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            # transformers < 5.19 divides unless there is a loss function; ours is never called.
+            self.compute_loss_func = _never_called
+
+
+def _never_called(*args: Any, **kwargs: Any) -> Tensor:
+    raise RuntimeError("ORPOTrainer.compute_loss computes the loss; do not call this")
+
+
+def _count(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return count_terms(batch["labels"][:, 1:], batch["nll_labels"][:, 1:])

@@ -1,0 +1,107 @@
+"""Metric sums: their weights, what is absent, and that a step does not wait for the device."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orpo_kernels.loss import orpo_loss_from_logps
+from orpo_kernels.training.metrics import MetricSums, pair_table
+from tests.training.runs import make
+
+IGNORED = -100
+
+
+def output(chosen: list[float], rejected: list[float | None]) -> Any:
+    """The loss of sequences of one token each; None: no scored token."""
+    logps = torch.tensor([[0.0 if x is None else x] for x in [*chosen, *rejected]])
+    labels = torch.tensor([[IGNORED if x is None else 1] for x in [*chosen, *rejected]])
+    return orpo_loss_from_logps(logps, labels)
+
+
+def test_means_over_pairs_and_batches() -> None:
+    sums = MetricSums()
+    first, second = output([-1.0, -2.0], [-2.0, -1.5]), output([-3.0], [-4.0])
+    for orpo in (first, second):
+        sums.add(pair_table(orpo, 0.5, weight=1.0))
+    means = sums.pop()
+    assert means["logps/chosen"] == pytest.approx(-2.0)
+    assert means["rewards/rejected"] == pytest.approx(0.5 * -2.5)
+    assert means["rewards/accuracies"] == pytest.approx(2 / 3)
+    assert means["rewards/margins"] == pytest.approx(0.5 * 0.5)
+    # Batches weigh one each here, as in the mean of micro-batches: (1.5 + 3) / 2.
+    assert means["nll_loss"] == pytest.approx(2.25)
+    ratio = torch.cat([first.log_odds_ratio, second.log_odds_ratio])
+    assert means["log_odds_chosen"] == pytest.approx(ratio.mean().item())
+    assert means["log_odds_ratio"] == pytest.approx(ratio.sigmoid().log().mean().item())
+    assert means["skipped_pairs"] == means["clamped_logps"] == 0
+    assert "aux_loss" not in means
+    assert "logits/chosen" not in means
+    assert sums.pop() == {}
+
+
+def test_every_row_weighs_one_in_evaluation() -> None:
+    sums = MetricSums()
+    for orpo in (output([-1.0, -2.0], [-2.0, -1.5]), output([-3.0], [-4.0])):
+        logits = torch.arange(2.0 * len(orpo.chosen_logps))
+        sums.add(pair_table(orpo, 0.5, mean_logits=logits, aux_loss=torch.tensor(7.0)))
+    means = sums.pop()
+    assert means["nll_loss"] == pytest.approx((2 * 1.5 + 3) / 3)
+    assert means["aux_loss"] == pytest.approx(7)
+    assert means["logits/chosen"] == pytest.approx((0 + 1 + 0) / 3)
+    assert means["logits/rejected"] == pytest.approx((2 + 3 + 1) / 3)
+
+
+def test_skipped_and_clamped_pairs_are_counted() -> None:
+    sums = MetricSums()
+    sums.add(pair_table(output([-1.0, -0.0, -2.0], [None, -1.0, -3.0]), 0.1))
+    means = sums.pop()
+    assert means["skipped_pairs"] == 1
+    assert means["clamped_logps"] == 1
+    assert means["logps/rejected"] == pytest.approx(-2.0)
+    sums.add(pair_table(output([-1.0], [None]), 0.1))
+    assert math.isnan(sums.pop()["logps/chosen"])
+
+
+def test_accuracy_is_there_without_rewards() -> None:
+    # beta = 0 is plain fine-tuning; all rewards are 0, but the answers still have an order.
+    sums = MetricSums()
+    sums.add(pair_table(output([-1.0, -1.0], [-2.0, -0.5]), 0.0))
+    assert sums.pop()["rewards/accuracies"] == 0.5
+
+
+def test_sums_are_reduced_over_ranks() -> None:
+    sums = MetricSums()
+    sums.add(pair_table(output([-1.0], [-2.0]), 0.1))
+    other = pair_table(output([-3.0], [-5.0]), 0.1).sum(0)
+    assert sums.pop(lambda mine: mine + other)["logps/rejected"] == pytest.approx(-3.5)
+
+
+def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: Any) -> None:
+    # On a GPU each of these copies a value to the host. Ours may do so when a log is written.
+    calls: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def watched(tensor: torch.Tensor, *args: Any) -> Any:
+            caller = sys._getframe(1)
+            path = Path(caller.f_code.co_filename)
+            if "orpo_kernels" in path.parts and path.stem not in ("collator", "selfcheck"):
+                calls.append(f"{path.stem}.{caller.f_code.co_name}: {name}")
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+
+    trainer = make(tmp_path, max_steps=4, logging_steps=4, loss_normalization="global")
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+        watch(name)
+    trainer.train()
+    ours = [call for call in calls if call.split(".")[0] in ("trainer", "metrics", "loss")]
+    # one log of the metrics, one of the token count at the end
+    assert ours == ["metrics.pop: tolist", "trainer.log: item"]
