@@ -24,11 +24,21 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup  ## everything that needs no GPU
-	$(BIN)/python -m pytest
+test: setup  ## everything that needs no GPU, benchmarks once and small among it
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+demo: setup  ## ORPO on nf4 + LoRA next to plain SFT, in minutes on a CPU
+	$(BIN)/python -m examples.demo
+
+bench: setup  ## CPU race against every peer; writes benchmarks/results and docs/benchmarks.md
+	$(BIN)/python -m benchmarks.run --device cpu --minutes 15
+	$(BIN)/python -m benchmarks.report --readme
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.run --device cuda --minutes 8.5
 
 clean:
 	rm -rf .venv build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

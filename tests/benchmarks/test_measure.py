@@ -1,0 +1,123 @@
+"""Counting, pairing, choosing: the parts of the harness that could mislead quietly."""
+
+import pytest
+import torch
+
+from benchmarks.cases import label, memory_sweep, planned
+from benchmarks.heads import Case
+from benchmarks.implementations import IMPLEMENTATIONS, plain_torch_tiles
+from benchmarks.measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    PairedRounds,
+    bare_gemm,
+    count_gemm_flop,
+    passes,
+    rounds_for,
+)
+from benchmarks.steps import Step
+from benchmarks.workloads import make_workload
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return make_workload(Case("cpu", pairs=2, dtype="float32"), tiny=True)
+
+
+# What each does by construction: materialised 2 and 3, recomputation one more, padding on top.
+@pytest.mark.parametrize(
+    ("name", "mode", "expected"),
+    [
+        ("ours-exact", "frozen", 2), ("ours-exact-kept", "trainable", 3), ("ours-exact", "eval", 1),
+        ("eager", "frozen", 2), ("eager", "trainable", 3), ("eager", "eval", 1),
+        ("trl-chunked", "frozen", 3), ("trl-chunked", "trainable", 4),
+        ("torch-lce", "frozen", 3), ("torch-lce", "trainable", 4),
+    ],
+)  # fmt: skip
+def test_passes_on_the_scored_rows(workload, name, mode, expected):
+    if reason := IMPLEMENTATIONS[name].missing(workload, "cpu"):
+        pytest.skip(reason)
+    step = Step(IMPLEMENTATIONS[name], workload, mode)
+    assert passes(count_gemm_flop(step.run), workload) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["trl-orpo", "liger"])
+def test_whole_losses_multiply_the_padding_too(workload, name):
+    if reason := IMPLEMENTATIONS[name].missing(workload, "cpu"):
+        pytest.skip(reason)
+    step = Step(IMPLEMENTATIONS[name], workload, "frozen")
+    padded = 2 / workload.scored_share
+    assert passes(count_gemm_flop(step.run), workload) == pytest.approx(padded, rel=0.01)
+
+
+def test_the_bare_gemm_is_one_pass(workload):
+    assert passes(count_gemm_flop(bare_gemm(workload)), workload) == 1
+
+
+def test_ratios_are_taken_to_the_gemms_beside_the_round():
+    # The machine is twice as slow in the second round: both double, the ratio stays.
+    rounds = PairedRounds(rounds_s=[2.0, 4.0, 2.0], gemm_s=[1.0, 1.0, 3.0, 1.0])
+    summary = rounds.summary()
+    assert summary["ratio_to_gemm"] == {"median": 2.0, "iqr": 0.5}  # 2, 2, 1
+    assert summary["time_ms"]["median"] == 2000
+    assert summary["rounds"] == 3
+
+
+def test_nothing_timed_is_nothing_claimed():
+    assert PairedRounds().summary() == {}
+
+
+def test_rounds_fit_the_budget():
+    assert rounds_for(0.001) == MAX_ROUNDS
+    assert rounds_for(1.5, budget_s=6) == 4
+    assert rounds_for(5, budget_s=6) == MIN_ROUNDS
+    assert rounds_for(60, budget_s=6) == 1  # over SLOW_S
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan_names_what_exists_once(device):
+    plan = planned(device) + memory_sweep(device)
+    keys = [(label(case), name) for case, name in plan]
+    assert len(keys) == len(set(keys))
+    assert {name for _, name in keys} == set(IMPLEMENTATIONS)
+    assert all(case.mode in IMPLEMENTATIONS[name].modes for case, name in plan)
+
+
+def test_every_mode_asks_for_its_gradients_and_no_other(workload):
+    for mode, needs in (
+        ("frozen", (True, False)),
+        ("trainable", (True, True)),
+        ("eval", (False, False)),
+    ):
+        step = Step(IMPLEMENTATIONS["eager"], workload, mode)
+        step.run()
+        assert tuple(each is not None for each in step.gradients) == needs
+        step.clear()
+        assert step.gradients == (None, None)
+
+
+def test_a_missing_peer_says_so(monkeypatch, workload):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in IMPLEMENTATIONS["liger"].missing(workload, "cpu")
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    assert "2.13" in IMPLEMENTATIONS["torch-lce"].missing(workload, "cpu")
+
+
+def test_a_peer_without_softcap_is_skipped_by_name():
+    capped = make_workload(Case("gemma-2-2b"), tiny=True)
+    assert "softcap" in IMPLEMENTATIONS["liger"].missing(capped, "cpu")
+    assert "softcap" in IMPLEMENTATIONS["torch-lce"].missing(capped, "cpu")
+    assert IMPLEMENTATIONS["ours-exact"].missing(capped, "cpu") is None
+
+
+def test_the_plain_torch_form_is_really_what_runs(workload):
+    from orpo_kernels.engine import exact
+
+    dispatched = exact.softmax_stats
+    with plain_torch_tiles():
+        assert exact.softmax_stats is not dispatched
+        step = Step(IMPLEMENTATIONS["ours-exact"], workload, "frozen")
+        inside = step.run()
+    assert exact.softmax_stats is dispatched
+    step.clear()
+    torch.testing.assert_close(step.run(), inside)
