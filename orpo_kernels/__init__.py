@@ -13,28 +13,25 @@ from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from orpo_kernels.estimate import estimate_memory
-    from orpo_kernels.integrations.transformers import fuse_head, unfuse_head
-    from orpo_kernels.selftest import self_test
-    from orpo_kernels.training import ORPOConfig, ORPOTrainer
+    from orpo_kernels.estimate import estimate_memory as estimate_memory
+    from orpo_kernels.integrations.transformers import fuse_head as fuse_head
+    from orpo_kernels.integrations.transformers import unfuse_head as unfuse_head
+    from orpo_kernels.selftest import self_test as self_test
+    from orpo_kernels.training import ORPOConfig as ORPOConfig
+    from orpo_kernels.training import ORPOTrainer as ORPOTrainer
 
 
 __all__ = [
     "PRESETS",
-    "ORPOConfig",
     "ORPOLoss",
     "ORPOOutput",
-    "ORPOTrainer",
     "__version__",
-    "estimate_memory",
-    "fuse_head",
     "linear_logps",
     "odds_ratio_loss",
     "orpo_loss",
-    "self_test",
-    "unfuse_head",
 ]
 
+# Not in __all__: `from orpo_kernels import *` works without the `hf` extra.
 _LAZY = {
     "ORPOConfig": "orpo_kernels.training",
     "ORPOTrainer": "orpo_kernels.training",

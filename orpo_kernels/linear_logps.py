@@ -1,26 +1,30 @@
 """The one op between the model and the loss: token log-probs of a linear head, differentiable.
 
     z_t = softcap(scale * (h_t W^T + b)),   logp_t = z_t[y_t] - log sum exp z_t
-    dhidden_t = a_t g_t,   g_t = d_y W[y_t] - sum_v p_tv d_tv W_v,   a_t = d loss / d logp_t
+    dhidden_t = a_t (d_y W[y_t] - sum_v p_tv d_tv W_v),   a_t = d loss / d logp_t
     dW_v = sum_t a_t d_tv (1[v = y_t] - p_tv) h_t
 
 This file validates, chooses the rows that are scored, and registers the op (schema, fake, autograd)
 with the dispatcher; `engine/` does the vocabulary-sized work.
 
-g, computed in the forward, has the shape of dhidden and becomes it: the backward scales it in place
+That gradient but for its factor per row, g, is computed in the forward and becomes dhidden: the
+backward scales it in place
 unless the graph is kept (`retain_graph=True`), so hidden costs one gradient buffer and no more.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.engine.arguments import choose_compute_dtype, refuse_forward_mode, validate
 from orpo_kernels.engine.chunks import (
     Columns,
     default_workspace_bytes,
     kept_rows,
+    plan_backward,
     plan_forward,
     plan_kept,
     spans,
@@ -59,7 +63,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         ignore_index: label of positions that are not scored; may lie inside [0, V).
         gradient: "exact".
         compute_dtype: dtype of the GEMM operands; default: the autocast dtype when autocast is on,
-            else the promoted dtype of `hidden` and `weight`.
+            else the promoted dtype of `hidden` and `weight`. On a CPU float16 runs in float32.
         workspace_bytes: what may be allocated beyond inputs, results and gradients, in bytes;
             default: 64 MiB, or 1 % of the device's memory where that is more.
         low_rank: (hidden_r (..., r), weight_r (V, r)); adds `hidden_r @ weight_r.T` to the raw
@@ -73,7 +77,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         TypeError: not floating point (a quantised weight), or labels that are not integer.
         ValueError: shapes that do not match, a label outside [0, V) (CPU tensors; on other devices
             a device-side assertion), a workspace too small for one tile.
-        NotImplementedError: an unknown `gradient`.
+        NotImplementedError: an unknown `gradient`; second or forward-mode derivatives.
 
     Note:
         Never allocates (N, V). Unscored rows are dropped before any GEMM (choosing them syncs a GPU
@@ -83,11 +87,12 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         arXiv 2403.07691, equation 1 (token log-probs); derivation in docs/mathematics.md.
     """
     label_sets = labels if isinstance(labels, tuple) else (labels,)
-    _validate(hidden, weight, label_sets, bias, low_rank)
+    validate(hidden, weight, label_sets, bias, low_rank)
     if gradient not in GRADIENTS:
         raise NotImplementedError(f"gradient={gradient!r} is not available; use one of {GRADIENTS}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; None means no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
+    refuse_forward_mode(hidden, weight, bias, *(low_rank or ()))
     device = weight.device
     moved = hidden.to(device)
     hidden_r, weight_r = (None, None) if low_rank is None else (low_rank[0].to(device), low_rank[1])
@@ -95,67 +100,13 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     grad = torch.is_grad_enabled()
     logps, *_ = _linear_logps(
         moved, weight, stacked, bias, hidden_r, weight_r, float(logit_scale), softcap, ignore_index,
-        _compute_dtype(hidden, weight, compute_dtype), workspace_bytes,
+        choose_compute_dtype(hidden, weight, compute_dtype), workspace_bytes,
         grad and (hidden.requires_grad or (hidden_r is not None and hidden_r.requires_grad)),
         grad and any(each is not None and each.requires_grad for each in (weight, bias, weight_r)),
         True,
     )  # fmt: skip
     logps = logps.to(hidden.device)
     return (logps[0], logps[1]) if isinstance(labels, tuple) else logps[0]
-
-
-def _validate(
-    hidden: Tensor,
-    weight: Tensor,
-    label_sets: tuple[Tensor, ...],
-    bias: Tensor | None,
-    low_rank: tuple[Tensor, Tensor] | None,
-) -> None:
-    low = {} if low_rank is None else {"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]}
-    floating = {"hidden": hidden, "weight": weight, "bias": bias, **low}
-    for name, tensor in floating.items():
-        if tensor is not None and not tensor.is_floating_point():
-            hint = "; dequantise the head first" if name == "weight" else ""
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}{hint}")
-    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be (..., H) and weight (V, H), got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; weight is not transposed"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if low_rank is not None:
-        expected = (*hidden.shape[:-1], low_rank[1].shape[-1])
-        if low_rank[0].shape != expected or low_rank[1].shape[:-1] != weight.shape[:1]:
-            raise ValueError(
-                "low_rank must be (hidden_r (..., r), weight_r (V, r)), got "
-                f"{tuple(low_rank[0].shape)} and {tuple(low_rank[1].shape)}"
-            )
-    _validate_labels(hidden, label_sets)
-
-
-def _validate_labels(hidden: Tensor, label_sets: tuple[Tensor, ...]) -> None:
-    if len(label_sets) not in (1, 2):
-        raise ValueError(f"labels must be a tensor or a tuple of two, got {len(label_sets)}")
-    for labels in label_sets:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integer token ids, got {labels.dtype}")
-        if labels.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"labels must have the shape of hidden without H, {tuple(hidden.shape[:-1])}, got "
-                f"{tuple(labels.shape)}; labels are shifted: labels[t] is scored from hidden[t]"
-            )
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    if asked is not None:
-        if not asked.is_floating_point:
-            raise TypeError(f"compute_dtype must be floating point, got {asked}")
-        return asked
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _budget(workspace_bytes: int | None, device: torch.device) -> int:
@@ -179,7 +130,7 @@ def _linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
     needs_dweight: bool,
     consume_g: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs (K, ...), statistics (5, N), g (N, H), its low-rank part (N, r), kept E (N, V).
+    """Log-probs (K, ...), statistics (7, N), g (N, H), its low-rank part (N, r), kept E (N, V).
 
     With `consume_g` the backward may turn g into dhidden in place: the caller lets go of it.
     """
@@ -192,7 +143,8 @@ def _linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
             needs_dhidden, needs_dweight,
         )  # fmt: skip
         if chosen.sizes.rows > 0:
-            _forward(chosen, statistics, (g, g_r) if needs_dhidden else None, kept, workspace_bytes)
+            gradients = (g, g_r) if needs_dhidden else None
+            _forward(chosen, statistics, gradients, kept, workspace_bytes, needs_dweight)
         return scored.logps(statistics).view(labels.shape), statistics, g, g_r, kept
 
 
@@ -202,9 +154,12 @@ def _forward(
     gradients: tuple[Tensor, Tensor] | None,
     kept: Tensor,
     workspace_bytes: int | None,
+    needs_dweight: bool,
 ) -> None:
     sizes, keep = chosen.sizes, kept.shape[0] > 0
     budget = _budget(workspace_bytes, sizes.device)
+    if needs_dweight and not keep:  # a budget too small for the backward is refused here
+        plan_backward(sizes, budget, sizes.hidden_columns, recompute=True)
     plan = (
         plan_kept(sizes, kept.shape[0], budget)
         if keep
@@ -247,7 +202,7 @@ def _empty_outputs(  # noqa: PLR0913 - as the schema
     sizes = problem_sizes(0, (hidden, hidden_r), (weight, weight_r), labels.shape[0], compute_dtype)
     fits = needs_dweight and count <= kept_rows(sizes, _budget(workspace_bytes, weight.device))
     kept = hidden.new_zeros((count if fits else 0, weight.shape[0]), dtype=compute_dtype)
-    return logps, hidden.new_zeros((5, count), dtype=wide), g, g_r, kept
+    return logps, hidden.new_zeros((7, count), dtype=wide), g, g_r, kept
 
 
 @_linear_logps.register_fake
@@ -270,8 +225,9 @@ def _linear_logps_dhidden_(  # noqa: PLR0913 - a schema has no dataclasses
     softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    workspace_bytes: int | None,
 ) -> None:
-    """Turns g into dhidden in place: a g, plus the entries of two differing labels."""
+    """Turns g into dhidden in place: a (1 - p) g, plus the entries of two differing labels."""
     with torch.amp.autocast(weight.device.type, enabled=False):
         scored = score(labels, ignore_index, weight.shape[0])
         a = scored.coefficients(dlogps)
@@ -280,13 +236,13 @@ def _linear_logps_dhidden_(  # noqa: PLR0913 - a schema has no dataclasses
         shares = None
         if scored.labels.second is not None:
             distinct = scored.labels.second >= 0
-            shares = [
-                torch.where(distinct, share, 0.0) for share in label_shares(head, statistics, a)
-            ]
-        width = g.shape[1] + g_r.shape[1]
-        step = max(1, 2**20 // max(1, width))  # widened rows: a few MiB, inside any workspace
-        for start, stop in spans(g.shape[0], step):
-            wide = a.total[start:stop, None] * torch.cat((g[start:stop], g_r[start:stop]), 1)
+            shares = [torch.where(distinct, share, 0.0) for share in label_shares(statistics, a)]
+        factor = a.total * statistics[2]
+        # Widened rows, label entries and their cast; a few MiB are as fast as more.
+        row_bytes = (g.shape[1] + g_r.shape[1]) * factor.element_size() * 4
+        budget = min(_budget(workspace_bytes, weight.device), 2**24)
+        for start, stop in spans(g.shape[0], max(1, budget // max(1, row_bytes))):
+            wide = factor[start:stop, None] * torch.cat((g[start:stop], g_r[start:stop]), 1)
             if shares is not None:
                 for each, share in zip(present(list(scored.labels)), shares, strict=True):
                     rows = head.columns.rows(each[start:stop], wide.dtype)
@@ -367,6 +323,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, labels, bias, hidden_r, weight_r, statistics, g, g_r, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "second derivatives of linear_logps are not available: backward with create_graph=False"
+        )
     shared = (ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.compute_dtype)
     dhidden: Tensor | None = None
     dhidden_r: Tensor | None = None
@@ -377,7 +337,9 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
         # Traced (a subclass stands for g), what is mutated must not be an output of the forward.
         if kept_graph or not ctx.consume_g or type(g) is not Tensor:
             g, g_r = g.clone(), g_r.clone()
-        _linear_logps_dhidden_(g, g_r, dlogps, statistics, weight, labels, bias, weight_r, *shared)
+        _linear_logps_dhidden_(
+            g, g_r, dlogps, statistics, weight, labels, bias, weight_r, *shared, ctx.workspace_bytes
+        )  # fmt: skip
         dhidden = g.view(hidden.shape) if needs[0] else None
         dhidden_r = g_r.view(hidden_r.shape) if needs[4] else None
     wanted = [needs[1], needs[3], needs[5]]

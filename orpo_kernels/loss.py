@@ -116,6 +116,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         arXiv 2403.07691, equations 5 to 7.
     """
     ignore_index = options.get("ignore_index", IGNORE_INDEX)
+    labels = labels.to(torch.int64)  # unsigned labels could not hold the ignore index
     count = _num_sequences(labels, sequence_ids, num_sequences)
     keywords = {
         "beta": beta, "nll_reduction": nll_reduction, "ignore_index": ignore_index,
@@ -172,13 +173,16 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
     count = _num_sequences(labels, sequence_ids, num_sequences)
+    labels, token_logps = labels.to(torch.int64), _widened(token_logps)
     scored = labels != ignore_index
     means, counts = sequence_mean(token_logps, scored, sequence_ids, count)
     nll_means, nll_counts = means, counts
     if nll_token_logps is not None and nll_labels is not None:
         nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
         nll_scored = nll_labels != ignore_index
-        nll_means, nll_counts = sequence_mean(nll_token_logps, nll_scored, sequence_ids, count)
+        nll_means, nll_counts = sequence_mean(
+            _widened(nll_token_logps), nll_scored, sequence_ids, count
+        )
 
     pairs = count // 2
     chosen, rejected = means[:pairs], means[pairs:]
@@ -189,7 +193,8 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
     weights = nll_tokens if by_token else pair_mask.to(nll_tokens.dtype)
     pair_count = _divisor(pair_mask.sum() if num_pairs is None else num_pairs)
     token_count = _divisor(nll_tokens.sum() if num_nll_tokens is None else num_nll_tokens)
-    nll_loss = -(nll_means[:pairs] * weights).sum() / (token_count if by_token else pair_count)
+    nll_sum = 0.0 - (nll_means[:pairs] * weights).sum()
+    nll_loss = nll_sum / (token_count if by_token else pair_count)
     or_loss = torch.where(pair_mask, or_losses, 0.0).sum() / pair_count
     clamped = (torch.cat((chosen, rejected)) > MAX_MEAN_LOGP) & pair_mask.repeat(2)
     return ORPOOutput(
@@ -359,6 +364,10 @@ def _chosen_only(
         )
     ignored = torch.full_like(labels[pairs:], ignore_index)
     return torch.cat((nll_labels[:pairs].to(labels), ignored))
+
+
+def _widened(logps: Tensor) -> Tensor:
+    return logps.to(torch.promote_types(logps.dtype, torch.float32))
 
 
 def _divisor(count: Tensor | int) -> Tensor | int:

@@ -3,7 +3,7 @@
     mean_s = sum over scored t of s of x_t / n_s,  0 where n_s = 0        dx_t = dmean_s / n_s
 
 Padded: x (B, T), a sequence a row. Packed: x (N,), `sequence_ids` (N,) says whose token it is.
-Sums in the dtype of x (float32). Deterministic: no float atomics.
+Sums in the dtype of x; packed ones, which are serial, in float64. Deterministic: no float atomics.
 """
 
 from typing import Any
@@ -32,10 +32,12 @@ def sequence_mean(
 def _sums(values: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
     if sequence_ids is None:
         return values.sum(-1)
-    sums = values.new_zeros(num_sequences)
+    sums = values.new_zeros(num_sequences, dtype=torch.float64)
     if values.device.type == "cpu":
-        return sums.index_add_(0, sequence_ids, values)
-    return sums.index_put_((sequence_ids,), values, accumulate=True)  # sorted, no atomics
+        sums.index_add_(0, sequence_ids, values.double())
+    else:
+        sums.index_put_((sequence_ids,), values.double(), accumulate=True)  # sorted, no atomics
+    return sums.to(values.dtype)
 
 
 @torch.library.custom_op("orpo_kernels::sequence_mean", mutates_args=())

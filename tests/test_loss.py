@@ -185,6 +185,32 @@ def test_clamps_are_counted():
     assert torch.isfinite(torch.autograd.grad(found.loss, logps)[0]).all()
 
 
+def test_16_bit_logps_are_summed_in_float32():
+    logps = torch.full((4, 5000), -1.0).bfloat16()
+    found = orpo_loss_from_logps(logps, torch.ones(4, 5000, dtype=torch.int64))
+    assert found.num_nll_tokens == 10_000
+    assert found.nll_loss == 1.0
+
+
+def test_unsigned_labels():
+    hidden, weight, labels = batch()
+    labels = labels.clamp(min=0)
+    expected = orpo_loss(hidden, weight, labels, nll_labels=labels.flip(1))
+    small = labels.to(torch.uint8)
+    found = orpo_loss(hidden, weight, small, nll_labels=small.flip(1))
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_long_packed_sequences_keep_their_digits():
+    # Added one after the other in float32, 65,536 terms lose two digits.
+    logps = -torch.rand(131_072)
+    labels = torch.ones(131_072, dtype=torch.int64)
+    ids = torch.arange(2).repeat_interleave(65_536)
+    found = orpo_loss_from_logps(logps, labels, sequence_ids=ids)
+    truth = logps.double().view(2, -1).mean(1)
+    torch.testing.assert_close(found.chosen_logps.double(), truth[:1], rtol=1e-7, atol=0)
+
+
 def test_ignore_index_inside_the_vocabulary():
     hidden, weight, labels = batch()
     inside = labels.masked_fill(labels == -100, 7)

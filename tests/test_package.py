@@ -28,3 +28,15 @@ def test_public_names():
         assert getattr(orpo_kernels, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = orpo_kernels.nonsense
+
+
+def test_star_import_needs_torch_only():
+    code = (
+        f"import sys\nfor name in {OPTIONAL}: sys.modules[name] = None\nfrom orpo_kernels import *"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_lazy_names():
+    for name in ("ORPOConfig", "ORPOTrainer", "fuse_head", "unfuse_head"):
+        assert getattr(orpo_kernels, name).__name__ == name

@@ -165,7 +165,7 @@ def _first_fit(
         shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
     for rows, columns in (*shapes, *_SMALL):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
-        scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
+        scratch = min(strip_bytes(sizes.device), 3 * rows * columns * sizes.wide_bytes)
         need = rows * per_row + columns * per_column + rows * columns * per_cell + scratch
         if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))

@@ -2,18 +2,20 @@
 
     E_tv = exp(z_tv - m_t) d_tv  for v not a label,  m_t = max of those z,   d = dz / d(h W^T)
     lse  = log(e^m sum E + e^z_y),    1 - p_y from log-sums, never by subtraction
-    g_t  = (1 - p_y) d_y W[y] - e^(m - lse) (E W)_t             so that dhidden_t = a_t g_t
+    g_t  = d_y W[y] - (E W)_t / sum E                            dhidden_t = a_t (1 - p_y) g_t
     dW_v = sum_t a_t ((1 - p_y) d_y 1[v = y_t] - e^(m - lse) E_tv) h_t
 
 Forward: row chunks x vocabulary blocks, the vocabulary inner; m grows and the accumulator of E W is
-rescaled, so nothing is (N, V) and no logit is computed twice. g does not depend on the loss: a
-frozen head is done after the forward (2 passes). A trainable head recomputes the tile in the
-backward (4), or keeps E where N V fits the workspace (3). Without a gradient: 1 pass, nothing kept.
+rescaled, so nothing is (N, V) and no logit is computed twice. g does not depend on the loss (and,
+without the factor 1 - p_y, stays of the size of W, inside fp16, for a confident token): a frozen
+head is done after the forward (2 passes). A trainable head recomputes the tile in the backward (4),
+or keeps E where N V fits the workspace (3). Without a gradient: 1 pass, nothing kept.
 
 Two label sets share the pass. Where they name two different tokens the two entries and their
 coefficients are handled apart (`second`); elsewhere they are one label with a_t = a_1t + a_2t.
 
-Rows of `statistics` (5, N): m, e^(m - lse), lse, log-prob of the first label, of the second.
+Rows of `statistics` (7, N): m, e^(m - lse), the mass beside the labels, log-prob of the first label
+and of the second, d of the first and of the second.
 """
 
 from dataclasses import dataclass
@@ -50,19 +52,16 @@ class Head:
     softcap: float | None
 
     def transform(self, dots: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Label logits z and slopes dz/d(h W^T) of raw dots, both in the dtype of `dots`."""
+        """Label logits z and slopes d of raw dots, both in the dtype of `dots`."""
         if self.bias is not None:
             dots = dots + self.bias.index_select(0, labels.clamp(min=0)).to(dots.dtype)
         z = dots * self.logit_scale
         if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        return z, self.slope(z)
-
-    def slope(self, z: Tensor) -> Tensor:
-        """Slope dz / d(h W^T), from z itself."""
-        if self.softcap is None:
-            return torch.full_like(z, self.logit_scale)
-        return (1.0 - (z / self.softcap).square()) * self.logit_scale
+            tanh = torch.tanh(z / self.softcap)
+            # 1 - tanh^2 from exp: at a saturated cap the difference has no digits left.
+            decay = torch.exp(-2.0 * (z / self.softcap).abs())
+            return self.softcap * tanh, self.logit_scale * 4.0 * decay / (1.0 + decay).square()
+        return z, torch.full_like(z, self.logit_scale)
 
     def block_bias(self, start: int, stop: int) -> Tensor | None:
         """Bias of a vocabulary block."""
@@ -131,7 +130,7 @@ class Forward:
             kept: (R, V) in the GEMMs' dtype; receives E when given (the plan has one block then).
 
         Returns:
-            statistics (5, R), and g (R, H) or None.
+            statistics (7, R), and g (R, H) or None.
         """
         hidden, labels = self.rows.take(start, stop), self.labels.stacked(start, stop)
         row_max = hidden.new_full((stop - start,), torch.finfo(self.wide).min, dtype=self.wide)
@@ -185,36 +184,35 @@ class Forward:
         # Relative to m from here on: m + log(sum) would round away the digits of the difference.
         row_max = torch.where(sum_exp > 0, row_max, z_first)  # nothing but the label: m is not one
         rest, first = torch.log(sum_exp), z_first - row_max
-        beside_first, second_logp, distinct = rest, torch.zeros_like(rest), None
+        beside_first, distinct = rest, None
+        second_logp = second_slope = torch.zeros_like(rest)
         total = sum_exp + torch.exp(first)
         if self.labels.second is not None:
             distinct = labels[1] >= 0
             dots = _dots(hidden, self.head.columns.rows(labels[1], self.wide))
-            second = self.head.transform(dots, labels[1])[0] - row_max
+            z_second, second_slope = self.head.transform(dots, labels[1])
+            second = z_second - row_max
             beside_first = torch.where(distinct, torch.logaddexp(rest, second), rest)
             second_logp = F.logsigmoid(second - torch.logaddexp(rest, first))
             second_logp = torch.where(distinct, second_logp, 0.0)
             total = torch.where(distinct, total + torch.exp(second), total)
         first_logp = F.logsigmoid(first - beside_first)
-        inverse = 1.0 / total
-        lse = z_first - first_logp
         if accumulator is not None:
-            accumulator.mul_(-inverse[:, None])
-            share = -torch.expm1(first_logp) * slope
-            if distinct is not None:
-                share = share.masked_fill(distinct, 0.0)
+            accumulator.mul_(-torch.where(sum_exp > 0, 1.0 / sum_exp, 0.0)[:, None])
+            share = slope if distinct is None else slope.masked_fill(distinct, 0.0)
             accumulator.addcmul_(label_rows, share[:, None])
-        return torch.stack((row_max, inverse, lse, first_logp, second_logp)), accumulator
+        per_row = (row_max, 1.0 / total, sum_exp / total, first_logp, second_logp)
+        return torch.stack((*per_row, slope, second_slope)), accumulator
 
 
-def label_shares(head: Head, statistics: Tensor, a: Coefficients) -> list[Tensor]:
+def label_shares(statistics: Tensor, a: Coefficients) -> list[Tensor]:
     """What multiplies h in dW[label], (M,) per label set: `d (a (1 - p) - a_other p)`."""
-    _, _, lse, first_logp, second_logp = statistics
+    _, _, _, first_logp, second_logp, first_slope, second_slope = statistics
     if a.second is None:
-        return [-a.first * torch.expm1(first_logp) * head.slope(first_logp + lse)]
+        return [-a.first * torch.expm1(first_logp) * first_slope]
     first = -a.first * torch.expm1(first_logp) - a.second * torch.exp(first_logp)
     second = -a.second * torch.expm1(second_logp) - a.first * torch.exp(second_logp)
-    return [first * head.slope(first_logp + lse), second * head.slope(second_logp + lse)]
+    return [first * first_slope, second * second_slope]
 
 
 class WeightGradient:
@@ -231,7 +229,7 @@ class WeightGradient:
     ) -> None:
         self.rows, self.head, self.labels, self.sizes = rows, head, labels, sizes
         self.statistics = statistics
-        self.shares = label_shares(head, statistics, a)
+        self.shares = label_shares(statistics, a)
         softmax = a.total * statistics[1]
         # fp16 reaches from 6e-8 to 6.5e4: a_t h_t is scaled by the largest coefficient.
         self.unit = softmax.abs().amax().clamp_(min=torch.finfo(softmax.dtype).tiny)

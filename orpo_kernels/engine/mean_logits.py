@@ -46,8 +46,13 @@ def mean_logits(
         (B,) float32.
     """
     hidden = hidden.to(weight.device)
-    if softcap is not None:
-        return _capped(hidden, weight, bias, logit_scale, softcap, workspace_bytes)
+    with torch.amp.autocast(weight.device.type, enabled=False):
+        if softcap is not None and hidden.shape[1] > 0:
+            return _capped(hidden, weight, bias, logit_scale, softcap, workspace_bytes)
+        return _linear(hidden, weight, bias, logit_scale)
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> Tensor:
     hidden_sum = hidden.sum(1, dtype=torch.float32)
     step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
     weight_sum = sum(
@@ -77,12 +82,11 @@ def _capped(
     index = None if flat.ndim == 2 else torch.arange(count, device=flat.device)
     rows, columns = Rows((flat,), index, dtype), Columns((weight,), dtype)
     sums = hidden.new_zeros(count, dtype=torch.float32)
-    with torch.amp.autocast(weight.device.type, enabled=False):
-        for start, stop in spans(count, plan.rows):
-            for v0, v1 in spans(sizes.vocabulary, plan.columns):
-                tile = hidden.new_empty((stop - start, v1 - v0), dtype=sizes.logits_dtype)
-                z = matmul_into(tile, rows.take(start, stop), columns.block(v0, v1).t()).float()
-                if bias is not None:
-                    z += bias[v0:v1]
-                sums[start:stop] += z.mul_(logit_scale / softcap).tanh_().sum(1)
+    for start, stop in spans(count, plan.rows):
+        for v0, v1 in spans(sizes.vocabulary, plan.columns):
+            tile = hidden.new_empty((stop - start, v1 - v0), dtype=sizes.logits_dtype)
+            z = matmul_into(tile, rows.take(start, stop), columns.block(v0, v1).t()).float()
+            if bias is not None:
+                z += bias[v0:v1]
+            sums[start:stop] += z.mul_(logit_scale / softcap).tanh_().sum(1)
     return sums.view(hidden.shape[:2]).sum(1) * (softcap / (hidden.shape[1] * sizes.vocabulary))

@@ -24,7 +24,7 @@ class Scored(NamedTuple):
         return Coefficients(a[0] + (a[1] - second), second)
 
     def logps(self, statistics: Tensor) -> Tensor:
-        """Log-probs (K, N) per label set, 0 where it does not score, from the statistics (5, N)."""
+        """Log-probs (K, N) per label set, 0 where it does not score, from the statistics (7, N)."""
         logps = statistics[3:4]
         if self.labels.second is not None:
             second = torch.where(self.labels.second >= 0, statistics[4], statistics[3])

@@ -22,3 +22,17 @@ def test_mean_logits(dtype, softcap, bias):
     assert found.dtype == torch.float32
     tolerance = 1e-6 if dtype == torch.float32 else 2e-4
     torch.testing.assert_close(found.double(), z.mean((1, 2)), rtol=1e-5, atol=tolerance)
+
+
+def test_autocast_does_not_reach_it():
+    hidden, weight = torch.randn(2, 5, 24), torch.randn(99, 24)
+    expected = mean_logits(hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mean_logits(hidden, weight)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_no_positions(softcap):
+    assert mean_logits(torch.randn(2, 0, 8), torch.randn(9, 8), softcap=softcap).shape == (2,)

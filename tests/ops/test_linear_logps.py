@@ -265,17 +265,44 @@ def test_extreme_logits(shift):
     assert (out <= 0).all()
 
 
-def test_fp16_small_gradients_survive():
-    # a_t = 1e-7 would be 0 as fp16: the weight gradient is scaled inside, and rounded once.
-    weight = torch.randn(40, 16).half().requires_grad_()
-    hidden = torch.randn(64, 16).half()
-    labels = torch.randint(0, 40, (64,))
-    (big,) = torch.autograd.grad(linear_logps(hidden, weight, labels).sum() * 1e-3, weight)
-    wide = weight.detach().float().requires_grad_()
-    small = torch.autograd.grad(
-        linear_logps(hidden, wide, labels, compute_dtype=torch.float16).sum() * 1e-8, wide
-    )[0]
-    torch.testing.assert_close(small * 1e5, big.float(), rtol=2e-3, atol=1e-6)
+@pytest.mark.parametrize("gap", [6.0, 10.0, 12.0])
+def test_fp16_gradients_of_confident_tokens_survive(gap):
+    # 1 - p = 1e-2 ... 4e-6: the gradient itself fits fp16 (a loss scale of 65,536), and must not
+    # have been rounded to a subnormal before the scale reached it.
+    weight = (torch.randn(2000, 64) * 0.02).half()
+    labels = torch.randint(0, 2000, (64,))
+    rows = weight[labels].float()
+    hidden = (rows / rows.square().sum(1, keepdim=True) * gap * 1.6).half().requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    truth = reference.linear_logps(exact, weight.double(), labels).mean() * 65_536
+    found = linear_logps(hidden, weight, labels).mean() * 65_536
+    (true,), (ours,) = torch.autograd.grad(truth, exact), torch.autograd.grad(found, hidden)
+    assert (ours.double() - true).norm() < 2e-3 * true.norm()
+
+
+def test_fp16_weight_gradient_does_not_overflow():
+    # 1,024 rows of h = 80 sum to 81,920 before they are scaled by a_t: fp16 ends at 65,504.
+    hidden, weight = torch.full((1024, 16), 80.0).half(), torch.zeros(50, 16).half()
+    weight[7] = 0.01
+    weight.requires_grad_()
+    loss = linear_logps(hidden, weight, torch.zeros(1024, dtype=torch.int64)).mean()
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert torch.isfinite(grad).all()
+    assert grad[7].abs().min() > 0
+
+
+def test_saturated_softcap_keeps_the_slope():
+    # The label at the cap: 1 - tanh^2 has no digits left in float32 unless it comes from exp.
+    hidden = (torch.randn(64, 16) * 30).requires_grad_()
+    weight = torch.randn(500, 16, requires_grad=True)
+    labels = (hidden @ weight.t()).argmax(1)
+    exact = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    truth = torch.autograd.grad(reference.linear_logps(*exact, labels, softcap=30.0).sum(), exact)
+    found = torch.autograd.grad(
+        linear_logps(hidden, weight, labels, softcap=30.0).sum(), (hidden, weight)
+    )
+    for ours, true in zip(found, truth, strict=True):
+        assert (ours.double() - true).norm() < 2e-5 * true.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -398,6 +425,9 @@ def _arguments(**changes):
         ({"labels": (torch.zeros(2, 3, dtype=torch.int64),) * 3}, ValueError, "tuple of two"),
         ({"bias": torch.randn(8)}, ValueError, r"bias must be \(V,\)"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be positive and finite"),
+        ({"labels": [torch.zeros(2, 3).long()] * 2}, TypeError, "a tuple of two, got list"),
+        ({"weight": torch.randn(9, 4).to(torch.float8_e4m3fn)}, TypeError, "16 to 64 bits"),
         ({"gradient": "psychic"}, NotImplementedError, "gradient='psychic'"),
         ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be floating"),
         ({"workspace_bytes": 100}, ValueError, "raise workspace_bytes"),
@@ -410,8 +440,26 @@ def test_rejects(changes, error, message):
 
 
 def test_second_derivative_is_refused():
-    hidden = torch.randn(3, 4, requires_grad=True)
-    out = linear_logps(hidden, torch.randn(9, 4), torch.zeros(3, dtype=torch.int64)).sum()
-    (first,) = torch.autograd.grad(out, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.sum(), hidden)
+    # Through a non-leaf, where autograd would silently drop the second-order term.
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    between = hidden * 1.0
+    out = linear_logps(between, weight, torch.zeros(3, dtype=torch.int64)).sum()
+    for each in (between, weight):
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            torch.autograd.grad(out, each, create_graph=True)
+
+
+def test_forward_mode_is_refused():
+    labels = torch.zeros(3, dtype=torch.int64)
+
+    def logps(hidden):
+        return linear_logps(hidden, torch.ones(9, 4), labels)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(logps, (torch.randn(3, 4),), (torch.ones(3, 4),))
+
+
+def test_a_budget_too_small_for_the_backward_is_refused_in_the_forward():
+    hidden, weight = torch.randn(17, 257), torch.randn(3000, 257, requires_grad=True)
+    with pytest.raises(ValueError, match="raise workspace_bytes"):
+        linear_logps(hidden, weight, torch.zeros(17, dtype=torch.int64), workspace_bytes=2**18)
