@@ -1,0 +1,122 @@
+"""Checks of what follows the log-probs: sequence means, the pair term, and the loss as a whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from orpo_kernels import reference
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.loss import orpo_loss
+from orpo_kernels.odds_ratio import odds_ratio_loss
+from orpo_kernels.selftest.figures import (
+    EPS32,
+    Case,
+    Figure,
+    Setting,
+    exact,
+    largest,
+    relative_errors,
+    rounded_once,
+)
+from orpo_kernels.sequence_mean import sequence_mean
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """Means (float32, whatever the model is), pair term and loss, in one dtype."""
+    if setting.dtype == torch.float32:
+        yield Case("sequence_mean", "padded", setting, _sequence_mean, (False,))
+        yield Case("sequence_mean", "packed", setting, _sequence_mean, (True,))
+    yield Case("odds_ratio", "grid up to p = 1", setting, _odds_ratio)
+    yield Case("orpo_loss", "token mean, padded, an empty side", setting, _loss, ("token", False))
+    yield Case("orpo_loss", "pair mean, packed, an empty side", setting, _loss, ("pair", True))
+    yield Case("orpo_loss", "nothing scored", setting, _nothing_scored)
+
+
+def _sequence_mean(setting: Setting, packed: bool) -> Iterator[Figure]:
+    # 301 positions: more than one vector, and no multiple of one. Row 4 has no token.
+    generator = setting.generator()
+    rows, positions = 6, 301
+    logps = -4.0 * torch.rand(rows, positions, generator=generator)
+    mask = torch.rand(rows, positions, generator=generator) < 0.7
+    mask[4] = False
+    weights = torch.randn(rows, generator=generator)
+    true_logps = exact(logps).requires_grad_()
+    true_mean = reference.sequence_mean(true_logps, torch.where(mask, 0, IGNORE_INDEX))
+    (true_dlogps,) = torch.autograd.grad(true_mean, true_logps, weights.double())
+    ids, given, scored = None, logps, mask
+    if packed:
+        order = torch.randperm(rows * positions, generator=generator)
+        ids = (order // positions).to(setting.device)
+        given, scored, true_dlogps = (x.flatten()[order] for x in (logps, mask, true_dlogps))
+    x = setting.put(given).requires_grad_()
+    mean, count = sequence_mean(x, scored.to(setting.device), ids, rows)
+    (dlogps,) = torch.autograd.grad(mean, x, weights.to(setting.device))
+    yield Figure("mean", relative_errors(mean, true_mean)[0], 32 * EPS32)
+    yield Figure("count", largest(exact(count) - mask.sum(1)), 0.0)
+    yield rounded_once("dlogps", dlogps, true_dlogps)
+
+
+def _odds_ratio(setting: Setting) -> Iterator[Figure]:
+    grid = [-1.0e-3, -0.1, -0.5, -0.6931472, -0.7, -2.0, -10.0, -30.0, -100.0, -1.0e4]
+    # fp16 has no number above 65,504: the pole at p = 1 is checked in the wider dtypes.
+    if setting.dtype != torch.float16:
+        grid += [0.0, -(2.0**-27), -2.0e-8, -1.0e-6]
+    pairs = torch.cartesian_prod(torch.tensor(grid), torch.tensor(grid)).unbind(1)
+    inputs = [setting.put(each).requires_grad_() for each in pairs]
+    true_inputs = [exact(each).requires_grad_() for each in inputs]
+    loss, ratio = odds_ratio_loss(*inputs)
+    true_loss, true_ratio = reference.odds_ratio_loss(*true_inputs)
+    actual = (loss, ratio, *torch.autograd.grad(loss.sum(), inputs))
+    truth = (true_loss, true_ratio, *torch.autograd.grad(true_loss.sum(), true_inputs))
+    names = ("loss", "log odds ratio", "dchosen", "drejected")
+    for what, ours, true in zip(names, actual, truth, strict=True):
+        # Per pair, as one certain pair must not hide the others; below that there are no numbers.
+        info, true = torch.finfo(ours.dtype), true.detach()
+        relative = (exact(ours) - true).abs() / true.abs().clamp(min=info.smallest_normal)
+        yield Figure(what, largest(relative), 2.0**-16 + info.eps)
+
+
+def _loss(setting: Setting, reduction: str, packed: bool) -> Iterator[Figure]:
+    # 3 pairs of 13 positions, V = 1,009 (a prime); the rejected side of the second pair is empty.
+    generator = setting.generator()
+    rows, positions, hidden_size, vocabulary = 6, 13, 32, 1009
+    labels = torch.randint(0, vocabulary, (rows, positions), generator=generator)
+    nll_labels = labels.clone()
+    labels[:, :4] = IGNORE_INDEX
+    labels[4] = IGNORE_INDEX
+    hidden = setting.put(torch.randn(rows, positions, hidden_size, generator=generator))
+    weight = setting.put(torch.randn(vocabulary, hidden_size, generator=generator) / 6.0)
+    keywords: dict[str, Any] = {"nll_reduction": reduction, "beta": 0.5}
+    true_leaves = [exact(each).requires_grad_() for each in (hidden, weight)]
+    true = reference.orpo_loss(
+        true_leaves[0], true_leaves[1], labels, nll_labels=nll_labels, **keywords
+    )
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    given, *both = (each.to(setting.device) for each in (hidden, labels, nll_labels))
+    if packed:
+        given, *both = (given.flatten(0, 1), *(each.flatten() for each in both))
+        ids = torch.arange(rows, device=setting.device).repeat_interleave(positions)
+        keywords |= {"sequence_ids": ids, "num_sequences": rows}
+    out = orpo_loss(given, weight, both[0], nll_labels=both[1], **keywords)
+    for what in ("loss", "nll_loss", "or_loss", "log_odds_ratio"):
+        error, _ = relative_errors(getattr(out, what), getattr(true, what))
+        yield Figure(what, error, 2 * setting.eps)
+    yield Figure("skipped pairs", abs(int(out.skipped_pairs) - 1), 0.0)
+    gradients = torch.autograd.grad(out.loss, leaves)
+    true_gradients = torch.autograd.grad(true.loss, true_leaves)
+    for what, ours, truth in zip(("dhidden", "dweight"), gradients, true_gradients, strict=True):
+        # Measured 0.5 eps in bf16, 0.7 eps in fp16, 2e-7 in float32.
+        yield Figure(what, max(relative_errors(ours, truth)), 4 * setting.eps)
+
+
+def _nothing_scored(setting: Setting) -> Iterator[Figure]:
+    # What is not scored is not read: NaN in it must not reach the loss or a gradient.
+    hidden = setting.put(torch.full((4, 5, 8), torch.nan)).requires_grad_()
+    weight = setting.put(torch.ones(33, 8)).requires_grad_()
+    labels = torch.full((4, 5), IGNORE_INDEX, device=setting.device)
+    out = orpo_loss(hidden, weight, labels)
+    gradients = torch.autograd.grad(out.loss, (hidden, weight))
+    for what, each in zip(("loss", "dhidden", "dweight"), (out.loss, *gradients), strict=True):
+        yield Figure(what, largest(each), 0.0)
+    yield Figure("skipped pairs", abs(int(out.skipped_pairs) - 2), 0.0)

@@ -1,0 +1,126 @@
+"""Checks of the tile operations, element by element: the dispatched kernel of this device."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.tiles import column_sums, softmax_grad_, softmax_stats
+from orpo_kernels.selftest.figures import (
+    EPS32,
+    Case,
+    Figure,
+    Setting,
+    exact,
+    largest,
+    rounded_once,
+)
+
+# 67 rows x 4,103 columns: primes, which no block divides, and more than one strip of plain torch.
+ROWS, COLUMNS, FIRST_COLUMN = 67, 4103, 1000
+
+
+class Transform(NamedTuple):
+    """The logit transform of a tile."""
+
+    name: str
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    bias: bool = False
+
+
+TRANSFORMS = (
+    Transform("plain"),
+    Transform("bias, scale", 0.7, None, True),
+    Transform("bias, scale, softcap", 0.7, 15.0, True),
+)
+
+
+class Tile(NamedTuple):
+    """Raw logits, bias, labels (2, R), the true logits z (R, C) and the size of what is rounded."""
+
+    logits: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    z: Tensor
+    rounded: float
+
+    @property
+    def others(self) -> Tensor:
+        """The true logits, -inf in the label columns, which take no part."""
+        columns = torch.arange(FIRST_COLUMN, FIRST_COLUMN + COLUMNS)
+        return self.z.masked_fill((self.labels.cpu()[:, :, None] == columns).any(0), -torch.inf)
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """The tile operations, in one dtype."""
+    for transform in TRANSFORMS:
+        yield Case("softmax_stats", transform.name, setting, _stats, (transform,))
+    for transform in TRANSFORMS:
+        yield Case("softmax_grad_", transform.name, setting, _grad, (transform,))
+    yield Case("column_sums", "strided tile", setting, _column_sums)
+
+
+def _tile(setting: Setting, transform: Transform) -> Tile:
+    generator = setting.generator()
+    logits = 3.0 * torch.randn(ROWS, COLUMNS, generator=generator)
+    logits[1, 17] += 40.0  # one entry has all the mass
+    if transform.name == "plain":
+        logits[2] -= 1.0e4  # far from 0: only differences may matter
+    logits = setting.put(logits)
+    bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
+    # Labels before, in and behind the tile, and none.
+    labels = torch.randint(0, 6000, (2, ROWS), generator=generator)
+    labels[:, ::7] = -1
+    z = exact(logits) if bias is None else exact(logits) + bias.double()
+    rounded = 0.0 if bias is None else largest(z)
+    z = transform.logit_scale * z
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    bias = None if bias is None else bias.to(setting.device)
+    return Tile(logits, bias, labels.to(setting.device), z, rounded)
+
+
+def _stats(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    tile = _tile(setting, transform)
+    with setting.all_threads():
+        row_max, sum_exp = softmax_stats(
+            tile.logits, tile.bias, tile.labels, FIRST_COLUMN,
+            transform.logit_scale, transform.softcap,
+        )  # fmt: skip
+    yield rounded_once("max", row_max, tile.others.amax(1))
+    # Per row, and relative to the maximum that was returned: that is how it is used.
+    ratio = exact(sum_exp) / torch.exp(tile.others - exact(row_max)[:, None]).sum(1)
+    yield Figure("sum", largest(ratio - 1.0), (16 + tile.rounded) * EPS32)
+
+
+def _grad(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    # A float32 tile may also be rounded into a separate 16-bit one.
+    narrow = (torch.bfloat16, torch.float16) if setting.dtype == torch.float32 else ()
+    for out_dtype in (None, *narrow):
+        tile = _tile(setting, transform)
+        # The maximum of the whole row may lie in another block, above this tile's.
+        reference = (tile.others.amax(1) + 0.25).float()
+        truth = torch.exp(tile.others - reference.double()[:, None]) * transform.logit_scale
+        if transform.softcap is not None:
+            truth = truth * (1.0 - (tile.z / transform.softcap).square())
+        out = None if out_dtype is None else torch.empty_like(tile.logits, dtype=out_dtype)
+        with setting.all_threads():
+            softmax_grad_(
+                tile.logits, tile.bias, tile.labels, FIRST_COLUMN, reference.to(setting.device),
+                transform.logit_scale, transform.softcap, out,
+            )  # fmt: skip
+        written = tile.logits if out is None else out
+        yield rounded_once(f"tile in {written.dtype}", written, truth, tile.rounded)
+
+
+def _column_sums(setting: Setting) -> Iterator[Figure]:
+    generator = setting.generator()
+    tile = setting.put(torch.rand(ROWS, COLUMNS, generator=generator))[3:, 11:-5]
+    coefficients = torch.randn(ROWS - 3, generator=generator)
+    terms = exact(tile) * coefficients.double()[:, None]
+    with setting.all_threads():
+        sums = column_sums(tile, coefficients.to(setting.device))
+    error = exact(sums) - terms.sum(0)
+    yield Figure("sums", largest(error / terms.abs().sum(0)), 8 * EPS32)
