@@ -1,0 +1,196 @@
+"""The estimate against the tensors that a forward and backward make, and how long they live."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from orpo_kernels import cli
+from orpo_kernels.estimate import (
+    RESERVED_BYTES,
+    Setup,
+    Shape,
+    estimate,
+    estimate_memory,
+    longest_that_fits,
+)
+from orpo_kernels.estimate_table import load_config
+
+T = 256
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages alive that were made under this mode, now and at most."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive = {p.untyped_storage()._cdata: None for p in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_):
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def config(kind=LlamaConfig, **changes):
+    shape = {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    return kind(**{**shape, "use_cache": False, **changes})
+
+
+def measure(config, setup):
+    """(kept after the forward, peak of forward and backward) in bytes, of the backbone."""
+    model = AutoModelForCausalLM.from_config(config)
+    if setup.lora_r:
+        adapter = LoraConfig(r=setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model.bfloat16(), adapter)
+        for name, module in model.named_modules():
+            if "norm" in name:  # as prepare_model_for_kbit_training leaves them
+                module.float()
+    model.train()
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    base = model.get_base_model() if setup.lora_r else model
+    ids = torch.zeros(2, T, dtype=torch.int64)
+
+    def hidden_states():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return base.model(input_ids=ids).last_hidden_state
+
+    hidden_states().sum().backward()  # gradients are there from now on, and counted apart
+    with Allocations(model) as allocations:
+        hidden = hidden_states()
+        kept, allocations.peak = allocations.now, allocations.now
+        hidden.backward(torch.zeros_like(hidden))
+    return kept, allocations.peak
+
+
+CASES = {
+    # Another H, I, Q or K each: the formula has a coefficient for every one.
+    "llama": config(),
+    "wide MLP": config(intermediate_size=1536),
+    "wide queries": config(head_dim=128),
+    "all keys": config(num_key_value_heads=4),
+    "biases": config(Qwen2Config),
+    "many layers": config(num_hidden_layers=16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activations_of_lora(case, checkpointing):
+    config = CASES[case]
+    setup = Setup(load_in_4bit=False, optim="sgd", checkpointing=checkpointing)
+    kept, peak = measure(config, setup)
+    found = estimate_memory(config, max_length=T, setup=setup)
+    # A third of what is around the head is the gradient that the loss hands back.
+    assert found.activations_bytes + found.head_bytes * 2 / 3 == pytest.approx(kept, rel=0.05)
+    predicted = found.activations_bytes + max(found.head_bytes, found.backward_bytes)
+    assert predicted == pytest.approx(peak, rel=0.1)
+
+
+def test_activations_of_a_full_model():
+    setup = Setup(weight_bytes=4, load_in_4bit=False, lora_r=0, checkpointing=False)
+    kept, _ = measure(config(), setup)
+    found = estimate_memory(config(), max_length=T, setup=setup)
+    copies = 2 * sum(inner * outer for _, inner, outer in Shape.of(config()).linears)
+    predicted = found.activations_bytes + found.head_bytes * 2 / 3 + copies
+    assert predicted == pytest.approx(kept, rel=0.05)
+
+
+def test_counts_of_a_published_model():
+    shape = Shape.of(load_config("Llama-3-8B"))
+    assert shape.parameters == 8_030_261_248  # its model card says 8.03 B
+    # 41.9 M is what PEFT prints for r = 16 on all seven projections.
+    assert shape.adapter_parameters(Setup()) == 41_943_040
+    found = estimate(shape, 1024, 1, Setup(), None)
+    assert found.adapter_bytes == found.gradients_bytes == 4 * 41_943_040
+    assert found.materialised_loss_bytes == 8 * 2 * 1024 * 128_256
+    # 7.0 B linear weights at half a byte and a bit, embedding and head in 16 bits.
+    assert 5.2e9 < found.weights_bytes < 6.0e9
+
+
+def test_only_the_materialised_loss_grows_with_the_vocabulary():
+    small, large = (estimate_memory(config(vocab_size=V), max_length=4096) for V in (1000, 128_000))
+    assert large.loss_bytes == small.loss_bytes == 64 * 2**20
+    assert large.materialised_loss_bytes == 128 * small.materialised_loss_bytes
+    assert estimate_memory(config(), workspace_bytes=2**20).loss_bytes == 2**20
+
+
+def test_trained_modules_beside_the_adapter():
+    plain, saved = Setup(), Setup(modules_to_save=("lm_head",))
+    shape = Shape.of(config())
+    assert shape.adapter_parameters(saved) - shape.adapter_parameters(plain) == 512 * 256
+
+
+def test_longest_is_the_longest():
+    shape, card = Shape.of(load_config("Qwen2.5-1.5B")), 8 * 2**30
+    fused, materialised = longest_that_fits(shape, card, 1, Setup())
+    assert fused > 3 * materialised > 0
+    for T_max, total in ((fused, "total_bytes"), (materialised, "materialised_total_bytes")):
+        fits, too_long = (
+            getattr(estimate(shape, length, 1, Setup(), card // 100), total)
+            for length in (T_max, T_max + 128)
+        )
+        assert fits <= card - RESERVED_BYTES < too_long
+    assert longest_that_fits(shape, 2**30, 1, Setup()) == (0, 0)
+
+
+@pytest.mark.parametrize("sizes", [{"max_length": 0}, {"pairs": 0}])
+def test_rejects(sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        estimate_memory(config(), **sizes)
+
+
+def test_command(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config().to_dict()))
+    words = [f"--model={tmp_path}/config.json", "--max-length", "512", "--pairs=2", "--use_peft"]
+    assert cli.main(["estimate", *words]) == 0
+    out = capsys.readouterr().out
+    assert "P = 2 pairs of 2 sequences of T = 512 tokens" in out
+    assert "LoRA r = 16" in out
+    for card in (8, 12, 16, 24):
+        assert f"{card} GiB" in out
+
+
+def test_command_takes_a_recipe_and_a_known_name(capsys):
+    recipe = "examples/llama3-8b-qlora.yaml"
+    assert cli.main(["estimate", recipe, "--model", "Llama-3-8B"]) == 0
+    assert "8.03 B parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pairs", "1"], "which model"),
+        (["--model", "no/such-model-here"], "one of SmolLM2-135M"),
+        (["--model", "Llama-3-8B", "--max_lenght", "1"], "did you mean"),
+    ],
+)
+def test_command_rejects(words, message, capsys):
+    assert cli.main(["estimate", *words]) == 2
+    assert message in capsys.readouterr().err
