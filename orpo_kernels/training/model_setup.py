@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orpo_kernels.integrations.bitsandbytes import keep_differentiable
 from orpo_kernels.training.config import ORPOConfig
 
 _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
@@ -69,6 +70,8 @@ def load_processing_class(model: nn.Module | None, args: ORPOConfig) -> Any:
 def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
     """Add adapters, make checkpointed inputs require gradients, switch dropout off.
 
+    4-bit layers keep the layout that has a derivative, before anything runs the model.
+
     Args:
         model: causal LM, or a `PeftModel` when `peft_config` is None.
         args: arguments of the run.
@@ -87,6 +90,7 @@ def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mod
             f"{type(model).__name__} is an encoder-decoder model, expected a causal language "
             "model; TRL's ORPOTrainer trains encoder-decoder models"
         )
+    keep_differentiable(model)
     if peft_config is not None:
         model = _with_adapters(model, args, peft_config)
     elif args.gradient_checkpointing:

@@ -13,7 +13,6 @@ from datasets.exceptions import DatasetsError
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from orpo_kernels.training.options import DataOptions, ModelOptions, OptionError, Options
-from orpo_kernels.training.quantized import keep_differentiable
 
 # No line break after the last turn, unlike some copies of this template: it would come between
 # <|im_end|> and the end of the answer, and the model would learn to close every answer twice.
@@ -123,7 +122,6 @@ def load_base_model(options: Options, tokenizer: Any) -> Any:
         use_safetensors=True,
         **placed,
     )
-    keep_differentiable(base)
     rows = base.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         base.resize_token_embeddings(len(tokenizer))

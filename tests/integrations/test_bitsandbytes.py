@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from orpo_kernels.training.quantized import keep_differentiable
+from orpo_kernels import ORPOConfig, ORPOTrainer
+from orpo_kernels.integrations.bitsandbytes import keep_differentiable
+from tests.tiny_models import tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 
@@ -60,3 +64,26 @@ def test_packed_layers_are_unpacked(folder):
     gradient, expected = embedding_gradient(evaluated), embedding_gradient(fresh)
     # Packing rounds the blocks' scales to bfloat16 for good: 0.046 measured; 0.73 while packed.
     assert (gradient - expected).norm() <= 0.1 * expected.norm()
+
+
+def test_the_trainer_asks_for_it(folder, tmp_path):
+    # An evaluation before the first step must not cost the gradient through the base weights.
+    model = load(folder)
+    arguments = ORPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"])
+    ORPOTrainer(
+        model, arguments, train_dataset=tokenized(), processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )  # fmt: skip
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def tokenized():
+    # Ids below the model's 96 entries, so that no tokenizer is needed.
+    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}
+    return Dataset.from_list(
+        [{f"{side}_{name}": ids for side in ("chosen", "rejected") for name, ids in row.items()}]
+        * 4
+    )
