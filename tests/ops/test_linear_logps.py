@@ -463,3 +463,19 @@ def test_a_budget_too_small_for_the_backward_is_refused_in_the_forward():
     hidden, weight = torch.randn(17, 257), torch.randn(3000, 257, requires_grad=True)
     with pytest.raises(ValueError, match="raise workspace_bytes"):
         linear_logps(hidden, weight, torch.zeros(17, dtype=torch.int64), workspace_bytes=2**18)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_logits():
+    # N V = 2.2e9 > 2^31: a 32-bit index would wrap; 4 GB of logits must not appear either.
+    N, V = 16_900, 128_256
+    hidden, weight = torch.randn(N, 4).requires_grad_(), torch.randn(V, 4)
+    labels = torch.randint(0, V, (N,))
+    rows = torch.tensor([0, N // 2, N - 1])
+    exact = hidden.detach()[rows].double().requires_grad_()
+    truth = reference.linear_logps(exact, weight.double(), labels[rows])
+    out = linear_logps(hidden, weight, labels)
+    torch.testing.assert_close(out[rows].double(), truth, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(out.sum(), hidden)[0][rows]
+    true = torch.autograd.grad(truth.sum(), exact)[0]
+    torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
