@@ -1,0 +1,109 @@
+// orpo_kernels::softmax_stats: per row, max z and sum of exp(z - max) without the label columns.
+//
+// One read of the tile. A chunk is looked at twice while it is in the first-level cache: for its
+// maximum, then for its sum; the sum so far is rescaled when the maximum grows. A row belongs to
+// one thread, so the result does not depend on their number.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "tile.h"
+
+namespace {
+
+using namespace orpo;
+
+template <class R>
+struct Stats {
+    R max, sum;
+};
+
+template <class T>
+ORPO_CLONES void accumulate(const T* x, int64_t n, Stats<Real<T>>* stats) {
+    using R = Real<T>;
+    const R top = maximum(x, n);
+    if (top > stats->max || top != top) {  // a nan stays: nothing is larger
+        stats->sum *= orpo::exp(stats->max - top);
+        stats->max = top;
+    }
+    const R max = stats->max;
+    stats->sum += sum(x, n, [max](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - max); });
+}
+
+template <class R>
+ORPO_CLONES void apply(const Transform<R>& transform, int64_t n, R* z) {
+    const R scale = transform.scale, cap = transform.cap, inner = transform.inner;
+    if (cap == R(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) z[i] *= scale;
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) z[i] = cap * orpo::tanh(z[i] * inner).value;
+    }
+}
+
+// Whether a label of the row is among the n columns from `first` on; -inf there when `z` is given.
+template <class R>
+bool exclude_labels(const Labels& labels, int64_t row, int64_t first, int64_t n, R* z) {
+    bool found = false;
+    for (int64_t set = 0; set < labels.sets; ++set) {
+        const int64_t i = labels.column(set, row) - first;
+        if (i < 0 || i >= n) continue;
+        found = true;
+        if (z) z[i] = -std::numeric_limits<R>::infinity();
+    }
+    return found;
+}
+
+template <class T>
+Stats<Real<T>> row_stats(const T* x, int64_t columns, int64_t row, const Labels& labels,
+                         const Transform<Real<T>>& transform) {
+    using R = Real<T>;
+    // Lowest, not -inf: a row of labels and -inf only must give exp(-inf), not a difference of
+    // infs.
+    Stats<R> stats{std::numeric_limits<R>::lowest(), R(0)};
+    const bool identity = transform.identity();
+    for (int64_t first = 0; first < columns; first += kChunk) {
+        const int64_t n = std::min(kChunk, columns - first);
+        if (identity && !exclude_labels<R>(labels, row, first, n, nullptr)) {
+            accumulate(x + first, n, &stats);
+            continue;
+        }
+        R z[kChunk];
+        widen_all(x + first, n, z);
+        if (!transform.bias.empty()) add(transform.bias.data() + first, n, z);
+        if (!identity) apply(transform, n, z);
+        exclude_labels(labels, row, first, n, z);
+        accumulate(z, n, &stats);
+    }
+    return stats;
+}
+
+std::tuple<Tensor, Tensor> softmax_stats(const Tensor& logits, std::optional<Tensor> bias,
+                                         const Tensor& labels, int64_t first_column,
+                                         double logit_scale, std::optional<double> softcap) {
+    const Matrix tile = matrix(logits, "logits");
+    const Labels columns = labels_of(labels, tile.rows, first_column);
+    const ScalarType wide = accumulation_dtype(tile.dtype);
+    Tensor row_max = torch::stable::new_empty(logits, {tile.rows}, wide);
+    Tensor sum_exp = torch::stable::new_empty(logits, {tile.rows}, wide);
+    dispatch(tile.dtype, "logits", [&](auto element) {
+        using T = decltype(element);
+        using R = Real<T>;
+        const Transform<R> transform(bias, tile.columns, logit_scale, softcap);
+        R* max = row_max.mutable_data_ptr<R>();
+        R* sum = sum_exp.mutable_data_ptr<R>();
+        over_rows(tile.rows, tile.columns, [&](int64_t r) {
+            const auto stats = row_stats<T>(tile.row<T>(r), tile.columns, r, columns, transform);
+            max[r] = stats.max;
+            sum[r] = stats.sum;
+        });
+    });
+    return {row_max, sum_exp};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(orpo_kernels, CPU, m) {
+    m.impl("softmax_stats", TORCH_BOX(&softmax_stats));
+}
