@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.constants import MAX_MEAN_LOGP
+from orpo_kernels.kernels import register_custom_op
 
 
 def odds_ratio_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,3 +111,5 @@ def _backward(ctx, d_or_loss: Tensor, d_ratio: Tensor):  # type: ignore[no-untyp
 
 
 _odds_ratio.register_autograd(_backward, setup_context=_setup_context)
+register_custom_op("odds_ratio", _odds_ratio)
+register_custom_op("odds_ratio_backward", _odds_ratio_backward)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orpo_kernels.kernels import register_custom_op
+
 
 def sequence_mean(
     token_logps: Tensor, mask: Tensor, sequence_ids: Tensor | None, num_sequences: int
@@ -73,3 +75,4 @@ def _backward(ctx: Any, dmean: Tensor, _dcount: Tensor) -> tuple[Tensor | None, 
 
 
 _sequence_mean.register_autograd(_backward, setup_context=_setup_context)
+register_custom_op("sequence_mean", _sequence_mean)

@@ -157,6 +157,18 @@ def _ignores_strides(tile: Tensor, coefficients: Tensor) -> Tensor:
     return _sums(torch.as_strided(tile, tile.shape, (tile.shape[1], 1)), coefficients)
 
 
+def _accumulate(
+    accumulator: Tensor, partial: Tensor, rescale: Tensor | None, alpha: float = 1.0
+) -> None:
+    if rescale is not None:
+        accumulator *= rescale[:, None]
+    accumulator += alpha * partial.float()
+
+
+def _never_rescales(accumulator: Tensor, partial: Tensor, _: Any, alpha: float = 1.0) -> None:
+    _accumulate(accumulator, partial, None, alpha)
+
+
 def _raises(*_: Any) -> Tensor:
     raise RuntimeError("planted: out of resource: shared memory\nRequired: 131072")
 
@@ -171,6 +183,7 @@ def _raises(*_: Any) -> Tensor:
         ("softmax_stats", _one_label_set(_stats), 9),
         ("softmax_stats", _sum_off_by_ten_thousandth, 9),
         ("column_sums", _ignores_strides, 3),
+        ("accumulate_", _never_rescales, 3),
     ],
 )
 def test_finds_a_wrong_kernel(name: str, function: Callable[..., Any], cases: int) -> None:
@@ -183,7 +196,10 @@ def test_finds_a_wrong_kernel(name: str, function: Callable[..., Any], cases: in
 
 
 def test_right_kernels_pass() -> None:
-    right = {"softmax_stats": _stats, "softmax_grad_": _grad, "column_sums": _sums}
+    right: dict[str, Callable[..., Any]] = {
+        "softmax_stats": _stats, "softmax_grad_": _grad, "column_sums": _sums,
+        "accumulate_": _accumulate,
+    }  # fmt: skip
     with ExitStack() as stack:
         for name, function in right.items():
             stack.enter_context(kernel(name, function))

@@ -9,6 +9,7 @@ last-level cache; under 256 rows the GEMM slows down), then fewer columns, then 
 Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,28 @@ _CPU_ROWS = (1024, 512, 256)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256)
 _KEPT_ROWS = 256
 _SMALL = tuple((rows, columns) for rows in (256, 128, 64, 32, 16) for columns in (1024, 512, 256))
+
+
+@functools.cache
+def gemm_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GEMM of `dtype` operands writes float32 on this device.
+
+    NVIDIA from sm_80 on: older cards have no such bf16 GEMM. Other builds (ROCm) may refuse
+    `out_dtype`, which is asked once, by a GEMM of 16 x 16. Where it is refused, logits are rounded
+    to `dtype` and products are summed in float32 afterwards, as on a CPU.
+    """
+    if device.type != "cuda":
+        return False
+    if dtype not in (torch.float16, torch.bfloat16) or not torch.cuda.is_available():
+        return True  # nothing to widen; or a plan for a machine that has such a card
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        square = torch.zeros((16, 16), dtype=dtype, device=device)
+        matmul_into(torch.empty_like(square, dtype=torch.float32), square, square)
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ class Sizes:
     @property
     def widens(self) -> bool:
         """Whether 16-bit GEMMs have a float32 output on this device."""
-        return self.device.type == "cuda"
+        return gemm_widens(self.device, self.compute_dtype)
 
     @property
     def partial_dtype(self) -> torch.dtype:
@@ -166,7 +189,8 @@ def _first_fit(
     for rows, columns in (*shapes, *_SMALL):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
         scratch = min(strip_bytes(sizes.device), 3 * rows * columns * sizes.wide_bytes)
-        need = rows * per_row + columns * per_column + rows * columns * per_cell + scratch
+        cells = rows * row_pitch(columns, sizes.device)
+        need = rows * per_row + columns * per_column + cells * per_cell + scratch
         if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
             return Plan(even, columns, need)
@@ -177,6 +201,14 @@ def _first_fit(
     )
 
 
+def row_pitch(columns: int, device: torch.device) -> int:
+    """Elements from a row of a tile to the next: on a GPU rows start on 16 bytes.
+
+    Tensor-core GEMMs and 16-byte accesses need it, and a resized vocabulary is often odd.
+    """
+    return columns if device.type == "cpu" else -(-columns // 8) * 8
+
+
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`out = a @ b`, widened in the GEMM when `out` is wider than `a` (CUDA)."""
     if out.dtype == a.dtype:
@@ -185,17 +217,30 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Rows:
-    """Rows of hidden states (and of their low-rank part), gathered by chunk in the GEMMs' dtype."""
+    """Rows of hidden states (and of their low-rank part), gathered by chunk in the GEMMs' dtype.
 
-    def __init__(self, parts: tuple[Tensor, ...], index: Tensor | None, dtype: torch.dtype) -> None:
+    With `scored` (N,) bool, the other rows are read as 0, whatever padding left in them.
+    """
+
+    def __init__(
+        self,
+        parts: tuple[Tensor, ...],
+        index: Tensor | None,
+        dtype: torch.dtype,
+        scored: Tensor | None = None,
+    ) -> None:
         self.parts = parts
         self.index = index
         self.dtype = dtype
+        self.scored = scored
 
     def take(self, start: int, stop: int, parts: tuple[int, ...] | None = None) -> Tensor:
         """Rows `start` to `stop` of the chosen parts, `(R, H)`; a view where nothing moves."""
         chosen = self.parts if parts is None else tuple(self.parts[i] for i in parts)
         pieces = [self._gather(part, start, stop).to(self.dtype) for part in chosen]
+        if self.scored is not None:
+            keep = self.scored[start:stop, None]
+            pieces = [torch.where(keep, piece, 0.0) for piece in pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _gather(self, part: Tensor, start: int, stop: int) -> Tensor:

@@ -32,9 +32,11 @@ from orpo_kernels.engine.chunks import (
     Sizes,
     matmul_into,
     plan_backward,
+    row_pitch,
     spans,
 )
 from orpo_kernels.engine.tiles import (
+    accumulate_,
     accumulation_dtype,
     column_sums,
     softmax_grad_,
@@ -110,7 +112,8 @@ class Forward:
         self.rows, self.head, self.labels = rows, head, labels
         self.sizes, self.plan, self.with_gradient = sizes, plan, with_gradient
         self.wide = accumulation_dtype(sizes.compute_dtype)
-        cells, new = plan.rows * plan.columns, labels.first.new_empty
+        new, pitch = labels.first.new_empty, row_pitch(plan.columns, sizes.device)
+        cells = plan.rows * (plan.columns if keep else pitch)
         casts = sizes.logits_dtype != sizes.compute_dtype
         self.tile = new(0 if keep and not casts else cells, dtype=sizes.logits_dtype)
         self.narrow = new(cells, dtype=sizes.compute_dtype) if casts and not keep else self.tile
@@ -152,23 +155,29 @@ class Forward:
                 out = None if narrow.dtype == tile.dtype else narrow
                 softmax_grad_(tile, bias, labels, v0, row_max, *options, out)
             if accumulator is not None:
-                self._accumulate(accumulator, rescale, narrow, weight)
+                self._accumulate(accumulator, rescale if v0 > 0 else None, narrow, weight)
         return self._finish(hidden, labels, row_max, sum_exp, accumulator)
 
     def _tiles(self, rows: int, columns: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the logits go, and where E goes: the same memory when the dtypes agree."""
-        narrow = _shaped(self.narrow, rows, columns) if kept is None else kept
+        narrow = _tile(self.narrow, rows, columns) if kept is None else kept
         same = self.sizes.logits_dtype == self.sizes.compute_dtype
-        return (narrow if same else _shaped(self.tile, rows, columns)), narrow
+        if same:
+            return narrow, narrow
+        # Rows of both start alike: the kept E is (N, V) without gaps.
+        shape = _tile if kept is None else _shaped
+        return shape(self.tile, rows, columns), narrow
 
     def _accumulate(
-        self, accumulator: Tensor, rescale: Tensor, probs: Tensor, weight: Tensor
+        self, accumulator: Tensor, rescale: Tensor | None, probs: Tensor, weight: Tensor
     ) -> None:
-        accumulator.mul_(rescale[:, None])
-        if self.partial.shape[0] == 0:
-            accumulator.addmm_(probs, weight)
-        else:
-            accumulator.add_(matmul_into(self.partial[: probs.shape[0]], probs, weight))
+        if self.partial.shape[0] > 0:
+            product = matmul_into(self.partial[: probs.shape[0]], probs, weight)
+            accumulate_(accumulator, product, rescale)
+            return
+        if rescale is not None:
+            accumulator.mul_(rescale[:, None])
+        accumulator.addmm_(probs, weight)
 
     def _finish(
         self,
@@ -276,7 +285,7 @@ class WeightGradient:
 
     def _buffers(self, plan: Plan, width: int, kept: Tensor | None) -> dict[str, Tensor]:
         sizes, new = self.sizes, self.softmax.new_empty
-        cells = plan.rows * plan.columns if kept is None else 0
+        cells = plan.rows * row_pitch(plan.columns, sizes.device) if kept is None else 0
         tile = new(cells, dtype=sizes.logits_dtype)
         same = sizes.logits_dtype == sizes.compute_dtype
         needs_partial = sizes.widens or sizes.partial_dtype != self.softmax.dtype
@@ -292,8 +301,8 @@ class WeightGradient:
         self, span: tuple[int, int], block: tuple[int, int], buffers: dict[str, Tensor]
     ) -> Tensor:
         (start, stop), (v0, v1) = span, block
-        tile = _shaped(buffers["tile"], stop - start, v1 - v0)
-        narrow = _shaped(buffers["narrow"], stop - start, v1 - v0)
+        tile = _tile(buffers["tile"], stop - start, v1 - v0)
+        narrow = _tile(buffers["narrow"], stop - start, v1 - v0)
         matmul_into(tile, self.rows.take(start, stop), self.head.columns.block(v0, v1).t())
         softmax_grad_(
             tile, self.head.block_bias(v0, v1), self.labels.stacked(start, stop), v0,
@@ -308,7 +317,8 @@ class WeightGradient:
         if partial.numel() == 0:
             block.addmm_(probs.t(), scaled, alpha=-1.0)
         else:
-            block.sub_(matmul_into(_shaped(partial, *block.shape), probs.t(), scaled))
+            product = matmul_into(_shaped(partial, *block.shape), probs.t(), scaled)
+            accumulate_(block, product, None, -1.0)
 
     def _add_labels(
         self, block: Tensor, bias_block: Tensor, columns: tuple[int, int], span: tuple[int, int]
@@ -341,6 +351,10 @@ def _index_add(target: Tensor, index: Tensor, values: Tensor, inside: Tensor) ->
 
 def _dots(hidden: Tensor, label_rows: Tensor) -> Tensor:
     return (hidden.to(label_rows.dtype) * label_rows).sum(1)
+
+
+def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return _shaped(buffer, rows, row_pitch(columns, buffer.device))[:, :columns]
 
 
 def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -69,20 +69,34 @@ def select(
     scored: Scored,
     options: tuple[float, float | None, torch.dtype],
 ) -> Selection:
-    """The scored rows of hidden and its low-rank part; syncs a GPU once, to count them."""
+    """The scored rows of hidden and its low-rank part; syncs a GPU once, to count them.
+
+    While a CUDA graph is captured nothing may sync: every row is processed, those that are not
+    scored as rows of 0 with coefficient 0.
+    """
     logit_scale, softcap, dtype = options
     flat = [flat_rows(each) for each in hidden if each is not None]
-    count = scored.labels.first.shape[0]
-    index: Tensor | None = (scored.labels.first >= 0).nonzero()[:, 0]
-    labels = scored.labels
+    is_scored = scored.labels.first >= 0
+    index: Tensor | None = None
+    labels, count = scored.labels, is_scored.shape[0]
+    capturing = _is_capturing(is_scored.device)
+    if not capturing:
+        index = is_scored.nonzero()[:, 0]
     if index is not None and index.shape[0] < count:
         labels = labels.take(index)
     elif all(part.ndim == 2 for part in flat):
         index = None
+    elif capturing:
+        index = torch.arange(count, device=is_scored.device)
     parts = tuple(each for each in weight if each is not None)
     head = Head(Columns(parts, dtype), bias, logit_scale, softcap)
     sizes = problem_sizes(labels.first.shape[0], hidden, weight, scored.masks.shape[0], dtype)
-    return Selection(Rows(tuple(flat), index, dtype), head, labels, sizes, index)
+    rows = Rows(tuple(flat), index, dtype, is_scored if capturing else None)
+    return Selection(rows, head, labels, sizes, index)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def flat_rows(hidden: Tensor) -> Tensor:

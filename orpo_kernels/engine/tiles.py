@@ -6,19 +6,22 @@ on. The transform is part of the operation: `z = softcap(scale * (tile + bias))`
     softmax_stats   max over the tile and sum of exp(z - max), per row          1 read
     softmax_grad_   tile <- exp(z - reference) * d, label columns 0             1 read + 1 write
     column_sums     coefficients^T tile                                         1 read
+    accumulate_     accumulator <- rescale * accumulator + alpha * partial      1 read + 1 update
 
 `labels` is (K, R) int64, K label sets, -1 where a row has none. Label columns take no part in the
 statistics and are zeroed in the gradient: the engine handles them in float32, from exact dots, so a
 confident token loses no digits. All arithmetic is float32 (float64 for a float64 tile); a 16-bit
 tile is widened in strips that stay in cache, never as a whole.
 
-A backend implements an operation by registering a kernel for its dispatch key (CPU: `csrc/`).
+A backend implements an operation by registering a kernel for its dispatch key (CPU: `csrc/`; CUDA,
+ROCm and XPU: `kernels/`).
 """
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.engine import native
+from orpo_kernels.kernels import register_tile_operation
 
 _STRIP_BYTES_CPU = 2**21  # widened strip: an L2 cache; less costs calls, and threads their barriers
 _STRIP_BYTES_OTHER = 2**22  # elsewhere a strip is a few launches: larger, yet inside 64 MiB
@@ -34,12 +37,18 @@ torch.library.define(
     "float logit_scale, float? softcap, Tensor(b!)? out=None) -> ()",
 )
 torch.library.define("orpo_kernels::column_sums", "(Tensor tile, Tensor coefficients) -> Tensor")
+torch.library.define(
+    "orpo_kernels::accumulate_",
+    "(Tensor(a!) accumulator, Tensor partial, Tensor? rescale, float alpha=1.0) -> ()",
+)
 
 softmax_stats = torch.ops.orpo_kernels.softmax_stats
 softmax_grad_ = torch.ops.orpo_kernels.softmax_grad_
 column_sums = torch.ops.orpo_kernels.column_sums
+accumulate_ = torch.ops.orpo_kernels.accumulate_
 
-native.load(f"orpo_kernels::{name}" for name in ("softmax_stats", "softmax_grad_", "column_sums"))
+OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums", "accumulate_")
+native.load(f"orpo_kernels::{name}" for name in OPERATIONS)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +87,6 @@ def _fill_label_columns(z: Tensor, labels: Tensor, first_column: int, value: flo
         z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
 
 
-@torch.library.impl("orpo_kernels::softmax_stats", "CompositeExplicitAutograd")
 def _softmax_stats(
     logits: Tensor,
     bias: Tensor | None,
@@ -99,7 +107,6 @@ def _softmax_stats(
     return row_max, sum_exp
 
 
-@torch.library.impl("orpo_kernels::softmax_grad_", "CompositeExplicitAutograd")
 def _softmax_grad_(
     logits: Tensor,
     bias: Tensor | None,
@@ -123,12 +130,24 @@ def _softmax_grad_(
         out[i:j].copy_(z)
 
 
-@torch.library.impl("orpo_kernels::column_sums", "CompositeExplicitAutograd")
 def _column_sums(tile: Tensor, coefficients: Tensor) -> Tensor:
     sums = tile.new_zeros(tile.shape[1], dtype=coefficients.dtype)
     for i, j in _strips(tile):
         sums.addmv_(tile[i:j].to(sums.dtype).t(), coefficients[i:j])
     return sums
+
+
+@torch.library.impl("orpo_kernels::accumulate_", "CompositeExplicitAutograd")
+def _accumulate_(
+    accumulator: Tensor, partial: Tensor, rescale: Tensor | None, alpha: float = 1.0
+) -> None:
+    # A GPU widens in registers; add_ on a CPU would first widen the whole of a 16-bit partial.
+    narrow = partial.device.type == "cpu" and partial.dtype != accumulator.dtype
+    for i, j in _strips(partial) if narrow else [(0, partial.shape[0])]:
+        if rescale is not None:
+            accumulator[i:j].mul_(rescale[i:j, None])
+        wide = partial[i:j].to(accumulator.dtype) if narrow else partial
+        accumulator[i:j].add_(wide, alpha=alpha)
 
 
 @torch.library.register_fake("orpo_kernels::softmax_stats")  # type: ignore[untyped-decorator]
@@ -147,3 +166,18 @@ def _softmax_stats_fake(
 @torch.library.register_fake("orpo_kernels::column_sums")  # type: ignore[untyped-decorator]
 def _column_sums_fake(tile: Tensor, coefficients: Tensor) -> Tensor:
     return tile.new_empty(tile.shape[1], dtype=coefficients.dtype)
+
+
+@torch.library.register_fake("orpo_kernels::softmax_grad_")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("orpo_kernels::accumulate_")  # type: ignore[untyped-decorator]
+def _in_place_fake(*args: object, **kwargs: object) -> None:
+    return None
+
+
+for _name, _plain in (
+    ("softmax_stats", _softmax_stats),
+    ("softmax_grad_", _softmax_grad_),
+    ("column_sums", _column_sums),
+):
+    torch.library.impl(f"orpo_kernels::{_name}", "CompositeExplicitAutograd", _plain)
+    register_tile_operation(_name, _plain)

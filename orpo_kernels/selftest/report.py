@@ -12,7 +12,7 @@ import torch
 from orpo_kernels.engine import native
 from orpo_kernels.version import __version__
 
-TILE_OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums")
+TILE_OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums", "accumulate_")
 PACKAGES = (
     "torch", "triton", "triton-windows", "transformers", "peft", "bitsandbytes", "accelerate",
     "trl",

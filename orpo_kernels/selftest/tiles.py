@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.tiles import column_sums, softmax_grad_, softmax_stats
+from orpo_kernels.engine.tiles import accumulate_, column_sums, softmax_grad_, softmax_stats
 from orpo_kernels.selftest.figures import (
     EPS32,
     Case,
@@ -60,6 +60,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     for transform in TRANSFORMS:
         yield Case("softmax_grad_", transform.name, setting, _grad, (transform,))
     yield Case("column_sums", "strided tile", setting, _column_sums)
+    yield Case("accumulate_", "float32 += tile", setting, _accumulate)
 
 
 def _tile(setting: Setting, transform: Transform) -> Tile:
@@ -124,3 +125,16 @@ def _column_sums(setting: Setting) -> Iterator[Figure]:
         sums = column_sums(tile, coefficients.to(setting.device))
     error = exact(sums) - terms.sum(0)
     yield Figure("sums", largest(error / terms.abs().sum(0)), 8 * EPS32)
+
+
+def _accumulate(setting: Setting) -> Iterator[Figure]:
+    generator = setting.generator()
+    partial = setting.put(torch.randn(ROWS, COLUMNS, generator=generator))
+    before = torch.randn(ROWS, COLUMNS, generator=generator)
+    rescale = torch.rand(ROWS, generator=generator)
+    for factor, alpha in ((rescale, 1.0), (None, -1.0)):  # the forward, the weight gradient
+        sums = before.to(setting.device, copy=True)
+        with setting.all_threads():
+            accumulate_(sums, partial, None if factor is None else factor.to(sums.device), alpha)
+        kept = before.double() if factor is None else before.double() * factor[:, None].double()
+        yield rounded_once(f"sums, alpha {alpha:+.0f}", sums, kept + alpha * exact(partial))

@@ -1,0 +1,89 @@
+"""The row operations as Triton kernels, behind the schemas of `engine/tiles.py` and the custom ops.
+
+What is registered here for the CUDA (and ROCm) and XPU dispatch keys is a thin function: triton and
+the kernels are imported when the first such tensor arrives. Without triton one warning says so and
+the plain-torch form stands in. A dtype without a kernel (float64) takes the plain-torch form too.
+
+`ORPO_KERNELS_GPU_BACKEND=torch` turns the kernels off, for a device or driver they fail on.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWITCH = "ORPO_KERNELS_GPU_BACKEND"
+DEVICES = ("cuda", "xpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Function = Callable[..., Any]
+
+_MODULES = {
+    "softmax_stats": "softmax_stats",
+    "softmax_grad_": "softmax_grad",
+    "column_sums": "column_sums",
+    "sequence_mean": "sequence_mean",
+    "odds_ratio": "odds_ratio",
+    "odds_ratio_backward": "odds_ratio",
+}
+
+
+@functools.cache
+def gpu_backend() -> str:
+    """Form of the row operations that CUDA, ROCm and XPU tensors get: "triton" or "torch"."""
+    if os.environ.get(SWITCH, "triton") == "torch":
+        return "torch"
+    if importlib.util.find_spec("triton") is not None:
+        return "triton"
+    warnings.warn(
+        "orpo_kernels: triton is not installed, so the GPU uses the plain torch form of the row "
+        "operations, with the same results and memory bound but several times slower; install "
+        f"it (pip install triton), or set {SWITCH}=torch to silence this",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "torch"
+
+
+def _has_kernel(first: Tensor, *others: Any) -> bool:
+    """Whether a kernel takes these: not float64, nor empty, columns apart, three label sets."""
+    if first.dtype not in DTYPES or first.numel() == 0:
+        return False
+    tiles = [each for each in (first, *others) if isinstance(each, Tensor) and each.ndim == 2]
+    tiles = [tile for tile in tiles if tile.dtype != torch.bool]
+    labels = [tile for tile in tiles if tile.dtype == torch.int64]
+    apart = any(tile.shape[1] > 1 and tile.stride(1) != 1 for tile in tiles)
+    return not apart and all(1 <= sets.shape[0] <= 2 for sets in labels)
+
+
+def _chooser(name: str, plain: Function) -> Function:
+    @functools.cache
+    def launcher() -> Function:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+    @functools.wraps(plain)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        if _has_kernel(*args, *kwargs.values()) and gpu_backend() == "triton":
+            return launcher()(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    return choose
+
+
+def register_tile_operation(name: str, plain: Function) -> None:
+    """Puts the kernel behind `orpo_kernels::name` for GPU tensors, `plain` behind the kernel."""
+    for device in DEVICES:
+        torch.library.impl(f"orpo_kernels::{name}", device, _chooser(name, plain))
+
+
+def register_custom_op(name: str, operation: Any) -> None:
+    """The same for an operation that `torch.library.custom_op` made of its plain form."""
+    for device in DEVICES:
+        operation.register_kernel(device, _chooser(name, operation._init_fn))

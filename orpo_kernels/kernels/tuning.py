@@ -1,0 +1,153 @@
+"""The one table of block sizes: by kernel, architecture class and dtype, largest row first.
+
+A row is elements per block and warps per program. Every thread should have four 16-byte loads in
+flight, which is what hides the latency of DRAM with few registers; a block of a row kernel is then
+`4 * 16 bytes * threads`. At 4 warps and up to 64 registers 8 programs share a processor. None of
+the row kernels takes more shared memory than a reduction over its warps: every row fits every card.
+
+A row whose kernel does not fit the device (`OutOfResources`) is replaced by the next smaller one,
+with one warning, for the rest of the process. Nothing is searched or timed at run time.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+T = TypeVar("T")
+
+VECTOR = 8  # elements: 16 bytes of a 16-bit dtype, two 16-byte accesses of float32
+MAX_SPLITS = 64  # programs per row whose partial statistics one program combines
+_PROGRAMS_PER_PROCESSOR = 8
+
+
+class Row(NamedTuple):
+    """Elements per block, warps per program."""
+
+    block: int
+    warps: int
+
+
+class Device(NamedTuple):
+    """Architecture class ("consumer", "datacenter", "amd", "other") and number of processors."""
+
+    architecture: str
+    processors: int
+
+
+_NARROW = (torch.bfloat16, torch.float16)
+_ROW_KERNELS = ("softmax_stats", "softmax_grad")
+
+TABLE: dict[tuple[str, str, torch.dtype], tuple[Row, ...]] = {}
+for _kernel in _ROW_KERNELS:
+    for _dtype, _wide in ((torch.float32, 1), *((dtype, 2) for dtype in _NARROW)):
+        TABLE[_kernel, "datacenter", _dtype] = (Row(2048 * _wide, 4), Row(1024 * _wide, 4))
+        TABLE[_kernel, "consumer", _dtype] = (Row(2048 * _wide, 4), Row(1024 * _wide, 4))
+        # Twice the threads per warp: twice 16 bytes each. With four, gfx90a and gfx1100 spill.
+        TABLE[_kernel, "amd", _dtype] = (Row(2048 * _wide, 4), Row(1024 * _wide, 2))
+        TABLE[_kernel, "other", _dtype] = (Row(1024 * _wide, 4), Row(512 * _wide, 4))
+for _class in ("datacenter", "consumer", "amd", "other"):
+    for _dtype in (torch.float32, *_NARROW):
+        TABLE["column_sums", _class, _dtype] = (Row(1024, 4), Row(512, 4))
+    TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
+    TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
+
+_first_row: dict[tuple[str, str, torch.dtype], int] = {}
+
+
+@functools.cache
+def device_info(device: torch.device) -> Device:
+    """Class and size of a device, asked once."""
+    if device.type == "xpu":
+        return Device("other", torch.xpu.get_device_properties(device).max_compute_units)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device("amd", properties.multi_processor_count)
+    return Device(
+        architecture_class(properties.major, properties.minor), properties.multi_processor_count
+    )
+
+
+def architecture_class(major: int, minor: int) -> str:
+    """Class of an NVIDIA compute capability."""
+    return "datacenter" if (major, minor) in ((7, 0), (8, 0), (9, 0)) or major == 10 else "consumer"
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` current: triton launches on the current device, wherever the tensors are."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return contextlib.nullcontext()
+
+
+def launch(
+    kernel: str, dtype: torch.dtype, device: torch.device, run: Callable[[Row, Device], T]
+) -> T:
+    """`run(row, device)` with the first row of the table that fits the device.
+
+    Args:
+        kernel: name in the table.
+        dtype: of the tensor the kernel streams.
+        device: the tensors are on.
+        run: launches with a row; may raise `OutOfResources`.
+
+    Returns:
+        What `run` returned.
+
+    Raises:
+        OutOfResources: the smallest row does not fit either.
+
+    Warns:
+        RuntimeWarning: once per kernel, class and dtype, when a row does not fit.
+    """
+    info = device_info(device)
+    key = (kernel, info.architecture, dtype)
+    rows = TABLE[key]
+    with guard(device):
+        for index in range(_first_row.get(key, 0), len(rows) - 1):
+            try:
+                return run(rows[index], info)
+            except OutOfResources as error:
+                _first_row[key] = index + 1
+                warnings.warn(
+                    f"orpo_kernels: {kernel} in {dtype} does not fit this device with "
+                    f"{rows[index]} ({error}); using {rows[index + 1]} from here on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return run(rows[-1], info)
+
+
+class Split(NamedTuple):
+    """Programs per row, and blocks of each."""
+
+    splits: int
+    blocks: int
+
+
+def split_row(rows: int, columns: int, block: int, processors: int, most_blocks: int = 0) -> Split:
+    """How many programs share a row: enough to fill the device, at least two blocks each.
+
+    Args:
+        rows: R.
+        columns: C.
+        block: elements per block.
+        processors: of the device.
+        most_blocks: upper bound of blocks per program; 0 for none.
+
+    Returns:
+        The split.
+    """
+    blocks = max(1, -(-columns // block))
+    wanted = -(-_PROGRAMS_PER_PROCESSOR * processors // max(1, rows))
+    splits = max(1, min(wanted, blocks // 2, MAX_SPLITS))
+    each = -(-blocks // splits)
+    if most_blocks:
+        each = min(each, most_blocks)
+    return Split(-(-blocks // each), each)

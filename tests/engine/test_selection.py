@@ -1,0 +1,60 @@
+"""Under CUDA graph capture every row is processed: the same results, whatever padding holds."""
+
+import pytest
+import torch
+
+from orpo_kernels import linear_logps
+from orpo_kernels.engine import chunks, selection
+
+
+# Kept E, recomputed tiles, and hidden states whose rows have no (N, H) view.
+@pytest.mark.parametrize("workspace", [None, 200_000])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_all_rows_under_capture(monkeypatch, workspace, sliced):
+    hidden, weight = torch.randn(3, 8, 16), torch.randn(70, 16, requires_grad=True)
+    bias = torch.randn(70, requires_grad=True)
+    labels = torch.randint(0, 70, (2, 3, 7 if sliced else 8))
+    labels[0, :, ::3] = -100
+    labels[1] = labels[0]
+    labels[1, 0, 1] = 5
+    labels[1, 2, 2] = -100
+    weights = torch.randn(labels.shape)
+
+    def run(hidden):
+        hidden = hidden.clone().requires_grad_()
+        view = hidden[:, :-1] if sliced else hidden
+        logps = torch.stack(
+            linear_logps(view, weight, tuple(labels), bias, workspace_bytes=workspace)
+        )
+        return logps, *torch.autograd.grad((logps * weights).sum(), (hidden, weight, bias))
+
+    plain = run(hidden)
+    nothing = (labels == -100).all(0)
+    padded = hidden.clone()
+    padded[:, : labels.shape[2]][nothing] = torch.nan  # attention over nothing, for one
+    monkeypatch.setattr(selection, "_is_capturing", lambda device: True)
+    for found, expected in zip(run(padded), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gemm_widens_by_capability(monkeypatch):
+    cuda = torch.device("cuda")
+    chunks.gemm_widens.cache_clear()
+    assert not chunks.gemm_widens(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not chunks.gemm_widens(cuda, torch.float16)
+    # An sm_80 whose torch refuses the GEMM (here: has no CUDA at all) gets 16-bit logits, no error.
+    chunks.gemm_widens.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: torch.ones(2, 2))
+
+    def refuses(*tensors):
+        raise RuntimeError("out_dtype is not supported")
+
+    monkeypatch.setattr(chunks, "matmul_into", refuses)
+    assert not chunks.gemm_widens(cuda, torch.bfloat16)
+    monkeypatch.setattr(chunks, "matmul_into", lambda *tensors: tensors[0])
+    chunks.gemm_widens.cache_clear()
+    assert chunks.gemm_widens(cuda, torch.bfloat16)
+    chunks.gemm_widens.cache_clear()

@@ -1,0 +1,60 @@
+"""The strict interpreter itself: each planted bug is caught, and bf16 is torch's."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+
+@triton.jit
+def _copy_kernel(out_ptr, x_ptr, n, limit, step, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * step + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < limit, other=0.0)
+    tl.store(out_ptr + offs, (x.to(tl.float32) * 3.0).to(out_ptr.dtype.element_ty), mask=offs < n)
+
+
+def copy(n=100, limit=100, step=64, x=None, out=None):
+    x = torch.randn(n) if x is None else x
+    out = torch.empty_like(x) if out is None else out
+    _copy_kernel[(2,)](out, x, n, limit, step, BLOCK=64)
+    return x, out
+
+
+def test_clean():
+    x, out = copy()
+    assert torch.equal(out, x * 3)
+
+
+def test_out_of_bounds():
+    with pytest.raises(InterpreterError, match="OUT OF BOUNDS"):
+        copy(limit=101)
+
+
+def test_two_programs_write_one_element():
+    with pytest.raises(InterpreterError, match="RACE"):
+        copy(step=63)
+
+
+def test_one_program_reads_what_another_writes():
+    x = torch.randn(128)
+    shifted = x[1:]  # in place, one element further: program 0 writes what program 1 reads
+    with pytest.raises(InterpreterError, match="RACE"):
+        copy(n=127, limit=127, x=x[:127], out=shifted)
+
+
+@triton.jit
+def _offset_kernel(out_ptr, rows, stride):
+    tl.store(out_ptr, (rows * stride > 0).to(tl.int32))
+
+
+def test_int32_overflow():
+    # 16,744 rows of 128,256 logits: past 2^31.
+    with pytest.raises(InterpreterError, match="overflow"):
+        _offset_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 16744, 128256)
+
+
+def test_bf16_rounds_like_torch():
+    x = torch.randn(100)
+    _, out = copy(x=x.bfloat16(), out=torch.empty(100, dtype=torch.bfloat16))
+    assert torch.equal(out, (x.bfloat16().float() * 3).bfloat16())

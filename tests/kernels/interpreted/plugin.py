@@ -1,0 +1,41 @@
+"""pytest plugin of the interpreted run: strict interpreter, launchers behind the CPU dispatch key.
+
+Load it with `-p tests.kernels.interpreted.plugin` and TRITON_INTERPRET=1, in a process of its own.
+"""
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("the interpreted tests need TRITON_INTERPRET=1; run tests/kernels instead")
+os.environ["ORPO_KERNELS_CPU_BACKEND"] = "torch"  # the CPU dispatch key is ours here
+
+import torch
+
+from orpo_kernels import kernels, odds_ratio, sequence_mean
+from orpo_kernels.engine import tiles
+from orpo_kernels.kernels import tuning
+from tests.kernels.interpreted import strict
+
+launches: list[str] = []  # names of the kernels launched so far
+
+
+def pytest_configure():
+    strict.install()
+    # Three processors: rows are split at these sizes, and the programs stay few.
+    tuning.device_info = lambda device: tuning.Device("datacenter", 3)
+    real = tuning.launch
+
+    def counted(kernel, *rest):
+        launches.append(kernel)
+        return real(kernel, *rest)
+
+    for module in ("softmax_stats", "softmax_grad", "column_sums", "sequence_mean", "odds_ratio"):
+        __import__(f"orpo_kernels.kernels.{module}")
+        getattr(kernels, module).launch = counted
+    kernels.DEVICES = ("cpu",)
+    for name in ("softmax_stats", "softmax_grad_", "column_sums"):
+        kernels.register_tile_operation(name, getattr(tiles, f"_{name}"))
+    kernels.register_custom_op("sequence_mean", sequence_mean._sequence_mean)
+    kernels.register_custom_op("odds_ratio", odds_ratio._odds_ratio)
+    kernels.register_custom_op("odds_ratio_backward", odds_ratio._odds_ratio_backward)
+    torch.set_num_threads(1)

@@ -1,0 +1,209 @@
+"""Makes triton's interpreter strict: exact bf16, and errors where a GPU would fail silently.
+
+The stock interpreter computes bf16 on its bit patterns and truncates instead of rounding, reads
+memory out of bounds, wraps int32 silently and runs programs in order. With `install()`:
+
+- bf16 widens exactly and rounds to nearest even; its arithmetic and dots are float32's, rounded;
+- every load, store and atomic must lie inside a tensor handed to the launch;
+- no two programs may touch the same byte unless both only read it;
+- programs run in a random order, int32 overflow and `tl.device_assert` raise.
+
+Needs TRITON_INTERPRET=1 in the environment before triton is imported.
+"""
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+
+class Memory:
+    """A tensor of the running launch: its addresses, and which program wrote or read each byte."""
+
+    def __init__(self, tensor: Any, name: int) -> None:
+        extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        self.start = tensor.data_ptr()
+        self.stop = self.start + extent * tensor.element_size()
+        self.name = name
+        self.writer = np.zeros(self.stop - self.start, np.int32)  # 0 nobody, else program + 1
+        self.reader = np.zeros(self.stop - self.start, np.int32)  # likewise, -1 several
+
+    def touch(self, addresses, size, kind, program):
+        each = (addresses - self.start)[:, None] + np.arange(size)
+        each, me = each.ravel(), program + 1
+        foreign = (self.writer[each] != 0) & (self.writer[each] != me)
+        if kind == "store":
+            foreign |= (self.reader[each] != 0) & (self.reader[each] != me)
+        if kind != "atomic" and foreign.any():
+            raise AssertionError(
+                f"RACE: program {program} {kind}s byte {each[foreign][0]} of tensor {self.name}, "
+                "which another program touches too"
+            )
+        if kind == "load":
+            alone = (self.reader[each] == 0) | (self.reader[each] == me)
+            self.reader[each] = np.where(alone, me, -1)
+        if kind == "store":
+            self.writer[each] = me
+
+
+class State:
+    """The running launch."""
+
+    memories: list[Memory] = []  # noqa: RUF012 - replaced as a whole per launch
+    program = 0
+    order: list[int] = []  # noqa: RUF012
+    grid = (1, 1, 1)
+    installed = False
+
+
+def widen(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values):
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
+
+
+def is_bf16(handle):
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _check(pointer, mask, kind):
+    size = max(1, pointer.get_element_ty().primitive_bitwidth // 8)
+    chosen = mask.data if isinstance(mask, Handle) else np.True_ if mask is None else mask
+    addresses, chosen = np.broadcast_arrays(pointer.data, chosen)
+    addresses = addresses[chosen].astype(np.int64)
+    inside = np.zeros(addresses.shape, bool)
+    for memory in State.memories:
+        hit = (addresses >= memory.start) & (addresses + size <= memory.stop)
+        if hit.any():
+            memory.touch(addresses[hit], size, kind, State.program)
+        inside |= hit
+    if not inside.all():
+        where = int(addresses[~inside][0])
+        near = ", ".join(
+            f"tensor {m.name}: byte {where - m.start} of {m.stop - m.start}" for m in State.memories
+        )
+        raise IndexError(f"OUT OF BOUNDS: program {State.program} {kind}s at {near}")
+
+
+def as_float(handle):
+    return Handle(widen(handle.data), tl.float32) if is_bf16(handle) else handle
+
+
+def _strict_casts():
+    cast, fp_to_fp = Builder.cast_impl, Builder.create_fp_to_fp
+
+    def strict_cast(self, source, target):
+        if is_bf16(source) and target.scalar != tl.bfloat16:
+            source = as_float(source)
+            return source if target.scalar == tl.float32 else cast(self, source, target)
+        if target.scalar == tl.bfloat16 and not is_bf16(source):
+            return Handle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, target)
+
+    def strict_fp_to_fp(self, source, target, mode):
+        if (is_bf16(source) or target.scalar == tl.bfloat16) and "RTZ" not in str(mode):
+            return strict_cast(self, source, target)
+        return fp_to_fp(self, source, target, mode)
+
+    Builder.get_bf16 = lambda self, value: Handle(narrow(np.array([value])), tl.bfloat16)
+    Builder.cast_impl, Builder.create_fp_to_fp = strict_cast, strict_fp_to_fp
+
+
+def _strict_arithmetic():
+    binary, unary, dot = Builder.binary_op, Builder.unary_op, Builder.create_dot
+
+    def strict_binary(self, a, b, operation):
+        if not (is_bf16(a) or is_bf16(b)):
+            return binary(self, a, b, operation)
+        result = operation(as_float(a).data, as_float(b).data)
+        if result.dtype == np.bool_:
+            return Handle(result, tl.int1)
+        return Handle(narrow(result), tl.bfloat16)
+
+    def strict_unary(self, a, operation):
+        if is_bf16(a):
+            return Handle(narrow(operation(widen(a.data))), tl.bfloat16)
+        return unary(self, a, operation)
+
+    def strict_dot(self, a, b, *rest):
+        return dot(self, as_float(a), as_float(b), *rest)
+
+    Builder.binary_op, Builder.unary_op = strict_binary, strict_unary
+    Builder.create_dot = strict_dot
+
+
+def _checked_memory():
+    load, store, update, exchange = (
+        Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw,
+        Builder.create_atomic_cas,
+    )  # fmt: skip
+
+    def checked_load(self, pointer, mask, *rest, **options):
+        _check(pointer, mask, "load")
+        return load(self, pointer, mask, *rest, **options)
+
+    def checked_store(self, pointer, value, mask, *rest, **options):
+        _check(pointer, mask, "store")
+        return store(self, pointer, value, mask, *rest, **options)
+
+    def checked_update(self, operation, pointer, value, mask, *rest):
+        _check(pointer, mask, "atomic")
+        return update(self, operation, pointer, value, mask, *rest)
+
+    def checked_exchange(self, pointer, *rest):
+        _check(pointer, None, "atomic")
+        return exchange(self, pointer, *rest)
+
+    Builder.create_masked_load, Builder.create_masked_store = checked_load, checked_store
+    Builder.create_atomic_rmw, Builder.create_atomic_cas = checked_update, checked_exchange
+
+
+def _shuffled_launches():
+    arguments = interpreter.GridExecutor._init_args_hst
+    set_dim, set_idx = Builder.set_grid_dim, Builder.set_grid_idx
+
+    def strict_arguments(self, args, kwargs):
+        host, host_kwargs = arguments(self, args, kwargs)
+        everything = [*host, *host_kwargs.values()]
+        tensors = [(i, getattr(each, "base", each)) for i, each in enumerate(everything)]
+        State.memories = [
+            Memory(each, i) for i, each in tensors if hasattr(each, "data_ptr") and each.numel()
+        ]
+        return host, host_kwargs
+
+    def shuffled_dim(self, x, y, z):
+        State.grid, State.order = (x, y, z), random.sample(range(x * y * z), x * y * z)
+        set_dim(self, x, y, z)
+
+    def shuffled_idx(self, x, y, z):
+        _, y_count, z_count = State.grid
+        State.program = chosen = State.order[(x * y_count + y) * z_count + z]
+        rest, z = divmod(chosen, z_count)
+        set_idx(self, *divmod(rest, y_count), z)
+
+    interpreter.GridExecutor._init_args_hst = strict_arguments
+    Builder.set_grid_dim, Builder.set_grid_idx = shuffled_dim, shuffled_idx
+
+
+def install():
+    """Makes the interpreter of this process strict, once."""
+    if State.installed:
+        return
+    State.installed = True
+    _strict_casts()
+    _strict_arithmetic()
+    _checked_memory()
+    _shuffled_launches()
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True)

@@ -1,0 +1,106 @@
+"""The engine and the real launchers for GPUs that are not here: what they would launch compiles."""
+
+import random
+
+import pytest
+import torch
+
+from orpo_kernels.engine import chunks, exact, selection
+from orpo_kernels.linear_logps import _linear_logps, _linear_logps_dweight
+
+pytest.importorskip("triton")
+
+from orpo_kernels.kernels import column_sums, odds_ratio, sequence_mean, softmax_grad, softmax_stats
+from tests.kernels.dryrun import SHARED_LIMIT, dryrun, resources
+
+BUDGET = 64 * 2**20
+
+
+@pytest.fixture
+def launchers(monkeypatch):
+    """The launchers where dispatch would put them: fake tensors dispatch to fakes."""
+    monkeypatch.setattr(exact, "softmax_stats", softmax_stats.softmax_stats)
+    monkeypatch.setattr(exact, "softmax_grad_", softmax_grad.softmax_grad_)
+    monkeypatch.setattr(exact, "column_sums", column_sums.column_sums)
+    monkeypatch.setattr(selection, "_is_capturing", lambda device: True)  # nonzero has no fake
+    monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: True)
+
+
+def cuda(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def forward_and_backward(rows, H, V, *, sets=1, bias=False, trains=True, budget=BUDGET):
+    """The op's own two functions, as autograd calls them."""
+    dtype = torch.bfloat16
+    hidden, weight = cuda(rows, H, dtype=dtype), cuda(V, H, dtype=dtype)
+    labels = cuda(sets, rows, dtype=torch.int64)
+    bias = cuda(V, dtype=dtype) if bias else None
+    inputs, options = (hidden, weight, labels, bias, None, None), (1.0, None, -100, dtype, budget)
+    _, statistics, _, _, kept = _linear_logps._init_fn(*inputs, *options, True, trains, True)
+    if not trains:
+        return
+    dlogps = cuda(sets, rows, dtype=torch.float32)
+    wanted = [True, bias is not None, False]
+    _linear_logps_dweight._init_fn(dlogps, statistics, kept, *inputs, *options, wanted)
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_shapes_of_real_heads(launchers, architecture):
+    with dryrun(architecture) as log:
+        # Llama 3, Qwen 2.5, Gemma, and a vocabulary and a hidden size no vector divides.
+        for V in (128256, 151936, 262144, 32003):
+            forward_and_backward(300, 4096, V, trains=False)
+        forward_and_backward(300, 4097, 32003)
+    names = {launch.name for launch in log}
+    assert {"_softmax_stats_kernel", "_softmax_grad_kernel"} <= names
+    for compiled in {id(each.compiled): each.compiled for each in log}.values():
+        figures = resources(compiled)
+        assert figures.spills == 0
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture]
+
+
+def test_a_short_tile_fills_the_device():
+    # R = 128 rows on 132 processors: split; R = 4096: a program per row, and none of them idle.
+    with dryrun(90) as log:
+        for rows in (128, 4096):
+            tile, labels = cuda(rows, 128256), cuda(1, rows, dtype=torch.int64)
+            softmax_stats.softmax_stats(tile, None, labels, 0, 1.0, None)
+    grids = [each.grid[0] for each in log if each.name == "_softmax_stats_kernel"]
+    assert 4 * 132 <= grids[0] <= 16 * 132
+    assert grids[1] == 4096
+
+
+@pytest.mark.parametrize("V", [8192, 8209])  # rows on vector boundaries, and not
+def test_few_variants_over_many_lengths(launchers, V):
+    rng = random.Random(0)
+    variants: dict[str, set[int]] = {}
+    with dryrun(89) as log:
+        for _ in range(50):
+            T = rng.randrange(2, rng.choice((60, 2000)))  # few rows are split, more are not
+            P = rng.randrange(1, 9)
+            forward_and_backward(T, 64, V, sets=2, bias=True, budget=2 * BUDGET)
+            values, mask = cuda(2 * P, T, dtype=torch.float32), cuda(2 * P, T, dtype=torch.bool)
+            sequence_mean.sequence_mean(values, mask, None, 2 * P)
+            pairs = [cuda(2 * P, dtype=torch.float32).narrow(0, i * P, P) for i in (0, 1)]
+            odds_ratio.odds_ratio_backward(*pairs, *odds_ratio.odds_ratio(*pairs))
+        for launch in log:
+            variants.setdefault(launch.name, set()).add(id(launch.compiled))
+    assert len(variants) >= 6
+    assert {name: len(found) for name, found in variants.items() if len(found) > 3} == {}
+
+
+def test_no_size_is_part_of_a_variant():
+    modules = (softmax_stats, softmax_grad, column_sums, sequence_mean, odds_ratio)
+    kernels = [
+        each for module in modules for name, each in vars(module).items()
+        if name.endswith("_kernel") and hasattr(each, "params")
+    ]  # fmt: skip
+    assert len(kernels) == 7
+    for kernel in kernels:
+        runtime = [each for each in kernel.params if not each.is_constexpr]
+        numbers = [each for each in runtime if not each.name.endswith("_ptr")]
+        floats = {"logit_scale", "softcap"}  # never specialised
+        assert {e.name for e in numbers if not e.do_not_specialize} <= floats, kernel.__name__
+        constants = {each.name for each in kernel.params if each.is_constexpr}
+        assert not constants & {"P", "N", "T", "R", "C", "V", "H"}

@@ -1,0 +1,35 @@
+"""Runs the interpreted tests in a process of their own: one cannot interpret and compile.
+
+To run them by hand, or one of them:
+    TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest -p tests.kernels.interpreted.plugin \
+        -o 'python_files=check_*.py' tests/kernels/interpreted
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_interpreted():
+    # numpy's and torch's threads fight over small blocks: one each.
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "pytest", "-p", "tests.kernels.interpreted.plugin",
+        "-p", "no:cacheprovider", "-o", "python_files=check_*.py", "--tb=short", "-W", "error",
+        "-W", "ignore:overflow encountered in exp:RuntimeWarning",  # of lanes that are masked out
+        str(REPOSITORY / "tests/kernels/interpreted"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,70 @@
+"""What stands behind the CUDA and XPU dispatch keys, and what importing it costs."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from orpo_kernels import kernels
+from orpo_kernels.engine import tiles  # noqa: F401 - registers
+
+OPERATIONS = [
+    "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio",
+    "odds_ratio_backward",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_registered_without_importing_triton(name):
+    for key in ("CUDA", "XPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"orpo_kernels::{name}", key)
+
+
+def test_triton_is_imported_by_the_first_gpu_tensor_only():
+    code = (
+        "import sys, torch, orpo_kernels\n"
+        "h = torch.randn(2, 3, 4, requires_grad=True)\n"
+        "labels = torch.zeros(2, 3, dtype=torch.long)\n"
+        "orpo_kernels.orpo_loss(h, torch.randn(5, 4), labels).loss.backward()\n"
+        "assert 'orpo_kernels.kernels.softmax_stats' not in sys.modules\n"
+        "assert 'orpo_kernels.kernels.tuning' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.fixture
+def chooser(monkeypatch):
+    """A chooser whose launcher and plain form say which of them was called."""
+    module = types.ModuleType("orpo_kernels.kernels.softmax_stats")
+    module.softmax_stats = lambda *args: "kernel"
+    monkeypatch.setitem(sys.modules, "orpo_kernels.kernels.softmax_stats", module)
+    kernels.gpu_backend.cache_clear()
+    yield kernels._chooser("softmax_stats", lambda *args: "plain")
+    kernels.gpu_backend.cache_clear()
+
+
+def test_the_kernel_when_there_is_one(chooser, monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    tile, labels = torch.randn(2, 9), torch.full((1, 2), -1)
+    assert chooser(tile, None, labels, 0, 1.0, None) == "kernel"
+    # No kernel: float64, columns apart, no rows, three label sets.
+    assert chooser(tile.double(), None, labels, 0, 1.0, None) == "plain"
+    assert chooser(torch.randn(9, 2).t(), None, labels, 0, 1.0, None) == "plain"
+    assert chooser(tile[:0], None, labels[:, :0], 0, 1.0, None) == "plain"
+    assert chooser(tile, None, torch.full((3, 2), -1), 0, 1.0, None) == "plain"
+
+
+def test_without_triton_one_warning_and_the_plain_form(chooser, monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    arguments = (torch.randn(2, 9), None, torch.full((1, 2), -1), 0, 1.0, None)
+    with pytest.warns(RuntimeWarning, match="triton is not installed") as caught:
+        assert [chooser(*arguments), chooser(*arguments)] == ["plain", "plain"]
+    assert len(caught) == 1
+
+
+def test_the_switch(chooser, monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "torch")
+    arguments = (torch.randn(2, 9), None, torch.full((1, 2), -1), 0, 1.0, None)
+    assert chooser(*arguments) == "plain"
