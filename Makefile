@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := hf,qlora,triton,plot,bench,peers,dev
+SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: setup build wheel format check lint types test test-fast test-gpu demo bench bench-gpu clean
+.PHONY: setup build wheel format check test test-gpu kernels-report gpu-lease demo bench bench-gpu clean
 
 setup: .venv/.ready  ## the environment, from pinned versions
 
@@ -15,20 +17,37 @@ setup: .venv/.ready  ## the environment, from pinned versions
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
+build: setup  ## C++ in place; SAN=1: with address and undefined-behaviour sanitizers, and its tests
+	ORPO_KERNELS_EXTENSION=required $(BIN)/python setup.py -q build_ext --inplace --force
+ifeq ($(SAN),1)
+	$(SAN_ENV) $(BIN)/python -m pytest tests/csrc tests/engine/test_tiles.py -m "not slow" -p no:cacheprovider
+endif
+
+wheel: setup  ## one abi3 wheel for all supported Pythons and torch versions, in dist/
+	ORPO_KERNELS_EXTENSION=required $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
 test: setup  ## everything that needs no GPU, benchmarks once and small among it
 	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+kernels-report: setup  ## every Triton kernel compiled for ten GPUs: registers, spills, memory
+	$(BIN)/python -m tests.kernels.compile_report
+
+gpu-lease: setup  ## all there is to do on a lent GPU, in nine minutes
+	$(BIN)/python -m tests.gpu.lease --out runs/gpu
 
 demo: setup  ## ORPO on nf4 + LoRA next to plain SFT, in minutes on a CPU
 	$(BIN)/python -m examples.demo
