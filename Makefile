@@ -7,7 +7,7 @@ SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stackt
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: setup build wheel format check test test-gpu kernels-report gpu-lease demo bench bench-gpu clean
+.PHONY: setup build wheel format check test test-gpu kernels-report gpu-session demo bench bench-gpu clean
 
 setup: .venv/.ready  ## the environment, from pinned versions
 
@@ -46,8 +46,8 @@ test-gpu: setup
 kernels-report: setup  ## every Triton kernel compiled for ten GPUs: registers, spills, memory
 	$(BIN)/python -m tests.kernels.compile_report
 
-gpu-lease: setup  ## all there is to do on a lent GPU, in nine minutes
-	$(BIN)/python -m tests.gpu.lease --out runs/gpu
+gpu-session: setup  ## all there is to do on a rented GPU, in nine minutes
+	$(BIN)/python -m tests.gpu.session --out runs/gpu
 
 demo: setup  ## ORPO on nf4 + LoRA next to plain SFT, in minutes on a CPU
 	$(BIN)/python -m examples.demo

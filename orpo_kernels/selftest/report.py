@@ -10,6 +10,7 @@ from math import isfinite
 import torch
 
 from orpo_kernels.engine import native
+from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.version import __version__
 
 TILE_OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums", "accumulate_")
@@ -184,7 +185,7 @@ def tile_backends(device: torch.device) -> dict[str, str]:
     """What the dispatcher calls for each tile operation on this device."""
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}.get(device.type)
     has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
-    kernel = native.cpu_backend() if device.type == "cpu" else "triton"
+    kernel = native.cpu_backend() if device.type == "cpu" else gpu_backend()
     return {
         name: kernel if key and has_kernel(f"orpo_kernels::{name}", key) else "plain torch"
         for name in TILE_OPERATIONS

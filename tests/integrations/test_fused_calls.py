@@ -224,6 +224,8 @@ def test_autocast_keeps_gradients_in_the_parameters_dtype() -> None:
 @pytest.mark.parametrize("fuse_first", [True, False])
 def test_accelerate_mixed_precision(fuse_first: bool) -> None:
     accelerate = pytest.importorskip("accelerate")
+    # One state per process: what an earlier test's trainer left would refuse another precision.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model = build("llama")
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     if fuse_first:
@@ -254,6 +256,8 @@ def test_device_map_hooks(offloaded: bool) -> None:
     # One device, but accelerate's hooks all the same: they wrap the forward of every module, and
     # an offloaded weight exists only inside the wrapped forward of its module.
     accelerate = pytest.importorskip("accelerate")
+    # One state per process: what an earlier test's trainer left would refuse another precision.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model = build("llama")
     batch = make_batch()
     expected = unfused_step(model, batch)

@@ -1,0 +1,88 @@
+"""Everything a rented GPU is for, in one call: correctness, sanitizer, row kernels, benchmarks.
+
+    python -m tests.gpu.session --out DIR [--minutes 9]
+    python -m tests.gpu.session --out DIR --dry-run         # on a CPU, tiny: shows that it runs
+
+Each step has its share of the minutes and writes its own file as it ends, so that a session that is
+cut short keeps what was done. Exits with 1 when a step failed; `session.json` says which.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Step(NamedTuple):
+    """A command, the file its output goes to, and its share of the time."""
+
+    name: str
+    command: list[str]
+    share: float
+
+
+def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
+    """The commands, the most telling first."""
+    python = sys.executable
+    device = "cpu" if dry_run else "cuda"
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
+    tests.append(str(REPOSITORY / "tests" / "gpu") if dry_run else str(REPOSITORY / "tests"))
+    rows = [python, "-m", "tests.gpu.row_times", "--device", device]
+    rows += ["--json", str(out / "rows.json"), *(["--tiny"] if dry_run else [])]
+    chosen = [Step("tests", tests, 0.3), Step("rows", rows, 0.1)]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is not None and not dry_run:
+        small = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu/test_rows_gpu.py"]
+        small += ["-k", "float32 and (vector or logit)"]
+        chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *small], 0.15))
+    if not dry_run:
+        benchmarks = [python, "-m", "benchmarks.run", "--device", "cuda"]
+        benchmarks += ["--minutes", f"{0.4 * minutes:.1f}", "--results", str(out)]
+        chosen.append(Step("benchmarks", benchmarks, 0.45))
+    return chosen
+
+
+def run(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:
+    """Runs a step for at most so many seconds; its output goes to a file of its name."""
+    start = time.perf_counter()
+    with (out / f"{step.name}.txt").open("w") as log:
+        try:
+            code = subprocess.run(
+                step.command, cwd=REPOSITORY, env=environment, stdout=log,
+                stderr=subprocess.STDOUT, timeout=seconds,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = 124
+    spent = time.perf_counter() - start
+    tail = (out / f"{step.name}.txt").read_text()[-1500:]
+    sys.stdout.write(f"== {step.name}: exit {code} after {spent:.0f} s\n{tail}\n")
+    sys.stdout.flush()
+    return {"step": step.name, "exit": code, "seconds": round(spent, 1)}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "ORPO_KERNELS_DRY_RUN": "1" if args.dry_run else "0"}
+    done = []
+    for step in steps(out, args.minutes, dry_run=args.dry_run):
+        done.append(run(step, out, 60 * args.minutes * step.share, environment))
+        (out / "session.json").write_text(json.dumps(done, indent=1))
+    return int(any(each["exit"] != 0 for each in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The whole loss on a device: against float64, same bits twice, in a graph, compiled, in budget."""
+
+import pytest
+import torch
+
+from orpo_kernels import linear_logps, odds_ratio_loss, orpo_loss, reference
+from orpo_kernels.sequence_mean import sequence_mean
+from tests.helpers import assert_accurate
+
+pytestmark = pytest.mark.gpu
+
+P, T, H, V = 3, 40, 256, 5003
+
+
+def problem(device, dtype, *, bias=False):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2 * P, T, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator) * H**-0.5 * 4
+    labels = torch.randint(0, V, (2 * P, T), generator=generator)
+    labels[:, :5] = -100
+    labels[1, 20:] = -100
+    nll_labels = torch.randint(0, V, (2 * P, T), generator=generator)
+    nll_labels[P:] = -100
+    tensors = [hidden, weight, torch.randn(V, generator=generator) if bias else None]
+    tensors = [t if t is None else t.to(device, dtype).requires_grad_() for t in tensors]
+    return (*tensors, labels.to(device), nll_labels.to(device))
+
+
+def loss_and_gradients(hidden, weight, bias, labels, **options):
+    out = orpo_loss(hidden, weight, labels, bias, **options)
+    wanted = [each for each in (hidden, weight, bias) if each is not None]
+    return out.loss, *torch.autograd.grad(out.loss, wanted)
+
+
+@pytest.mark.parametrize("workspace", [None, 4 * 2**20], ids=["E kept", "recomputed"])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_float64(gpu, dtype, softcap, workspace):
+    hidden, weight, bias, labels, nll = problem(gpu.device, dtype, bias=True)
+    options = {"nll_labels": nll, "softcap": softcap, "beta": 0.3}
+    found = loss_and_gradients(hidden, weight, bias, labels, workspace_bytes=workspace, **options)
+    again = loss_and_gradients(hidden, weight, bias, labels, workspace_bytes=workspace, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight, bias)]
+    truth = reference.orpo_loss(wide[0], wide[1], labels, wide[2], **options)
+    eps = torch.finfo(dtype).eps
+    # float32 logits on a GPU of sm_80 or newer; rounded ones elsewhere.
+    rounding = 1e-5 if gpu.real else max(1e-5, 4 * eps)
+    torch.testing.assert_close(found[0].double(), truth.loss, rtol=rounding, atol=0)
+    for ours, true in zip(found[1:], torch.autograd.grad(truth.loss, wide), strict=True):
+        assert (ours.double() - true).norm() <= max(1e-5, 2 * eps) * true.norm()
+
+
+def test_frozen_head_and_evaluation(gpu):
+    hidden, weight, _, labels, _ = problem(gpu.device, torch.bfloat16)
+    weight.requires_grad_(False)
+    logps = linear_logps(hidden, weight, labels)
+    with torch.no_grad():
+        assert torch.equal(linear_logps(hidden, weight, labels), logps)
+    true = reference.linear_logps(hidden.detach().double(), weight.double(), labels)
+    if gpu.real:
+        torch.testing.assert_close(logps.detach().double(), true, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sequence_mean(gpu, packed):
+    values = -torch.rand(4, 5000, device=gpu.device)
+    mask = torch.rand(4, 5000, device=gpu.device) < 0.7
+    mask[2] = False
+    ids = torch.arange(4, device=gpu.device)[:, None].expand(4, 5000)
+    if packed:
+        order = torch.randperm(20000, device=gpu.device)
+        mean, count = sequence_mean(
+            values.flatten()[order], mask.flatten()[order], ids.flatten()[order], 4
+        )
+    else:
+        mean, count = sequence_mean(values, mask, None, 4)
+    assert torch.equal(count.long(), mask.sum(1))
+    true = torch.where(mask, values, 0).double().sum(1) / mask.sum(1).clamp(min=1)
+    assert_accurate(mean, true)
+
+
+def test_odds_ratio(gpu):
+    edge = [-1e-9, -(2.0**-26), -1e-4, -0.69, -0.70, -5.0, -80.0, -700.0]
+    chosen = torch.tensor([c for c in edge for _ in edge], device=gpu.device).requires_grad_()
+    rejected = torch.tensor(edge * len(edge), device=gpu.device).requires_grad_()
+    wide = [each.detach().double().requires_grad_() for each in (chosen, rejected)]
+    loss, ratio = odds_ratio_loss(chosen, rejected)
+    true_loss, true_ratio = reference.odds_ratio_loss(*wide)
+    assert_accurate(loss.detach(), true_loss.detach())
+    assert_accurate(ratio.detach(), true_ratio.detach())
+    found = torch.autograd.grad((loss + 0.1 * ratio).sum(), (chosen, rejected))
+    truth = torch.autograd.grad((true_loss + 0.1 * true_ratio).sum(), wide)
+    for ours, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=2e-4, atol=1e-37)
+
+
+def test_no_host_sync_but_one(gpu):
+    # The count of scored rows is the documented one; the backward counts them again.
+    gpu.needs_cuda()
+    hidden, weight, _, labels, nll = problem(gpu.device, torch.bfloat16)
+    loss_and_gradients(hidden, weight, None, labels, nll_labels=nll)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            loss_and_gradients(hidden, weight, None, labels, nll_labels=nll)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "called a synchronizing" in str(w.message)]) <= 2
+
+
+def test_cuda_graph(gpu):
+    gpu.needs_cuda()
+    hidden, weight, bias, labels, nll = problem(gpu.device, torch.bfloat16, bias=True)
+    labels[:, 7] = -100
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels, loads cuBLAS
+        for _ in range(3):
+            loss_and_gradients(hidden, weight, bias, labels, nll_labels=nll)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradients(hidden, weight, bias, labels, nll_labels=nll)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            hidden.copy_(torch.randn_like(hidden))
+        labels[:, 9] = seed  # other tokens scored than when it was captured
+        labels[:, 10 + seed] = -100
+        graph.replay()
+        eager = loss_and_gradients(hidden, weight, bias, labels, nll_labels=nll)
+        torch.testing.assert_close(captured[0], eager[0], rtol=1e-5, atol=0)
+        for ours, true in zip(captured[1:], eager[1:], strict=True):
+            assert (ours - true).norm() <= 1e-2 * true.norm()
+
+
+def test_compiled(gpu):
+    hidden, weight, bias, labels, nll = problem(gpu.device, torch.bfloat16, bias=True)
+
+    def loss(hidden, weight, bias):
+        return orpo_loss(hidden, weight, labels, bias, nll_labels=nll).loss
+
+    backend = "inductor" if gpu.real else "aot_eager"
+    compiled = torch.compile(loss, backend=backend)
+    found = compiled(hidden, weight, bias)
+    torch.testing.assert_close(found, loss(hidden, weight, bias), rtol=1e-5, atol=0)
+    found.backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_peak_is_the_workspace(gpu):
+    gpu.needs_cuda()
+    budget, N = 64 * 2**20, 4096
+    weight = torch.randn(128256, 1024, device=gpu.device, dtype=torch.bfloat16)
+    hidden = torch.randn(N, 1024, device=gpu.device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 128256, (N,), device=gpu.device)
+    for _ in range(2):  # the first allocates cuBLAS's own workspace
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logps = linear_logps(hidden, weight, labels, workspace_bytes=budget)
+        peak = torch.cuda.max_memory_allocated() - before
+        kept = torch.cuda.memory_allocated() - before
+        del logps
+    assert peak - kept <= budget

@@ -1,0 +1,112 @@
+"""The row kernels on a device against float64: dtypes, options, edges, bits, 64-bit offsets."""
+
+import sys
+
+import pytest
+import torch
+
+from orpo_kernels.engine import tiles
+from orpo_kernels.kernels import gpu_backend
+from tests.engine.test_tiles import expected
+from tests.helpers import assert_accurate
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = [(1.0, None, False), (0.3, None, True), (1.7, 2.0, True), (-0.5, 30.0, False)]
+SHAPES = [
+    pytest.param(1, 1, id="one logit"),
+    pytest.param(3, 7, id="shorter than a vector"),
+    pytest.param(128, 128256, id="Llama 3, few rows: split"),
+    pytest.param(130, 32003, id="no vector divides the rows"),
+    pytest.param(1500, 5000, id="more rows than the device runs at once"),
+]
+
+
+@pytest.mark.parametrize(("scale", "softcap", "with_bias"), OPTIONS)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats_and_gradient(gpu, rows, columns, dtype, scale, softcap, with_bias):
+    if not gpu.real:
+        rows, columns = min(rows, 20), min(columns, 1003)
+    logits = (torch.randn(rows, columns, device=gpu.device) * 4).to(dtype)
+    bias = torch.randn(columns, device=gpu.device).to(dtype) if with_bias else None
+    labels = torch.randint(0, 11 + 2 * columns, (2, rows), device=gpu.device)
+    labels[:, ::3] = -1
+    host_bias = torch.zeros(columns) if bias is None else bias.cpu()
+    z, slope = expected(logits.cpu(), host_bias, labels.cpu(), 11, scale, softcap)
+    row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
+    again = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
+    assert torch.equal(row_max, again[0])
+    assert torch.equal(sum_exp, again[1])
+    some = ~torch.isinf(z).all(1)
+    if some.any():
+        assert_accurate(row_max.cpu()[some], z.amax(1)[some])
+    truth = torch.exp(z[some] - row_max.cpu()[some].double()[:, None]).sum(1)
+    torch.testing.assert_close(sum_exp.cpu()[some].double(), truth, rtol=5e-6, atol=0)
+    assert not sum_exp.cpu()[~some].any()
+
+    reference = row_max + 0.5
+    true = torch.nan_to_num(torch.exp(z - reference.cpu().double()[:, None]) * slope)
+    for out_dtype in DTYPES:
+        out = torch.empty_like(logits, dtype=out_dtype)
+        tiles.softmax_grad_(logits, bias, labels, 11, reference, scale, softcap, out)
+        _close(out.cpu(), true)
+    twin = logits.clone()
+    tiles.softmax_grad_(logits, bias, labels, 11, reference, scale, softcap)
+    tiles.softmax_grad_(twin, bias, labels, 11, reference, scale, softcap)
+    assert torch.equal(logits, twin)
+    _close(logits.cpu(), true)
+
+
+def _close(found, true):
+    # Approximate exp of a rounded difference, |z - reference| eps; then one rounding.
+    eps = torch.finfo(found.dtype).eps / 2 + 2e-5
+    atol = 6e-8 if found.dtype == torch.float16 else 1e-7  # plain torch: 1 - tanh^2 cancels
+    torch.testing.assert_close(found.double(), true, rtol=eps, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_sums(gpu, dtype):
+    wide = torch.randn(1031, 8208, device=gpu.device).to(dtype)
+    for view in (wide, wide[:, :8003], wide[3:, 8:4104]):
+        weights = torch.randn(view.shape[0], device=gpu.device)
+        found = tiles.column_sums(view, weights)
+        assert torch.equal(found, tiles.column_sums(view, weights))
+        truth = weights.double() @ view.double()
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
+
+
+def test_the_kernels_ran(gpu):
+    gpu.needs_cuda()
+    if gpu_backend() != "triton":
+        pytest.skip("triton is not installed or switched off")
+    tiles.column_sums(torch.ones(2, 8, device=gpu.device), torch.ones(2, device=gpu.device))
+    assert "orpo_kernels.kernels.column_sums" in sys.modules
+
+
+def test_more_than_2_31_logits(gpu):
+    # 16,800 rows of 128,256: the last rows lie beyond 2^31 elements.
+    gpu.needs_cuda()
+    rows, columns = 16800, 128256
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB")
+    logits = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu.device)
+    logits[-1, -1] = 50.0
+    labels = torch.full((1, rows), -1, device=gpu.device)
+    row_max, sum_exp = tiles.softmax_stats(logits, None, labels, 0, 1.0, None)
+    assert row_max[-1] == 50.0
+    assert sum_exp[-1] == 1.0
+    assert (sum_exp[:-1] == columns).all()
+    tiles.softmax_grad_(logits, None, labels, 0, row_max, 1.0, None)
+    assert logits[-1, -1] == 1.0
+    assert logits[-1, 0] < 1e-20
+    assert logits[-2].min() == 1.0
+
+
+def test_another_device_than_the_current(gpu):
+    gpu.needs_cuda()
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    tile = torch.ones(2, 8, device="cuda:1")
+    assert tiles.column_sums(tile, torch.ones(2, device="cuda:1")).tolist() == [2.0] * 8
