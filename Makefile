@@ -52,7 +52,7 @@ gpu-session: setup  ## all there is to do on a rented GPU, in nine minutes
 demo: setup  ## ORPO on nf4 + LoRA next to plain SFT, in minutes on a CPU
 	$(BIN)/python -m examples.demo
 
-bench: setup  ## CPU race against every peer; writes benchmarks/results and docs/benchmarks.md
+bench: setup  ## CPU race against every peer, 15 minutes of it; again: goes on. Writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run --device cpu --minutes 15
 	$(BIN)/python -m benchmarks.report --readme
 

@@ -1,7 +1,7 @@
 """What is run on which kind of machine, in order of importance: a run cut short has what matters.
 
-The plan for a CPU fits 15 minutes on two cores and the one for a GPU 9 minutes; `run.py` stops at
-its deadline and says what is missing.
+Two cores get through the main head and the memory sweep, two fifths of the plan for a CPU, in 15
+minutes; `run.py` stops at its deadline, says what is missing and goes on when it is called again.
 """
 
 from collections.abc import Iterator
