@@ -159,6 +159,8 @@ def test_committed_results_are_small_and_well_formed():
         if path.name.endswith(".header.json"):
             continue
         assert path.stat().st_size < 200 << 10
+        if path.name == "pair-memory.json":  # has a form and a test of its own
+            continue
         run = load_run(path)
         assert run.header["schema"] == 1
         assert run.results
