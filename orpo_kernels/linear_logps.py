@@ -7,8 +7,7 @@
 This file validates, chooses the rows that are scored, and registers the op (schema, fake, autograd)
 with the dispatcher; `engine/` does the vocabulary-sized work.
 
-That gradient but for its factor per row, g, is computed in the forward and becomes dhidden: the
-backward scales it in place
+dhidden without its factor per row, g, is computed in the forward; the backward scales it in place
 unless the graph is kept (`retain_graph=True`), so hidden costs one gradient buffer and no more.
 """
 
@@ -22,15 +21,21 @@ from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.arguments import choose_compute_dtype, refuse_forward_mode, validate
 from orpo_kernels.engine.chunks import (
     Columns,
-    default_workspace_bytes,
     kept_rows,
     plan_backward,
     plan_forward,
     plan_kept,
     spans,
+    workspace_budget,
 )
-from orpo_kernels.engine.exact import Forward, Head, WeightGradient, label_shares, present
-from orpo_kernels.engine.selection import Selection, problem_sizes, score, select
+from orpo_kernels.engine.exact import Forward, WeightGradient, label_shares, present
+from orpo_kernels.engine.selection import (
+    Selection,
+    problem_sizes,
+    refuse_out_of_range,
+    score,
+    select,
+)
 from orpo_kernels.engine.tiles import accumulation_dtype
 
 GRADIENTS = ("exact",)
@@ -109,10 +114,6 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     return (logps[0], logps[1]) if isinstance(labels, tuple) else logps[0]
 
 
-def _budget(workspace_bytes: int | None, device: torch.device) -> int:
-    return default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
-
-
 @torch.library.custom_op("orpo_kernels::linear_logps", mutates_args=())
 def _linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
     hidden: Tensor,
@@ -135,10 +136,11 @@ def _linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
     With `consume_g` the backward may turn g into dhidden in place: the caller lets go of it.
     """
     with torch.amp.autocast(weight.device.type, enabled=False):
-        scored = score(labels, ignore_index, weight.shape[0])
+        refuse_out_of_range(labels, ignore_index, weight.shape[0])
+        scored = score(labels, ignore_index)
         options = (logit_scale, softcap, compute_dtype)
         chosen = select((hidden, hidden_r), (weight, weight_r), bias, scored, options)
-        _, statistics, g, g_r, kept = _empty_outputs(
+        statistics, g, g_r, kept = _empty_outputs(
             hidden, weight, labels, hidden_r, weight_r, compute_dtype, workspace_bytes,
             needs_dhidden, needs_dweight,
         )  # fmt: skip
@@ -157,7 +159,7 @@ def _forward(
     needs_dweight: bool,
 ) -> None:
     sizes, keep = chosen.sizes, kept.shape[0] > 0
-    budget = _budget(workspace_bytes, sizes.device)
+    budget = workspace_budget(workspace_bytes, sizes.device)
     if needs_dweight and not keep:  # a budget too small for the backward is refused here
         plan_backward(sizes, budget, sizes.hidden_columns, recompute=True)
     plan = (
@@ -190,25 +192,27 @@ def _empty_outputs(  # noqa: PLR0913 - as the schema
     workspace_bytes: int | None,
     needs_dhidden: bool,
     needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = accumulation_dtype(compute_dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = labels[0].numel()
-    logps = hidden.new_zeros(labels.shape, dtype=wide)
+    statistics = hidden.new_zeros((7, count), dtype=accumulation_dtype(compute_dtype))
     g = hidden.new_zeros((count if needs_dhidden else 0, hidden.shape[-1]))
     rank = 0 if hidden_r is None else hidden_r.shape[-1]
     g_r = (hidden if hidden_r is None else hidden_r).new_zeros(
         (count if needs_dhidden else 0, rank)
     )
     sizes = problem_sizes(0, (hidden, hidden_r), (weight, weight_r), labels.shape[0], compute_dtype)
-    fits = needs_dweight and count <= kept_rows(sizes, _budget(workspace_bytes, weight.device))
+    fits = needs_dweight and count <= kept_rows(
+        sizes, workspace_budget(workspace_bytes, weight.device)
+    )
     kept = hidden.new_zeros((count if fits else 0, weight.shape[0]), dtype=compute_dtype)
-    return logps, hidden.new_zeros((7, count), dtype=wide), g, g_r, kept
+    return statistics, g, g_r, kept
 
 
 @_linear_logps.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, weight, labels, _, hidden_r, weight_r = args[:6]
-    return _empty_outputs(hidden, weight, labels, hidden_r, weight_r, *args[9:13])
+    outputs = _empty_outputs(hidden, weight, labels, hidden_r, weight_r, *args[9:13])
+    return outputs[0].new_empty(labels.shape), *outputs
 
 
 @torch.library.custom_op("orpo_kernels::linear_logps_dhidden_", mutates_args=("g", "g_r"))
@@ -219,20 +223,16 @@ def _linear_logps_dhidden_(  # noqa: PLR0913 - a schema has no dataclasses
     statistics: Tensor,
     weight: Tensor,
     labels: Tensor,
-    bias: Tensor | None,
     weight_r: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
     workspace_bytes: int | None,
 ) -> None:
     """Turns g into dhidden in place: a (1 - p) g, plus the entries of two differing labels."""
     with torch.amp.autocast(weight.device.type, enabled=False):
-        scored = score(labels, ignore_index, weight.shape[0])
+        scored = score(labels, ignore_index)
         a = scored.coefficients(dlogps)
-        parts = (weight,) if weight_r is None else (weight, weight_r)
-        head = Head(Columns(parts, compute_dtype), bias, logit_scale, softcap)
+        columns = Columns((weight,) if weight_r is None else (weight, weight_r), compute_dtype)
         shares = None
         if scored.labels.second is not None:
             distinct = scored.labels.second >= 0
@@ -240,12 +240,12 @@ def _linear_logps_dhidden_(  # noqa: PLR0913 - a schema has no dataclasses
         factor = a.total * statistics[2]
         # Widened rows, label entries and their cast; a few MiB are as fast as more.
         row_bytes = (g.shape[1] + g_r.shape[1]) * factor.element_size() * 4
-        budget = min(_budget(workspace_bytes, weight.device), 2**24)
+        budget = min(workspace_budget(workspace_bytes, weight.device), 2**24)
         for start, stop in spans(g.shape[0], max(1, budget // max(1, row_bytes))):
             wide = factor[start:stop, None] * torch.cat((g[start:stop], g_r[start:stop]), 1)
             if shares is not None:
                 for each, share in zip(present(list(scored.labels)), shares, strict=True):
-                    rows = head.columns.rows(each[start:stop], wide.dtype)
+                    rows = columns.rows(each[start:stop], wide.dtype)
                     wide.addcmul_(rows, share[start:stop, None])
             g[start:stop] = wide[:, : g.shape[1]]
             g_r[start:stop] = wide[:, g.shape[1] :]
@@ -272,7 +272,7 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
     """Gradients of weight (V, H), bias (V,) and weight_r (V, r); empty where `needs` says no."""
     with torch.amp.autocast(weight.device.type, enabled=False):
         results = _empty_weight_gradients(weight, bias, weight_r, needs)
-        scored = score(labels, ignore_index, weight.shape[0])
+        scored = score(labels, ignore_index)
         options = (logit_scale, softcap, compute_dtype)
         chosen = select((hidden, hidden_r), (weight, weight_r), bias, scored, options)
         if chosen.sizes.rows == 0:
@@ -281,7 +281,9 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
         if chosen.scored is not None:
             statistics, a = statistics[:, chosen.scored], a.take(chosen.scored)
         kept_tile = kept[: chosen.sizes.rows] if kept.shape[0] else None
-        budget = _budget(workspace_bytes, weight.device) - kept.numel() * kept.element_size()
+        budget = (
+            workspace_budget(workspace_bytes, weight.device) - kept.numel() * kept.element_size()
+        )
         dweight, dbias, dweight_r = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
@@ -327,7 +329,7 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
         raise NotImplementedError(
             "second derivatives of linear_logps are not available: backward with create_graph=False"
         )
-    shared = (ctx.logit_scale, ctx.softcap, ctx.ignore_index, ctx.compute_dtype)
+    last = (ctx.ignore_index, ctx.compute_dtype, ctx.workspace_bytes)
     dhidden: Tensor | None = None
     dhidden_r: Tensor | None = None
     if needs[0] or needs[4]:
@@ -337,9 +339,7 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
         # Traced (a subclass stands for g), what is mutated must not be an output of the forward.
         if kept_graph or not ctx.consume_g or type(g) is not Tensor:
             g, g_r = g.clone(), g_r.clone()
-        _linear_logps_dhidden_(
-            g, g_r, dlogps, statistics, weight, labels, bias, weight_r, *shared, ctx.workspace_bytes
-        )  # fmt: skip
+        _linear_logps_dhidden_(g, g_r, dlogps, statistics, weight, labels, weight_r, *last)
         dhidden = g.view(hidden.shape) if needs[0] else None
         dhidden_r = g_r.view(hidden_r.shape) if needs[4] else None
     wanted = [needs[1], needs[3], needs[5]]
@@ -347,7 +347,7 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
     if any(wanted):
         gradients = _linear_logps_dweight(
             dlogps, statistics, kept, hidden, weight, labels, bias, hidden_r, weight_r,
-            *shared, ctx.workspace_bytes, wanted,
+            ctx.logit_scale, ctx.softcap, *last, wanted,
         )  # fmt: skip
         dweight, dbias, dweight_r = (
             each if need else None for each, need in zip(gradients, wanted, strict=True)

@@ -51,8 +51,64 @@ def logits(
         z = z + low_rank[0] @ low_rank[1].transpose(0, 1)
     if bias is not None:
         z = z + bias
+    return transform(z, logit_scale, softcap)[0]
+
+
+def transform(z: Tensor, logit_scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Scale, then softcap, of raw logits (bias added), and the slope of the result in them."""
     z = logit_scale * z
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    if softcap is None:
+        return z, torch.full_like(z, logit_scale)
+    return softcap * torch.tanh(z / softcap), logit_scale / torch.cosh(z / softcap).square()
+
+
+def mean_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Mean of the logits of each sequence, `hidden (B, T, H) -> (B,)`."""
+    return logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap).mean((1, 2))
+
+
+def tile_logits(
+    tile: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Logits of a tile `(R, C)`, -inf in the columns of `labels (K, R)`, and their slope."""
+    z, slope = transform(tile if bias is None else tile + bias, logit_scale, softcap)
+    columns = torch.arange(first_column, first_column + tile.shape[1], device=tile.device)
+    return z.masked_fill((labels[:, :, None] == columns).any(0), -torch.inf), slope
+
+
+def softmax_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """`(R, C) -> (R,)` maximum and sum of `exp(z - maximum)`, of `tile_logits`."""
+    return z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)
+
+
+def softmax_grad(z: Tensor, slope: Tensor, reference: Tensor) -> Tensor:
+    """`exp(z - reference) * slope`, `(R, C)`, of `tile_logits` and one `reference (R,)` a row."""
+    return torch.exp(z - reference[:, None]) * slope
+
+
+def column_sums(tile: Tensor, coefficients: Tensor) -> Tensor:
+    """`(R, C), (R,) -> (C,)`."""
+    return (tile * coefficients[:, None]).sum(0)
+
+
+def accumulate(
+    accumulator: Tensor, partial: Tensor, rescale: Tensor | None, alpha: float = 1.0
+) -> Tensor:
+    """`rescale * accumulator + alpha * partial`, `(R, H)`, with `rescale (R,)`."""
+    kept = accumulator if rescale is None else rescale[:, None] * accumulator
+    return kept + alpha * partial
 
 
 def linear_logps(

@@ -60,3 +60,28 @@ def test_orpo_loss():
             return reference.orpo_loss(hidden, weight, labels, bias, nll_reduction=reduction).loss
 
         assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+def test_mean_logits():
+    hidden, weight, bias = doubles((2, 3, 4), (5, 4), (5,))
+
+    def mean(hidden, weight, bias):
+        return reference.mean_logits(hidden, weight, bias, logit_scale=0.7, softcap=3.0)
+
+    assert torch.autograd.gradcheck(mean, (hidden, weight, bias))
+
+
+def test_tile_operations():
+    # The statistics are those of the columns without a label, the gradient that of their sum.
+    tile, bias = doubles((3, 6), (6,))
+    labels = torch.tensor([[11, 4, -1], [16, 13, 99]])
+    z, slope = reference.tile_logits(tile, bias, labels, 11, 0.7, 3.0)
+    assert torch.isinf(z).nonzero().tolist() == [[0, 0], [0, 5], [1, 2]]
+    top, total = reference.softmax_stats(z)
+    torch.testing.assert_close(top + total.log(), torch.logsumexp(z, 1))
+    level = torch.randn(3, dtype=torch.float64)
+    (derivative,) = torch.autograd.grad(torch.exp(z - level[:, None]).sum(), tile)
+    torch.testing.assert_close(reference.softmax_grad(z, slope, level), derivative)
+    assert torch.autograd.gradcheck(reference.column_sums, (tile, doubles((3,))[0]))
+    sums, partial, rescale = doubles((3, 2), (3, 2), (3,))
+    assert torch.autograd.gradcheck(reference.accumulate, (sums, partial, rescale, -0.5))

@@ -30,21 +30,24 @@ _SMALL = tuple((rows, columns) for rows in (256, 128, 64, 32, 16) for columns in
 
 @functools.cache
 def gemm_widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GEMM of `dtype` operands writes float32 on this device.
+    """Whether a GEMM of 16-bit `dtype` operands writes float32 on this device.
 
-    NVIDIA from sm_80 on: older cards have no such bf16 GEMM. Other builds (ROCm) may refuse
-    `out_dtype`, which is asked once, by a GEMM of 16 x 16. Where it is refused, logits are rounded
-    to `dtype` and products are summed in float32 afterwards, as on a CPU.
+    NVIDIA from sm_80 on: older cards have no such bf16 GEMM. A ROCm build may refuse `out_dtype`,
+    which is asked once, by a GEMM of 16 x 16. Where it is refused, logits are rounded to `dtype`
+    and products are summed in float32 afterwards, as on a CPU.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    if dtype not in (torch.float16, torch.bfloat16) or not torch.cuda.is_available():
-        return True  # nothing to widen; or a plan for a machine that has such a card
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return False
+    if not torch.cuda.is_available():
+        return True  # a plan for a machine that has such a card
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    square = torch.zeros((16, 16), dtype=dtype, device=device)
+    wide = torch.empty_like(square, dtype=torch.float32)
     try:
-        square = torch.zeros((16, 16), dtype=dtype, device=device)
-        matmul_into(torch.empty_like(square, dtype=torch.float32), square, square)
+        matmul_into(wide, square, square)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True
@@ -63,19 +66,24 @@ class Sizes:
     device: torch.device
 
     @property
-    def logits_dtype(self) -> torch.dtype:
-        """float32 where the GEMM can widen (CUDA): a 16-bit logit costs 1e-2 in the gradient."""
-        return accumulation_dtype(self.compute_dtype) if self.widens else self.compute_dtype
-
-    @property
     def widens(self) -> bool:
-        """Whether 16-bit GEMMs have a float32 output on this device."""
+        """Whether the operands are 16-bit and the GEMM writes float32."""
         return gemm_widens(self.device, self.compute_dtype)
 
     @property
-    def partial_dtype(self) -> torch.dtype:
-        """Dtype in which a GEMM hands over a product that is then summed in float32."""
-        return accumulation_dtype(self.compute_dtype) if self.widens else self.compute_dtype
+    def product_dtype(self) -> torch.dtype:
+        """Dtype out of a GEMM: float32 where it can widen, a 16-bit logit costs 1e-2 of dhidden."""
+        return torch.float32 if self.widens else self.compute_dtype
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether a product is summed after the GEMM: operands narrower than the accumulator."""
+        return self.compute_dtype != accumulation_dtype(self.compute_dtype)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of an element of a product that is summed apart."""
+        return self.product_dtype.itemsize if self.sums_apart else 0
 
     @property
     def wide_bytes(self) -> int:
@@ -92,8 +100,10 @@ class Plan:
     workspace_bytes: int
 
 
-def default_workspace_bytes(device: torch.device) -> int:
-    """64 MiB, or 1 % of the device's memory where that is more."""
+def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
+    """What is asked for; by default 64 MiB, or 1 % of the device's memory where that is more."""
+    if workspace_bytes is not None:
+        return workspace_bytes
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return max(DEFAULT_WORKSPACE_BYTES, total // 100)
@@ -108,8 +118,8 @@ def spans(count: int, step: int) -> Iterator[tuple[int, int]]:
 
 def plan_forward(sizes: Sizes, budget: int, *, with_gradient: bool) -> Plan:
     """Shape of the forward: logits tile, and with a gradient the float32 accumulator of E W."""
-    per_cell = sizes.logits_dtype.itemsize
-    if with_gradient and sizes.logits_dtype != sizes.compute_dtype:
+    per_cell = sizes.product_dtype.itemsize
+    if with_gradient and sizes.widens:
         per_cell += sizes.compute_dtype.itemsize
     per_row, per_column = _forward_units(sizes, with_gradient)
     return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_COLUMNS)
@@ -140,7 +150,7 @@ def plan_kept(sizes: Sizes, capacity: int, budget: int) -> Plan:
 
 def _kept_forward_bytes(sizes: Sizes, rows: int) -> int:
     per_row, per_column = _forward_units(sizes, with_gradient=True)
-    per_cell = sizes.logits_dtype.itemsize if sizes.logits_dtype != sizes.compute_dtype else 0
+    per_cell = sizes.product_dtype.itemsize if sizes.widens else 0
     tile = rows * (per_row + sizes.vocabulary * per_cell)
     return tile + sizes.vocabulary * per_column + strip_bytes(sizes.device)
 
@@ -159,12 +169,11 @@ def plan_backward(sizes: Sizes, budget: int, gradient_columns: int, *, recompute
     """
     narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
     per_row = gradient_columns * (narrow + 2 * wide) + 64 * sizes.label_sets
-    per_column = gradient_columns * (wide + sizes.partial_dtype.itemsize) + 2 * wide
+    per_column = gradient_columns * (wide + sizes.partial_bytes) + 2 * wide
     per_cell = 0
     if recompute:
         per_row += sizes.hidden_columns * narrow
-        per_cell += sizes.logits_dtype.itemsize
-        per_cell += narrow if sizes.logits_dtype != sizes.compute_dtype else 0
+        per_cell += sizes.product_dtype.itemsize + (narrow if sizes.widens else 0)
         per_column += sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
     return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_BACKWARD_COLUMNS)
 
@@ -174,7 +183,7 @@ def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
     narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
     per_row = sizes.hidden_columns * (narrow + (2 + sizes.label_sets) * wide) + 128
     if with_gradient:
-        per_row += sizes.hidden_columns * (wide + sizes.partial_dtype.itemsize)
+        per_row += sizes.hidden_columns * (wide + sizes.partial_bytes)
     return per_row, sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
 
 
@@ -188,7 +197,7 @@ def _first_fit(
         shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
     for rows, columns in (*shapes, *_SMALL):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
-        scratch = min(strip_bytes(sizes.device), 3 * rows * columns * sizes.wide_bytes)
+        scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
         cells = rows * row_pitch(columns, sizes.device)
         need = rows * per_row + columns * per_column + cells * per_cell + scratch
         if need <= budget:

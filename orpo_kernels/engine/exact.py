@@ -39,6 +39,7 @@ from orpo_kernels.engine.tiles import (
     accumulate_,
     accumulation_dtype,
     column_sums,
+    softcapped,
     softmax_grad_,
     softmax_stats,
 )
@@ -58,12 +59,10 @@ class Head:
         if self.bias is not None:
             dots = dots + self.bias.index_select(0, labels.clamp(min=0)).to(dots.dtype)
         z = dots * self.logit_scale
-        if self.softcap is not None:
-            tanh = torch.tanh(z / self.softcap)
-            # 1 - tanh^2 from exp: at a saturated cap the difference has no digits left.
-            decay = torch.exp(-2.0 * (z / self.softcap).abs())
-            return self.softcap * tanh, self.logit_scale * 4.0 * decay / (1.0 + decay).square()
-        return z, torch.full_like(z, self.logit_scale)
+        if self.softcap is None:
+            return z, torch.full_like(z, self.logit_scale)
+        z, slope = softcapped(z, self.softcap)
+        return z, slope * self.logit_scale
 
     def block_bias(self, start: int, stop: int) -> Tensor | None:
         """Bias of a vocabulary block."""
@@ -114,13 +113,12 @@ class Forward:
         self.wide = accumulation_dtype(sizes.compute_dtype)
         new, pitch = labels.first.new_empty, row_pitch(plan.columns, sizes.device)
         cells = plan.rows * (plan.columns if keep else pitch)
-        casts = sizes.logits_dtype != sizes.compute_dtype
-        self.tile = new(0 if keep and not casts else cells, dtype=sizes.logits_dtype)
-        self.narrow = new(cells, dtype=sizes.compute_dtype) if casts and not keep else self.tile
-        partial_rows = plan.rows if with_gradient and sizes.partial_dtype != self.wide else 0
-        if with_gradient and sizes.widens:
-            partial_rows = plan.rows
-        self.partial = new((partial_rows, sizes.hidden_columns), dtype=sizes.partial_dtype)
+        self.tile = new(0 if keep and not sizes.widens else cells, dtype=sizes.product_dtype)
+        self.narrow = self.tile
+        if sizes.widens and not keep:
+            self.narrow = new(cells, dtype=sizes.compute_dtype)
+        partial_rows = plan.rows if with_gradient and sizes.sums_apart else 0
+        self.partial = new((partial_rows, sizes.hidden_columns), dtype=sizes.product_dtype)
 
     def chunk(
         self, start: int, stop: int, kept: Tensor | None = None
@@ -161,8 +159,7 @@ class Forward:
     def _tiles(self, rows: int, columns: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the logits go, and where E goes: the same memory when the dtypes agree."""
         narrow = _tile(self.narrow, rows, columns) if kept is None else kept
-        same = self.sizes.logits_dtype == self.sizes.compute_dtype
-        if same:
+        if not self.sizes.widens:
             return narrow, narrow
         # Rows of both start alike: the kept E is (N, V) without gaps.
         shape = _tile if kept is None else _shaped
@@ -244,6 +241,7 @@ class WeightGradient:
         self.unit = softmax.abs().amax().clamp_(min=torch.finfo(softmax.dtype).tiny)
         self.softmax = softmax / self.unit
         self.parts: tuple[int, ...] = ()
+        self._scaled: tuple[tuple[int, int], Tensor] | None = None
 
     def run(
         self, dweights: list[Tensor | None], dbias: Tensor | None, kept: Tensor | None, budget: int
@@ -286,13 +284,12 @@ class WeightGradient:
     def _buffers(self, plan: Plan, width: int, kept: Tensor | None) -> dict[str, Tensor]:
         sizes, new = self.sizes, self.softmax.new_empty
         cells = plan.rows * row_pitch(plan.columns, sizes.device) if kept is None else 0
-        tile = new(cells, dtype=sizes.logits_dtype)
-        same = sizes.logits_dtype == sizes.compute_dtype
-        needs_partial = sizes.widens or sizes.partial_dtype != self.softmax.dtype
+        tile = new(cells, dtype=sizes.product_dtype)
+        partial_cells = plan.columns * width if sizes.sums_apart else 0
         return {
             "tile": tile,
-            "narrow": tile if same else new(cells, dtype=sizes.compute_dtype),
-            "partial": new(plan.columns * width if needs_partial else 0, dtype=sizes.partial_dtype),
+            "narrow": new(cells, dtype=sizes.compute_dtype) if sizes.widens else tile,
+            "partial": new(partial_cells, dtype=sizes.product_dtype),
             "block": new(plan.columns * width),
             "bias": new(plan.columns),
         }
@@ -312,13 +309,20 @@ class WeightGradient:
         return narrow
 
     def _add(self, block: Tensor, probs: Tensor, partial: Tensor, start: int, stop: int) -> None:
-        hidden = self.rows.take(start, stop, self.parts)
-        scaled = (self.softmax[start:stop, None] * hidden).to(probs.dtype)
+        scaled = self._scaled_rows(start, stop)
         if partial.numel() == 0:
             block.addmm_(probs.t(), scaled, alpha=-1.0)
         else:
             product = matmul_into(_shaped(partial, *block.shape), probs.t(), scaled)
             accumulate_(block, product, None, -1.0)
+
+    def _scaled_rows(self, start: int, stop: int) -> Tensor:
+        """The coefficients times hidden; one chunk of rows is kept for all vocabulary blocks."""
+        if self._scaled is None or self._scaled[0] != (start, stop):
+            hidden = self.rows.take(start, stop, self.parts)
+            scaled = (self.softmax[start:stop, None] * hidden).to(self.sizes.compute_dtype)
+            self._scaled = ((start, stop), scaled)
+        return self._scaled[1]
 
     def _add_labels(
         self, block: Tensor, bias_block: Tensor, columns: tuple[int, int], span: tuple[int, int]

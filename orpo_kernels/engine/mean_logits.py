@@ -12,10 +12,10 @@ from torch import Tensor
 from orpo_kernels.engine.chunks import (
     Columns,
     Rows,
-    default_workspace_bytes,
     matmul_into,
     plan_forward,
     spans,
+    workspace_budget,
 )
 from orpo_kernels.engine.selection import flat_rows, problem_sizes
 
@@ -76,15 +76,15 @@ def _capped(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     count = hidden.shape[0] * hidden.shape[1]
     sizes = problem_sizes(count, (hidden, None), (weight, None), 1, dtype)
-    budget = default_workspace_bytes(weight.device) if workspace_bytes is None else workspace_bytes
-    plan = plan_forward(sizes, budget // 2, with_gradient=False)  # the other half: the widened tile
+    budget = workspace_budget(workspace_bytes, weight.device) // 2  # a half: the widened tile
+    plan = plan_forward(sizes, budget, with_gradient=False)
     flat = flat_rows(hidden)
     index = None if flat.ndim == 2 else torch.arange(count, device=flat.device)
     rows, columns = Rows((flat,), index, dtype), Columns((weight,), dtype)
     sums = hidden.new_zeros(count, dtype=torch.float32)
     for start, stop in spans(count, plan.rows):
         for v0, v1 in spans(sizes.vocabulary, plan.columns):
-            tile = hidden.new_empty((stop - start, v1 - v0), dtype=sizes.logits_dtype)
+            tile = hidden.new_empty((stop - start, v1 - v0), dtype=sizes.product_dtype)
             z = matmul_into(tile, rows.take(start, stop), columns.block(v0, v1).t()).float()
             if bias is not None:
                 z += bias[v0:v1]

@@ -32,19 +32,23 @@ class Scored(NamedTuple):
         return torch.where(self.masks, logps, 0.0)
 
 
-def score(labels: Tensor, ignore_index: int, vocabulary: int) -> Scored:
-    """Labels (K, ...) to one or two distinct labels per position; refuses ids outside [0, V)."""
-    flat = labels.reshape(labels.shape[0], -1)
-    masks = flat != ignore_index
-    in_range = ((flat >= 0) & (flat < vocabulary)) | ~masks
-    if flat.device.type != "cpu":
+def refuse_out_of_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Refuse ids outside [0, V): an error on a CPU, elsewhere an assertion that does not sync."""
+    in_range = ((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)
+    if labels.device.type != "cpu":
         torch._assert_async(in_range.all(), "orpo_kernels: a label is outside [0, V)")
     elif not bool(in_range.all()):
-        worst = int(flat[~in_range][0])
+        worst = int(labels[~in_range][0])
         raise ValueError(
             f"labels must be in [0, V) = [0, {vocabulary}) or ignore_index = {ignore_index}, "
             f"got {worst}; is the tokenizer larger than the head?"
         )
+
+
+def score(labels: Tensor, ignore_index: int) -> Scored:
+    """Labels (K, ...) to one or two distinct labels per position."""
+    flat = labels.reshape(labels.shape[0], -1)
+    masks = flat != ignore_index
     if flat.shape[0] == 1:
         return Scored(Labels(torch.where(masks[0], flat[0], -1), None), masks)
     either = torch.where(masks[0], flat[0], torch.where(masks[1], flat[1], -1))

@@ -25,6 +25,7 @@ from orpo_kernels.kernels import register_tile_operation
 
 _STRIP_BYTES_CPU = 2**21  # widened strip: an L2 cache; less costs calls, and threads their barriers
 _STRIP_BYTES_OTHER = 2**22  # elsewhere a strip is a few launches: larger, yet inside 64 MiB
+_STRIPS = 4  # at once: the widened strip, and with a softcap its slope and two temporaries
 
 torch.library.define(
     "orpo_kernels::softmax_stats",
@@ -58,11 +59,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def strip_bytes(device: torch.device) -> int:
     """Bytes of scratch one tile operation in plain torch may take (a strip and its temporaries)."""
-    return 3 * (_STRIP_BYTES_CPU if device.type == "cpu" else _STRIP_BYTES_OTHER)
+    return _STRIPS * (_STRIP_BYTES_CPU if device.type == "cpu" else _STRIP_BYTES_OTHER)
+
+
+def softcapped(z: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """`c tanh(z / c)` and its slope, `1 / cosh^2`, which keeps its digits at a saturated cap."""
+    x = z / softcap
+    capped = torch.tanh(x).mul_(softcap)
+    decay = x.abs_().mul_(-2.0).exp_()
+    denominator = (decay + 1.0).square_()
+    return capped, decay.mul_(4.0).div_(denominator)
 
 
 def _strips(tile: Tensor) -> list[tuple[int, int]]:
-    limit = strip_bytes(tile.device) // 3  # the strip, and with a softcap its slope and a product
+    limit = strip_bytes(tile.device) // _STRIPS
     rows = max(1, limit // max(1, tile.shape[1] * accumulation_dtype(tile.dtype).itemsize))
     return [(i, min(i + rows, tile.shape[0])) for i in range(0, tile.shape[0], rows)]
 
@@ -119,8 +129,9 @@ def _softmax_grad_(
 ) -> None:
     out = logits if out is None else out
     for i, j in _strips(logits):
-        z = _transform(logits[i:j], bias, logit_scale, softcap)
-        slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
+        z, slope = _transform(logits[i:j], bias, logit_scale, None), None
+        if softcap is not None:
+            z, slope = softcapped(z, softcap)
         z.sub_(reference[i:j, None]).exp_()
         if slope is not None:
             z.mul_(slope)

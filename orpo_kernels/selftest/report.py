@@ -10,10 +10,10 @@ from math import isfinite
 import torch
 
 from orpo_kernels.engine import native
+from orpo_kernels.engine.tiles import OPERATIONS
 from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.version import __version__
 
-TILE_OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums", "accumulate_")
 PACKAGES = (
     "torch", "triton", "triton-windows", "transformers", "peft", "bitsandbytes", "accelerate",
     "trl",
@@ -188,5 +188,5 @@ def tile_backends(device: torch.device) -> dict[str, str]:
     kernel = native.cpu_backend() if device.type == "cpu" else gpu_backend()
     return {
         name: kernel if key and has_kernel(f"orpo_kernels::{name}", key) else "plain torch"
-        for name in TILE_OPERATIONS
+        for name in OPERATIONS
     }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orpo_kernels import reference
 from orpo_kernels.engine.tiles import accumulate_, column_sums, softmax_grad_, softmax_stats
 from orpo_kernels.selftest.figures import (
     EPS32,
@@ -38,19 +39,14 @@ TRANSFORMS = (
 
 
 class Tile(NamedTuple):
-    """Raw logits, bias, labels (2, R), the true logits z (R, C) and the size of what is rounded."""
+    """Logits, bias, labels (2, R); the true z (R, C), its slope, the size of what is rounded."""
 
     logits: Tensor
     bias: Tensor | None
     labels: Tensor
     z: Tensor
+    slope: Tensor
     rounded: float
-
-    @property
-    def others(self) -> Tensor:
-        """The true logits, -inf in the label columns, which take no part."""
-        columns = torch.arange(FIRST_COLUMN, FIRST_COLUMN + COLUMNS)
-        return self.z.masked_fill((self.labels.cpu()[:, :, None] == columns).any(0), -torch.inf)
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -74,13 +70,13 @@ def _tile(setting: Setting, transform: Transform) -> Tile:
     # Labels before, in and behind the tile, and none.
     labels = torch.randint(0, 6000, (2, ROWS), generator=generator)
     labels[:, ::7] = -1
-    z = exact(logits) if bias is None else exact(logits) + bias.double()
-    rounded = 0.0 if bias is None else largest(z)
-    z = transform.logit_scale * z
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
+    wide = None if bias is None else bias.double()
+    z, slope = reference.tile_logits(
+        exact(logits), wide, labels, FIRST_COLUMN, transform.logit_scale, transform.softcap
+    )
+    rounded = 0.0 if wide is None else largest(exact(logits) + wide)
     bias = None if bias is None else bias.to(setting.device)
-    return Tile(logits, bias, labels.to(setting.device), z, rounded)
+    return Tile(logits, bias, labels.to(setting.device), z, slope, rounded)
 
 
 def _stats(setting: Setting, transform: Transform) -> Iterator[Figure]:
@@ -90,9 +86,9 @@ def _stats(setting: Setting, transform: Transform) -> Iterator[Figure]:
             tile.logits, tile.bias, tile.labels, FIRST_COLUMN,
             transform.logit_scale, transform.softcap,
         )  # fmt: skip
-    yield rounded_once("max", row_max, tile.others.amax(1))
+    yield rounded_once("max", row_max, tile.z.amax(1))
     # Per row, and relative to the maximum that was returned: that is how it is used.
-    ratio = exact(sum_exp) / torch.exp(tile.others - exact(row_max)[:, None]).sum(1)
+    ratio = exact(sum_exp) / torch.exp(tile.z - exact(row_max)[:, None]).sum(1)
     yield Figure("sum", largest(ratio - 1.0), (16 + tile.rounded) * EPS32)
 
 
@@ -102,14 +98,12 @@ def _grad(setting: Setting, transform: Transform) -> Iterator[Figure]:
     for out_dtype in (None, *narrow):
         tile = _tile(setting, transform)
         # The maximum of the whole row may lie in another block, above this tile's.
-        reference = (tile.others.amax(1) + 0.25).float()
-        truth = torch.exp(tile.others - reference.double()[:, None]) * transform.logit_scale
-        if transform.softcap is not None:
-            truth = truth * (1.0 - (tile.z / transform.softcap).square())
+        level = (tile.z.amax(1) + 0.25).float()
+        truth = reference.softmax_grad(tile.z, tile.slope, level.double())
         out = None if out_dtype is None else torch.empty_like(tile.logits, dtype=out_dtype)
         with setting.all_threads():
             softmax_grad_(
-                tile.logits, tile.bias, tile.labels, FIRST_COLUMN, reference.to(setting.device),
+                tile.logits, tile.bias, tile.labels, FIRST_COLUMN, level.to(setting.device),
                 transform.logit_scale, transform.softcap, out,
             )  # fmt: skip
         written = tile.logits if out is None else out
@@ -136,5 +130,6 @@ def _accumulate(setting: Setting) -> Iterator[Figure]:
         sums = before.to(setting.device, copy=True)
         with setting.all_threads():
             accumulate_(sums, partial, None if factor is None else factor.to(sums.device), alpha)
-        kept = before.double() if factor is None else before.double() * factor[:, None].double()
-        yield rounded_once(f"sums, alpha {alpha:+.0f}", sums, kept + alpha * exact(partial))
+        wide = None if factor is None else factor.double()
+        truth = reference.accumulate(before.double(), exact(partial), wide, alpha)
+        yield rounded_once(f"sums, alpha {alpha:+.0f}", sums, truth)

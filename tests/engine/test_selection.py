@@ -41,20 +41,34 @@ def test_gemm_widens_by_capability(monkeypatch):
     cuda = torch.device("cuda")
     chunks.gemm_widens.cache_clear()
     assert not chunks.gemm_widens(torch.device("cpu"), torch.bfloat16)
+    assert not chunks.gemm_widens(cuda, torch.float32)  # nothing to widen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not chunks.gemm_widens(cuda, torch.float16)
-    # An sm_80 whose torch refuses the GEMM (here: has no CUDA at all) gets 16-bit logits, no error.
     chunks.gemm_widens.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert chunks.gemm_widens(cuda, torch.bfloat16)
+    chunks.gemm_widens.cache_clear()
+
+
+def test_gemm_widens_asks_a_rocm_build(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: torch.ones(2, 2))
 
-    def refuses(*tensors):
-        raise RuntimeError("out_dtype is not supported")
+    def answers(error):
+        def matmul(*tensors):
+            if error is not None:
+                raise error
 
-    monkeypatch.setattr(chunks, "matmul_into", refuses)
-    assert not chunks.gemm_widens(cuda, torch.bfloat16)
-    monkeypatch.setattr(chunks, "matmul_into", lambda *tensors: tensors[0])
-    chunks.gemm_widens.cache_clear()
-    assert chunks.gemm_widens(cuda, torch.bfloat16)
+        chunks.gemm_widens.cache_clear()
+        monkeypatch.setattr(chunks, "matmul_into", matmul)
+        return chunks.gemm_widens(cuda, torch.bfloat16)
+
+    assert answers(None)
+    # A build that refuses the GEMM gets 16-bit logits; a full card is not a refusal.
+    assert not answers(RuntimeError("out_dtype is not supported"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        answers(torch.cuda.OutOfMemoryError("out of memory"))
     chunks.gemm_widens.cache_clear()

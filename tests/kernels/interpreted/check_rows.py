@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.kernels import tuning
-from tests.engine import test_tiles as plain
 from tests.helpers import assert_accurate
 from tests.kernels.interpreted.plugin import launches
 
@@ -52,8 +52,8 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
     logits = tile(rows, columns, stride, dtype)
     bias = torch.randn(columns).to(dtype) if with_bias else None
     labels = labels_of(sets, rows, columns, 11)
-    zeros = torch.zeros(columns)
-    z, slope = plain.expected(logits, zeros if bias is None else bias, labels, 11, scale, softcap)
+    wide = None if bias is None else bias.double()
+    z, slope = reference.tile_logits(logits.double(), wide, labels, 11, scale, softcap)
     before = len(launches)
     row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
     some = ~torch.isinf(z).all(1)
@@ -63,14 +63,14 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
     torch.testing.assert_close(sum_exp[some].double(), truth, rtol=3e-6, atol=0)
     assert not sum_exp[~some].any()
 
-    reference = row_max + 0.5
-    true = torch.nan_to_num(torch.exp(z - reference.double()[:, None]) * slope)
+    level = row_max + 0.5
+    true = reference.softmax_grad(z, slope, level.double())
     # Strides alike, and rows of out that start elsewhere in a vector.
     for out_dtype, extra in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float16, 3)):
         out = tile(rows, columns, stride + extra, out_dtype)
-        tiles.softmax_grad_(logits, bias, labels, 11, reference, scale, softcap, out)
+        tiles.softmax_grad_(logits, bias, labels, 11, level, scale, softcap, out)
         close(out, true)
-    tiles.softmax_grad_(logits, bias, labels, 11, reference, scale, softcap)
+    tiles.softmax_grad_(logits, bias, labels, 11, level, scale, softcap)
     close(logits, true)
     assert launches[before:] == ["softmax_stats"] + 4 * ["softmax_grad"]
 
@@ -78,8 +78,7 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
 def close(found, true):
     # Relative to float32's exp of a rounded difference, |z - reference| eps; then one rounding.
     eps = torch.finfo(found.dtype).eps / 2 + 1e-5
-    # The truth's own 1 - tanh^2 keeps 1e-15; half of float16's smallest step.
-    tiny = 6e-8 if found.dtype == torch.float16 else 1e-15
+    tiny = 6e-8 if found.dtype == torch.float16 else 1e-15  # half of float16's smallest step
     torch.testing.assert_close(found.double(), true, rtol=eps, atol=tiny)
 
 
@@ -90,7 +89,7 @@ def test_column_sums(dtype):
     for view in (wide[:, :1501], wide[2:, 8:1032], torch.randn(9, 33).to(dtype)):
         weights = torch.randn(view.shape[0])
         found = tiles.column_sums(view, weights)
-        truth = weights.double() @ view.double()
+        truth = reference.column_sums(view.double(), weights.double())
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
 
