@@ -30,18 +30,6 @@ ORPO_CLONES void accumulate(const T* x, int64_t n, Stats<Real<T>>* stats) {
     stats->sum += sum(x, n, [max](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - max); });
 }
 
-template <class R>
-ORPO_CLONES void apply(const Transform<R>& transform, int64_t n, R* z) {
-    const R scale = transform.scale, cap = transform.cap, inner = transform.inner;
-    if (cap == R(0)) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) z[i] *= scale;
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) z[i] = cap * orpo::tanh(z[i] * inner).value;
-    }
-}
-
 // Whether a label of the row is among the n columns from `first` on; -inf there when `z` is given.
 template <class R>
 bool exclude_labels(const Labels& labels, int64_t row, int64_t first, int64_t n, R* z) {

@@ -135,6 +135,29 @@ ORPO_CLONES void add(const R* bias, int64_t n, R* z) {
     for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
 }
 
+// z <- softcap(scale * z), the bias added already.
+template <class R>
+ORPO_CLONES void apply(const Transform<R>& transform, int64_t n, R* z) {
+    const R scale = transform.scale, cap = transform.cap, inner = transform.inner;
+    if (cap == R(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) z[i] *= scale;
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) z[i] = cap * orpo::tanh(z[i] * inner).value;
+    }
+}
+
+// Asks for n elements before they are needed.
+template <class T>
+inline void prefetch(const T* x, int64_t n) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i);
+#else
+    static_cast<void>(x), static_cast<void>(n);
+#endif
+}
+
 template <class F>
 void over_rows(int64_t rows, int64_t columns, const F& f) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));

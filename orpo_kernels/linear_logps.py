@@ -28,7 +28,7 @@ from orpo_kernels.engine.chunks import (
     spans,
     workspace_budget,
 )
-from orpo_kernels.engine.exact import Forward, WeightGradient, label_shares, present
+from orpo_kernels.engine.exact import Forward
 from orpo_kernels.engine.selection import (
     Selection,
     problem_sizes,
@@ -37,6 +37,7 @@ from orpo_kernels.engine.selection import (
     select,
 )
 from orpo_kernels.engine.tiles import accumulation_dtype
+from orpo_kernels.engine.weight_gradient import WeightGradient, label_shares, present
 
 GRADIENTS = ("exact",)
 
@@ -144,6 +145,7 @@ def _linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
             hidden, weight, labels, hidden_r, weight_r, compute_dtype, workspace_bytes,
             needs_dhidden, needs_dweight,
         )  # fmt: skip
+        kept[chosen.sizes.rows :].zero_()  # of no row, but an output
         if chosen.sizes.rows > 0:
             gradients = (g, g_r) if needs_dhidden else None
             _forward(chosen, statistics, gradients, kept, workspace_bytes, needs_dweight)
@@ -204,7 +206,7 @@ def _empty_outputs(  # noqa: PLR0913 - as the schema
     fits = needs_dweight and count <= kept_rows(
         sizes, workspace_budget(workspace_bytes, weight.device)
     )
-    kept = hidden.new_zeros((count if fits else 0, weight.shape[0]), dtype=compute_dtype)
+    kept = hidden.new_empty((count if fits else 0, weight.shape[0]), dtype=compute_dtype)
     return statistics, g, g_r, kept
 
 
@@ -276,6 +278,8 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
         options = (logit_scale, softcap, compute_dtype)
         chosen = select((hidden, hidden_r), (weight, weight_r), bias, scored, options)
         if chosen.sizes.rows == 0:
+            for result in results:
+                result.zero_()  # nothing is scored: that has a gradient too
             return results
         a = scored.coefficients(dlogps)
         if chosen.scored is not None:
@@ -298,12 +302,11 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
 def _empty_weight_gradients(
     weight: Tensor, bias: Tensor | None, weight_r: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def zeros(tensor: Tensor | None, need: bool) -> Tensor:
-        # zeros, not empty: a batch without a scored token has a gradient, and it is 0.
+    def empty(tensor: Tensor | None, need: bool) -> Tensor:
         like = weight if tensor is None else tensor
-        return like.new_zeros(like.shape if need and tensor is not None else (0,))
+        return like.new_empty(like.shape if need and tensor is not None else (0,))
 
-    return zeros(weight, needs[0]), zeros(bias, needs[1]), zeros(weight_r, needs[2])
+    return empty(weight, needs[0]), empty(bias, needs[1]), empty(weight_r, needs[2])
 
 
 @_linear_logps_dweight.register_fake

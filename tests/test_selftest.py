@@ -14,10 +14,11 @@ from torch import Tensor
 
 from orpo_kernels import cli, loss, odds_ratio, selftest
 from orpo_kernels import sequence_mean as sequence_mean_module
-from orpo_kernels.engine import exact, selection
-from orpo_kernels.engine.tiles import OPERATIONS
+from orpo_kernels.engine import exact, selection, weight_gradient
+from orpo_kernels.engine.tiles import OPERATIONS, csr_matmul_, softmax_collect_
 from orpo_kernels.selftest import Check, SelfTestReport, logps, report
 from orpo_kernels.selftest.figures import EPS32, Setting, like_torch, rounded_once
+from tests.csrc.forms import plain
 
 CPU = torch.device("cpu")
 MonkeyPatch = pytest.MonkeyPatch
@@ -154,6 +155,20 @@ def _sum_off_by_ten_thousandth(*arguments: Any) -> tuple[Tensor, Tensor]:
     return row_max, sum_exp * (1 + 1e-4)
 
 
+def _misses_an_entry(*arguments: Any) -> Any:
+    return plain(softmax_collect_, *arguments[:10], 3, *arguments[11:])
+
+
+def _redoes_nothing(*arguments: Any) -> Any:
+    return plain(softmax_collect_, *arguments[:7], None, None, *arguments[9:])
+
+
+def _ends_a_row_early(sums: Tensor, offsets: Tensor, *rest: Tensor) -> None:
+    short = rest[1].clone()
+    short[offsets[4] - 1] = 0.0
+    plain(csr_matmul_, sums, offsets, rest[0], short, rest[2])
+
+
 def _ignores_strides(tile: Tensor, coefficients: Tensor) -> Tensor:
     return _sums(torch.as_strided(tile, tile.shape, (tile.shape[1], 1)), coefficients)
 
@@ -183,6 +198,9 @@ def _raises(*_: Any) -> Tensor:
         ("softmax_grad_", _one_label_set(_grad), 9),
         ("softmax_stats", _one_label_set(_stats), 9),
         ("softmax_stats", _sum_off_by_ten_thousandth, 9),
+        ("softmax_collect_", _misses_an_entry, 9),
+        ("softmax_collect_", _redoes_nothing, 6),  # in float32 there is nothing to redo
+        ("csr_matmul_", _ends_a_row_early, 3),
         ("column_sums", _ignores_strides, 3),
         ("accumulate_", _never_rescales, 3),
     ],
@@ -191,7 +209,8 @@ def test_finds_a_wrong_kernel(name: str, function: Callable[..., Any], cases: in
     with kernel(name, function):
         failed = run(name)
     assert [check.op for check in failed] == [name] * cases
-    assert {check.dtype for check in failed} == {"float32", "bfloat16", "float16"}
+    everywhere = {"float32"} if function is not _redoes_nothing else set()
+    assert {check.dtype for check in failed} == {"bfloat16", "float16"} | everywhere
     assert all("is off by" in check.message for check in failed)
     assert run(name) == []  # and the plant is gone
 
@@ -215,12 +234,13 @@ def test_a_kernel_that_raises_is_reported_and_the_rest_still_runs() -> None:
 
 
 def test_finds_a_race() -> None:
-    def noisy(*arguments: Any) -> tuple[Tensor, Tensor]:
-        row_max, sum_exp = _stats(*arguments)
-        return row_max, sum_exp * (1 + EPS32 * torch.randint(-1, 2, sum_exp.shape))
+    def noisy(*arguments: Any) -> Any:
+        lists = plain(softmax_collect_, *arguments)
+        arguments[5].mul_(1 + EPS32 * torch.randint(-1, 2, arguments[5].shape))  # the sum
+        return lists
 
-    with kernel("softmax_stats", noisy):
-        failed = run("softmax_stats", "linear_logps")
+    with kernel("softmax_collect_", noisy):
+        failed = run("softmax_collect_", "linear_logps")
     assert {check.case for check in failed} == {"bitwise repeatable"}
 
 
@@ -228,8 +248,10 @@ def test_finds_a_race() -> None:
 
 
 def test_finds_a_wrong_label_gradient(monkeypatch: MonkeyPatch) -> None:
-    right = exact.label_shares
-    monkeypatch.setattr(exact, "label_shares", lambda *given: [1.02 * x for x in right(*given)])
+    right = weight_gradient.label_shares
+    monkeypatch.setattr(
+        weight_gradient, "label_shares", lambda *given: [1.02 * x for x in right(*given)]
+    )
     failed = run("linear_logps", "softmax_grad_")
     assert {check.op for check in failed} == {"linear_logps"}
     assert len({check.dtype for check in failed}) == 3
@@ -354,12 +376,12 @@ def test_says_that_transformers_is_missing(
 def test_blocks_are_blocks(monkeypatch: MonkeyPatch) -> None:
     starts = []
 
-    def recorded(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def recorded(*arguments: Any) -> Any:
         starts.append(arguments[3])
-        return _stats(*arguments)
+        return plain(softmax_collect_, *arguments)
 
     setting = Setting(CPU, torch.float32)
-    with kernel("softmax_stats", recorded):
+    with kernel("softmax_collect_", recorded):
         logps._results(logps.problem(setting, logps.IN_BLOCKS), logps.IN_BLOCKS)
         assert len(set(starts)) > 1
         starts.clear()

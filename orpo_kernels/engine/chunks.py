@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES
+from orpo_kernels.engine.collect import MOST
 from orpo_kernels.engine.tiles import accumulation_dtype, strip_bytes
 
 _CPU_COLUMNS = (8192, 4096, 2048)
@@ -74,6 +75,16 @@ class Sizes:
     def product_dtype(self) -> torch.dtype:
         """Dtype out of a GEMM: float32 where it can widen, a 16-bit logit costs 1e-2 of dhidden."""
         return torch.float32 if self.widens else self.compute_dtype
+
+    @property
+    def refines(self) -> bool:
+        """Whether large entries are redone in float32: where a GEMM rounds logits, on a CPU."""
+        return self.device.type == "cpu" and self.product_dtype.itemsize == 2
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes a row's list of large entries may take: twice a column and a value, and their E."""
+        return 20 * MOST if self.refines else 0
 
     @property
     def sums_apart(self) -> bool:
@@ -167,21 +178,52 @@ def plan_backward(sizes: Sizes, budget: int, gradient_columns: int, *, recompute
     Returns:
         The plan.
     """
+    units = _backward_units(sizes, gradient_columns, recompute)
+    return _first_fit(sizes, budget, units, _CPU_BACKWARD_COLUMNS)
+
+
+def plan_direct(
+    sizes: Sizes, budget: int, gradient_columns: int, *, recompute: bool
+) -> Plan | None:
+    """Shape of a weight gradient whose GEMMs write it: all rows in one chunk, no block beside.
+
+    Args:
+        sizes: of the problem.
+        budget: bytes.
+        gradient_columns: columns of the weight.
+        recompute: whether a tile of logits is needed.
+
+    Returns:
+        The plan; None when nothing of the kind fits.
+    """
+    per_row, _, per_cell = _backward_units(sizes, gradient_columns, recompute)
+    copied = sizes.hidden_columns * sizes.compute_dtype.itemsize if sizes.weight_is_copied else 0
+    units = (per_row, copied + 2 * sizes.wide_bytes, per_cell)
+    for columns in _CPU_BACKWARD_COLUMNS:
+        shape = (sizes.rows, min(columns, sizes.vocabulary))
+        if (need := _bytes(sizes, units, *shape)) <= budget:
+            return Plan(*shape, need)
+    return None
+
+
+def _backward_units(sizes: Sizes, gradient_columns: int, recompute: bool) -> tuple[int, int, int]:
+    """Bytes per row, per column and per cell of the weight gradient."""
     narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
-    per_row = gradient_columns * (narrow + 2 * wide) + 64 * sizes.label_sets
+    per_row = gradient_columns * (narrow + 2 * wide) + 64 * sizes.label_sets + sizes.list_bytes
     per_column = gradient_columns * (wide + sizes.partial_bytes) + 2 * wide
     per_cell = 0
     if recompute:
         per_row += sizes.hidden_columns * narrow
         per_cell += sizes.product_dtype.itemsize + (narrow if sizes.widens else 0)
         per_column += sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
-    return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_BACKWARD_COLUMNS)
+    return per_row, per_column, per_cell
 
 
 def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
     """Bytes per row (gathered, widened, label entries, product, accumulator) and per column."""
     narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
     per_row = sizes.hidden_columns * (narrow + (2 + sizes.label_sets) * wide) + 128
+    per_row += sizes.list_bytes
     if with_gradient:
         per_row += sizes.hidden_columns * (wide + sizes.partial_bytes)
     return per_row, sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
@@ -190,17 +232,13 @@ def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
 def _first_fit(
     sizes: Sizes, budget: int, unit_bytes: tuple[int, int, int], cpu_columns: tuple[int, ...]
 ) -> Plan:
-    per_row, per_column, per_cell = unit_bytes
     shapes = [(rows, columns) for rows in _CPU_ROWS for columns in cpu_columns]
     if sizes.device.type != "cpu":
         shapes = [(rows, sizes.vocabulary) for rows in _ROWS]
         shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
     for rows, columns in (*shapes, *_SMALL):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
-        scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
-        cells = rows * row_pitch(columns, sizes.device)
-        need = rows * per_row + columns * per_column + cells * per_cell + scratch
-        if need <= budget:
+        if (need := _bytes(sizes, unit_bytes, rows, columns)) <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
             return Plan(even, columns, need)
     raise ValueError(
@@ -210,12 +248,29 @@ def _first_fit(
     )
 
 
+def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, int], rows: int, columns: int) -> int:
+    per_row, per_column, per_cell = unit_bytes
+    scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
+    cells = rows * row_pitch(columns, sizes.device)
+    return rows * per_row + columns * per_column + cells * per_cell + scratch
+
+
 def row_pitch(columns: int, device: torch.device) -> int:
     """Elements from a row of a tile to the next: on a GPU rows start on 16 bytes.
 
     Tensor-core GEMMs and 16-byte accesses need it, and a resized vocabulary is often odd.
     """
     return columns if device.type == "cpu" else -(-columns // 8) * 8
+
+
+def tile_of(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """`(R, C)` at the start of a flat buffer, its rows `row_pitch` apart."""
+    return shaped(buffer, rows, row_pitch(columns, buffer.device))[:, :columns]
+
+
+def shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """`(R, C)` at the start of a flat buffer, without gaps."""
+    return buffer[: rows * columns].view(rows, columns)
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

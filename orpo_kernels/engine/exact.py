@@ -3,7 +3,7 @@
     E_tv = exp(z_tv - m_t) d_tv  for v not a label,  m_t = max of those z,   d = dz / d(h W^T)
     lse  = log(e^m sum E + e^z_y),    1 - p_y from log-sums, never by subtraction
     g_t  = d_y W[y] - (E W)_t / sum E                            dhidden_t = a_t (1 - p_y) g_t
-    dW_v = sum_t a_t ((1 - p_y) d_y 1[v = y_t] - e^(m - lse) E_tv) h_t
+    dW_v: `engine/weight_gradient.py`
 
 Forward: row chunks x vocabulary blocks, the vocabulary inner; m grows and the accumulator of E W is
 rescaled, so nothing is (N, V) and no logit is computed twice. g does not depend on the loss (and,
@@ -18,6 +18,7 @@ Rows of `statistics` (7, N): m, e^(m - lse), the mass beside the labels, log-pro
 and of the second, d of the first and of the second.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,17 +32,20 @@ from orpo_kernels.engine.chunks import (
     Rows,
     Sizes,
     matmul_into,
-    plan_backward,
     row_pitch,
+    shaped,
     spans,
+    tile_of,
 )
+from orpo_kernels.engine.collect import LARGE, MOST, Entries, restore
 from orpo_kernels.engine.tiles import (
     accumulate_,
     accumulation_dtype,
-    column_sums,
-    softcapped,
+    csr_matmul_,
+    softmax_collect_,
     softmax_grad_,
     softmax_stats,
+    transformed,
 )
 
 
@@ -56,13 +60,8 @@ class Head:
 
     def transform(self, dots: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Label logits z and slopes d of raw dots, both in the dtype of `dots`."""
-        if self.bias is not None:
-            dots = dots + self.bias.index_select(0, labels.clamp(min=0)).to(dots.dtype)
-        z = dots * self.logit_scale
-        if self.softcap is None:
-            return z, torch.full_like(z, self.logit_scale)
-        z, slope = softcapped(z, self.softcap)
-        return z, slope * self.logit_scale
+        index = labels.clamp(min=0)
+        return transformed(dots, self.bias, index, self.logit_scale, self.softcap)
 
     def block_bias(self, start: int, stop: int) -> Tensor | None:
         """Bias of a vocabulary block."""
@@ -101,6 +100,9 @@ class Coefficients(NamedTuple):
         return self.first if self.second is None else self.first + self.second
 
 
+_Arguments = tuple[Tensor, Tensor | None, Tensor, int]  # tile, bias, labels and first column
+
+
 class Forward:
     """The forward over the scored rows: statistics, and on request g and the kept tiles."""
 
@@ -110,6 +112,7 @@ class Forward:
     ) -> None:  # fmt: skip
         self.rows, self.head, self.labels = rows, head, labels
         self.sizes, self.plan, self.with_gradient = sizes, plan, with_gradient
+        self.stores = with_gradient or keep
         self.wide = accumulation_dtype(sizes.compute_dtype)
         new, pitch = labels.first.new_empty, row_pitch(plan.columns, sizes.device)
         cells = plan.rows * (plan.columns if keep else pitch)
@@ -134,35 +137,67 @@ class Forward:
             statistics (7, R), and g (R, H) or None.
         """
         hidden, labels = self.rows.take(start, stop), self.labels.stacked(start, stop)
+        label_terms = self._label_terms(hidden, labels)
         row_max = hidden.new_full((stop - start,), torch.finfo(self.wide).min, dtype=self.wide)
         sum_exp = torch.zeros_like(row_max)
         accumulator = None
         if self.with_gradient:
             accumulator = torch.zeros_like(hidden, dtype=self.wide)
         for v0, v1 in spans(self.sizes.vocabulary, self.plan.columns):
-            weight, bias = self.head.columns.block(v0, v1), self.head.block_bias(v0, v1)
+            weight = self.head.columns.block(v0, v1)
             tile, narrow = self._tiles(stop - start, v1 - v0, kept)
             matmul_into(tile, hidden, weight.t())
-            options = (self.head.logit_scale, self.head.softcap)
-            block_max, block_sum = softmax_stats(tile, bias, labels, v0, *options)
-            new_max = torch.maximum(row_max, block_max)
-            rescale = torch.exp(row_max - new_max)
-            sum_exp = sum_exp * rescale + block_sum * torch.exp(block_max - new_max)
-            row_max = new_max
-            if accumulator is not None or kept is not None:
-                out = None if narrow.dtype == tile.dtype else narrow
-                softmax_grad_(tile, bias, labels, v0, row_max, *options, out)
+            arguments = (tile, self.head.block_bias(v0, v1), labels, v0)
+            sums = (row_max, sum_exp)
+            entries: Entries | None = None
+            if self.sizes.device.type == "cpu":
+                others = label_terms.z
+                rescale, entries = self._collect(arguments, sums, others, hidden, weight)
+            else:
+                rescale = self._separate(arguments, sums, narrow)
             if accumulator is not None:
                 self._accumulate(accumulator, rescale if v0 > 0 else None, narrow, weight)
-        return self._finish(hidden, labels, row_max, sum_exp, accumulator)
+                if entries is not None:
+                    csr_matmul_(accumulator, *entries, weight)
+            if kept is not None and entries is not None:
+                restore(narrow, entries)
+        return self._finish(label_terms, row_max, sum_exp, accumulator)
+
+    def _collect(
+        self, arguments: _Arguments, sums: tuple[Tensor, Tensor], others: Tensor, hidden: Tensor,
+        weight: Tensor,
+    ) -> tuple[Tensor, Entries | None]:  # fmt: skip
+        """One look at the tile; where a 16-bit GEMM rounded it, the large entries apart."""
+        refines = self.sizes.refines
+        inputs = (hidden, weight) if refines else (None, None)
+        options = (LARGE if refines else math.inf, MOST, self.head.logit_scale, self.head.softcap)
+        rescale, *entries = softmax_collect_(
+            *arguments, *sums, others, *inputs, *options, True, self.stores
+        )
+        return rescale, (entries[0], entries[1], entries[2]) if refines else None
+
+    def _separate(
+        self, arguments: _Arguments, sums: tuple[Tensor, Tensor], narrow: Tensor
+    ) -> Tensor:
+        """Two looks: on a GPU a row is split over programs, which meet in between."""
+        (row_max, sum_exp), options = sums, (self.head.logit_scale, self.head.softcap)
+        block_max, block_sum = softmax_stats(*arguments, *options)
+        new_max = torch.maximum(row_max, block_max)
+        rescale = torch.exp(row_max - new_max)
+        sum_exp.mul_(rescale).add_(block_sum * torch.exp(block_max - new_max))
+        row_max.copy_(new_max)
+        if self.stores:
+            out = None if narrow.dtype == arguments[0].dtype else narrow
+            softmax_grad_(*arguments, row_max, *options, out)
+        return rescale
 
     def _tiles(self, rows: int, columns: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where the logits go, and where E goes: the same memory when the dtypes agree."""
-        narrow = _tile(self.narrow, rows, columns) if kept is None else kept
+        narrow = tile_of(self.narrow, rows, columns) if kept is None else kept
         if not self.sizes.widens:
             return narrow, narrow
         # Rows of both start alike: the kept E is (N, V) without gaps.
-        shape = _tile if kept is None else _shaped
+        shape = tile_of if kept is None else shaped
         return shape(self.tile, rows, columns), narrow
 
     def _accumulate(
@@ -176,190 +211,54 @@ class Forward:
             accumulator.mul_(rescale[:, None])
         accumulator.addmm_(probs, weight)
 
+    def _label_terms(self, hidden: Tensor, labels: Tensor) -> "_LabelTerms":
+        """Label logits from float32 dots of the operands: a confident token loses no digits."""
+        rows = self.head.columns.rows(labels[0], self.wide)
+        terms = _LabelTerms(rows, *self.head.transform(_dots(hidden, rows), labels[0]))
+        if self.labels.second is None:
+            return terms
+        dots = _dots(hidden, self.head.columns.rows(labels[1], self.wide))
+        second, second_slope = self.head.transform(dots, labels[1])
+        return terms._replace(second=(second, second_slope, labels[1] >= 0))
+
     def _finish(
         self,
-        hidden: Tensor,
-        labels: Tensor,
+        label: "_LabelTerms",
         row_max: Tensor,
         sum_exp: Tensor,
         accumulator: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Adds the label columns, from float32 dots: 1 - p_y = sigmoid(log of the rest - z_y)."""
-        label_rows = self.head.columns.rows(labels[0], self.wide)
-        z_first, slope = self.head.transform(_dots(hidden, label_rows), labels[0])
+        """Adds the label columns: 1 - p_y = sigmoid(log of the rest - z_y)."""
         # Relative to m from here on: m + log(sum) would round away the digits of the difference.
-        row_max = torch.where(sum_exp > 0, row_max, z_first)  # nothing but the label: m is not one
-        rest, first = torch.log(sum_exp), z_first - row_max
-        beside_first, distinct = rest, None
+        row_max = torch.where(sum_exp > 0, row_max, label.z)  # nothing but the label: m is not one
+        rest, first = torch.log(sum_exp), label.z - row_max
+        beside_first, share = rest, label.slope
         second_logp = second_slope = torch.zeros_like(rest)
         total = sum_exp + torch.exp(first)
-        if self.labels.second is not None:
-            distinct = labels[1] >= 0
-            dots = _dots(hidden, self.head.columns.rows(labels[1], self.wide))
-            z_second, second_slope = self.head.transform(dots, labels[1])
-            second = z_second - row_max
+        if label.second is not None:
+            second, second_slope, distinct = label.second
+            second = second - row_max
             beside_first = torch.where(distinct, torch.logaddexp(rest, second), rest)
             second_logp = F.logsigmoid(second - torch.logaddexp(rest, first))
             second_logp = torch.where(distinct, second_logp, 0.0)
             total = torch.where(distinct, total + torch.exp(second), total)
+            share = share.masked_fill(distinct, 0.0)
         first_logp = F.logsigmoid(first - beside_first)
         if accumulator is not None:
             accumulator.mul_(-torch.where(sum_exp > 0, 1.0 / sum_exp, 0.0)[:, None])
-            share = slope if distinct is None else slope.masked_fill(distinct, 0.0)
-            accumulator.addcmul_(label_rows, share[:, None])
+            accumulator.addcmul_(label.rows, share[:, None])
         per_row = (row_max, 1.0 / total, sum_exp / total, first_logp, second_logp)
-        return torch.stack((*per_row, slope, second_slope)), accumulator
+        return torch.stack((*per_row, label.slope, second_slope)), accumulator
 
 
-def label_shares(statistics: Tensor, a: Coefficients) -> list[Tensor]:
-    """What multiplies h in dW[label], (M,) per label set: `d (a (1 - p) - a_other p)`."""
-    _, _, _, first_logp, second_logp, first_slope, second_slope = statistics
-    if a.second is None:
-        return [-a.first * torch.expm1(first_logp) * first_slope]
-    first = -a.first * torch.expm1(first_logp) - a.second * torch.exp(first_logp)
-    second = -a.second * torch.expm1(second_logp) - a.first * torch.exp(second_logp)
-    return [first * first_slope, second * second_slope]
+class _LabelTerms(NamedTuple):
+    """Of the first label: entry (R, H), logit, slope; of a second: logit, slope, if it differs."""
 
-
-class WeightGradient:
-    """dW and db, one vocabulary block at a time: a block is summed in float32 and rounded once."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        head: Head,
-        labels: Labels,
-        sizes: Sizes,
-        statistics: Tensor,
-        a: Coefficients,
-    ) -> None:
-        self.rows, self.head, self.labels, self.sizes = rows, head, labels, sizes
-        self.statistics = statistics
-        self.shares = label_shares(statistics, a)
-        softmax = a.total * statistics[1]
-        # fp16 reaches from 6e-8 to 6.5e4: a_t h_t is scaled by the largest coefficient.
-        self.unit = softmax.abs().amax().clamp_(min=torch.finfo(softmax.dtype).tiny)
-        self.softmax = softmax / self.unit
-        self.parts: tuple[int, ...] = ()
-        self._scaled: tuple[tuple[int, int], Tensor] | None = None
-
-    def run(
-        self, dweights: list[Tensor | None], dbias: Tensor | None, kept: Tensor | None, budget: int
-    ) -> None:
-        """Fills the gradients that are not None.
-
-        Args:
-            dweights: per weight part (V, H_i), any floating dtype, or None.
-            dbias: (V,) or None.
-            kept: (M, V) the E kept by the forward, or None: recomputed.
-            budget: bytes the workspace may take.
-        """
-        self.parts = tuple(i for i, dweight in enumerate(dweights) if dweight is not None)
-        widths = [self.head.columns.parts[i].shape[1] for i in self.parts]
-        plan = plan_backward(self.sizes, budget, sum(widths), recompute=kept is None)
-        buffers = self._buffers(plan, sum(widths), kept)
-        for v0, v1 in spans(self.sizes.vocabulary, plan.columns):
-            block = _shaped(buffers["block"], v1 - v0, sum(widths)).zero_()
-            bias_block = buffers["bias"][: v1 - v0].zero_()
-            for start, stop in spans(self.sizes.rows, plan.rows):
-                if kept is None:
-                    probs = self._recompute((start, stop), (v0, v1), buffers)
-                else:
-                    probs = kept[start:stop, v0:v1]
-                if dbias is not None:
-                    bias_block -= column_sums(probs, self.softmax[start:stop])
-                if self.parts:
-                    self._add(block, probs, buffers["partial"], start, stop)
-            block.mul_(self.unit)
-            bias_block.mul_(self.unit)
-            for start, stop in spans(self.sizes.rows, plan.rows):
-                self._add_labels(block, bias_block, (v0, v1), (start, stop))
-            offset = 0
-            for dweight, width in zip(present(dweights), widths, strict=True):
-                dweight[v0:v1].copy_(block[:, offset : offset + width])
-                offset += width
-            if dbias is not None:
-                dbias[v0:v1].copy_(bias_block)
-
-    def _buffers(self, plan: Plan, width: int, kept: Tensor | None) -> dict[str, Tensor]:
-        sizes, new = self.sizes, self.softmax.new_empty
-        cells = plan.rows * row_pitch(plan.columns, sizes.device) if kept is None else 0
-        tile = new(cells, dtype=sizes.product_dtype)
-        partial_cells = plan.columns * width if sizes.sums_apart else 0
-        return {
-            "tile": tile,
-            "narrow": new(cells, dtype=sizes.compute_dtype) if sizes.widens else tile,
-            "partial": new(partial_cells, dtype=sizes.product_dtype),
-            "block": new(plan.columns * width),
-            "bias": new(plan.columns),
-        }
-
-    def _recompute(
-        self, span: tuple[int, int], block: tuple[int, int], buffers: dict[str, Tensor]
-    ) -> Tensor:
-        (start, stop), (v0, v1) = span, block
-        tile = _tile(buffers["tile"], stop - start, v1 - v0)
-        narrow = _tile(buffers["narrow"], stop - start, v1 - v0)
-        matmul_into(tile, self.rows.take(start, stop), self.head.columns.block(v0, v1).t())
-        softmax_grad_(
-            tile, self.head.block_bias(v0, v1), self.labels.stacked(start, stop), v0,
-            self.statistics[0, start:stop], self.head.logit_scale, self.head.softcap,
-            None if narrow.dtype == tile.dtype else narrow,
-        )  # fmt: skip
-        return narrow
-
-    def _add(self, block: Tensor, probs: Tensor, partial: Tensor, start: int, stop: int) -> None:
-        scaled = self._scaled_rows(start, stop)
-        if partial.numel() == 0:
-            block.addmm_(probs.t(), scaled, alpha=-1.0)
-        else:
-            product = matmul_into(_shaped(partial, *block.shape), probs.t(), scaled)
-            accumulate_(block, product, None, -1.0)
-
-    def _scaled_rows(self, start: int, stop: int) -> Tensor:
-        """The coefficients times hidden; one chunk of rows is kept for all vocabulary blocks."""
-        if self._scaled is None or self._scaled[0] != (start, stop):
-            hidden = self.rows.take(start, stop, self.parts)
-            scaled = (self.softmax[start:stop, None] * hidden).to(self.sizes.compute_dtype)
-            self._scaled = ((start, stop), scaled)
-        return self._scaled[1]
-
-    def _add_labels(
-        self, block: Tensor, bias_block: Tensor, columns: tuple[int, int], span: tuple[int, int]
-    ) -> None:
-        (v0, v1), (start, stop) = columns, span
-        hidden = self.rows.take(start, stop, self.parts) if self.parts else None
-        for labels, shares in zip(self.labels.stacked(start, stop), self.shares, strict=True):
-            inside = (labels >= v0) & (labels < v1)
-            share = torch.where(inside, shares[start:stop], 0.0)
-            index = (labels - v0).clamp(0, v1 - v0 - 1)
-            _index_add(bias_block, index, share, inside)
-            if hidden is not None:
-                _index_add(block, index, share[:, None] * hidden, inside)
-
-
-def present(tensors: list[Tensor | None]) -> list[Tensor]:
-    """The tensors that are there, in order."""
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _index_add(target: Tensor, index: Tensor, values: Tensor, inside: Tensor) -> None:
-    # Deterministic on both: serial on the CPU; sorted, without atomics, on a GPU (and without the
-    # sync that choosing the rows would be: the others add 0).
-    if target.device.type == "cpu":
-        rows = inside.nonzero()[:, 0]
-        target.index_add_(0, index[rows], values[rows])
-    else:
-        target.index_put_((index,), values, accumulate=True)
+    rows: Tensor
+    z: Tensor
+    slope: Tensor
+    second: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def _dots(hidden: Tensor, label_rows: Tensor) -> Tensor:
     return (hidden.to(label_rows.dtype) * label_rows).sum(1)
-
-
-def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    return _shaped(buffer, rows, row_pitch(columns, buffer.device))[:, :columns]
-
-
-def _shaped(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    return buffer[: rows * columns].view(rows, columns)

@@ -8,6 +8,12 @@ on. The transform is part of the operation: `z = softcap(scale * (tile + bias))`
     column_sums     coefficients^T tile                                         1 read
     accumulate_     accumulator <- rescale * accumulator + alpha * partial      1 read + 1 update
 
+and those of a CPU, where a 16-bit GEMM rounds its logits (`engine/collect.py`):
+
+    softmax_collect_  one step of an online softmax, E in place; large entries apart, redone in
+                      float32 from the inputs, as a list per row                1 read + 1 write
+    csr_matmul_     accumulator += that list @ weight                           a row per entry
+
 `labels` is (K, R) int64, K label sets, -1 where a row has none. Label columns take no part in the
 statistics and are zeroed in the gradient: the engine handles them in float32, from exact dots, so a
 confident token loses no digits. All arithmetic is float32 (float64 for a float64 tile); a 16-bit
@@ -16,6 +22,8 @@ tile is widened in strips that stay in cache, never as a whole.
 A backend implements an operation by registering a kernel for its dispatch key (CPU: `csrc/`; CUDA,
 ROCm and XPU: `kernels/`).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,12 +51,29 @@ torch.library.define(
     "(Tensor(a!) accumulator, Tensor partial, Tensor? rescale, float alpha=1.0) -> ()",
 )
 
+torch.library.define(
+    "orpo_kernels::softmax_collect_",
+    "(Tensor(a!) logits, Tensor? bias, Tensor labels, int first_column, Tensor(b!) row_max, "
+    "Tensor(c!) sum_exp, Tensor? others, Tensor? hidden, Tensor? weight, float share, int most, "
+    "float logit_scale, float? softcap, bool online, bool store) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "orpo_kernels::csr_matmul_",
+    "(Tensor(a!) accumulator, Tensor offsets, Tensor columns, Tensor values, Tensor weight) -> ()",
+)
+
 softmax_stats = torch.ops.orpo_kernels.softmax_stats
 softmax_grad_ = torch.ops.orpo_kernels.softmax_grad_
 column_sums = torch.ops.orpo_kernels.column_sums
 accumulate_ = torch.ops.orpo_kernels.accumulate_
+softmax_collect_ = torch.ops.orpo_kernels.softmax_collect_
+csr_matmul_ = torch.ops.orpo_kernels.csr_matmul_
 
-OPERATIONS = ("softmax_stats", "softmax_grad_", "column_sums", "accumulate_")
+OPERATIONS = (
+    "softmax_stats", "softmax_grad_", "column_sums", "accumulate_", "softmax_collect_",
+    "csr_matmul_",
+)  # fmt: skip
 native.load(f"orpo_kernels::{name}" for name in OPERATIONS)
 
 
@@ -69,6 +94,23 @@ def softcapped(z: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     decay = x.abs_().mul_(-2.0).exp_()
     denominator = (decay + 1.0).square_()
     return capped, decay.mul_(4.0).div_(denominator)
+
+
+def transformed(
+    dots: Tensor,
+    bias: Tensor | None,
+    columns: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Logits z and slopes d of single raw dots, each of a column, in the dtype of `dots`."""
+    if bias is not None:
+        dots = dots + bias.index_select(0, columns).to(dots.dtype)
+    z = dots * logit_scale
+    if softcap is None:
+        return z, torch.full_like(z, logit_scale)
+    z, slope = softcapped(z, softcap)
+    return z, slope * logit_scale
 
 
 def _strips(tile: Tensor) -> list[tuple[int, int]]:
@@ -117,6 +159,28 @@ def _softmax_stats(
     return row_max, sum_exp
 
 
+def exponentials(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    reference: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """Strips of the tile: first and last row, exp(z - reference), d or None where it is 1."""
+    for i, j in _strips(logits):
+        z, slope = _transform(logits[i:j], bias, logit_scale, None), None
+        if softcap is not None:
+            z, slope = softcapped(z, softcap)
+            slope.mul_(logit_scale)
+        elif logit_scale != 1.0:
+            slope = torch.full((), logit_scale, dtype=z.dtype, device=z.device)
+        z.sub_(reference[i:j, None]).exp_()
+        _fill_label_columns(z, labels[:, i:j], first_column, 0.0)
+        yield i, j, z, slope
+
+
 def _softmax_grad_(
     logits: Tensor,
     bias: Tensor | None,
@@ -128,17 +192,9 @@ def _softmax_grad_(
     out: Tensor | None = None,
 ) -> None:
     out = logits if out is None else out
-    for i, j in _strips(logits):
-        z, slope = _transform(logits[i:j], bias, logit_scale, None), None
-        if softcap is not None:
-            z, slope = softcapped(z, softcap)
-        z.sub_(reference[i:j, None]).exp_()
-        if slope is not None:
-            z.mul_(slope)
-        if logit_scale != 1.0:
-            z.mul_(logit_scale)
-        _fill_label_columns(z, labels[:, i:j], first_column, 0.0)
-        out[i:j].copy_(z)
+    options = (logit_scale, softcap)
+    for i, j, e, slope in exponentials(logits, bias, labels, first_column, reference, *options):
+        out[i:j].copy_(e if slope is None else e.mul_(slope))
 
 
 def _column_sums(tile: Tensor, coefficients: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
-from orpo_kernels.engine.tiles import accumulate_, column_sums, softmax_grad_, softmax_stats
+from orpo_kernels.engine.tiles import (
+    accumulate_,
+    column_sums,
+    csr_matmul_,
+    softmax_collect_,
+    softmax_grad_,
+    softmax_stats,
+)
 from orpo_kernels.selftest.figures import (
     EPS32,
     Case,
@@ -20,6 +27,7 @@ from orpo_kernels.selftest.figures import (
 
 # 67 rows x 4,103 columns: primes, which no block divides, and more than one strip of plain torch.
 ROWS, COLUMNS, FIRST_COLUMN = 67, 4103, 1000
+WIDTH, SHARE = 33, 2.0**-8  # of a product that is redone; of the known sum, above it collected
 
 
 class Transform(NamedTuple):
@@ -55,17 +63,21 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case("softmax_stats", transform.name, setting, _stats, (transform,))
     for transform in TRANSFORMS:
         yield Case("softmax_grad_", transform.name, setting, _grad, (transform,))
+    for transform in TRANSFORMS:
+        yield Case("softmax_collect_", transform.name, setting, _collect, (transform,))
+    yield Case("csr_matmul_", "lists of 0 to 8 entries", setting, _csr_matmul)
     yield Case("column_sums", "strided tile", setting, _column_sums)
     yield Case("accumulate_", "float32 += tile", setting, _accumulate)
 
 
-def _tile(setting: Setting, transform: Transform) -> Tile:
+def _tile(setting: Setting, transform: Transform, product: Tensor | None = None) -> Tile:
     generator = setting.generator()
-    logits = 3.0 * torch.randn(ROWS, COLUMNS, generator=generator)
-    logits[1, 17] += 40.0  # one entry has all the mass
-    if transform.name == "plain":
-        logits[2] -= 1.0e4  # far from 0: only differences may matter
-    logits = setting.put(logits)
+    if product is None:
+        product = 3.0 * torch.randn(ROWS, COLUMNS, generator=generator)
+        product[1, 17] += 40.0  # one entry has all the mass
+        if transform.name == "plain":
+            product[2] -= 1.0e4  # far from 0: only differences may matter
+    logits = setting.put(product)
     bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
     # Labels before, in and behind the tile, and none.
     labels = torch.randint(0, 6000, (2, ROWS), generator=generator)
@@ -108,6 +120,65 @@ def _grad(setting: Setting, transform: Transform) -> Iterator[Figure]:
             )  # fmt: skip
         written = tile.logits if out is None else out
         yield rounded_once(f"tile in {written.dtype}", written, truth, tile.rounded)
+
+
+def _collect(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    """The second tile of two: what was before it is rescaled, large entries are redone."""
+    generator = setting.generator()
+    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator))
+    hidden = setting.put(torch.randn(ROWS, WIDTH, generator=generator) / 2)
+    tile = _tile(setting, transform, (exact(hidden) @ exact(weight).t()).float())
+    before = tile.z.amax(1).float().to(setting.device) - 0.5
+    bias = None if tile.bias is None else tile.bias.double().cpu()
+    redone, slopes = reference.tile_logits(
+        exact(hidden) @ exact(weight).t(), bias, tile.labels.cpu(), FIRST_COLUMN,
+        transform.logit_scale, transform.softcap,
+    )  # fmt: skip
+    row_max, sum_exp = before.clone(), torch.ones_like(before)
+    with setting.all_threads():
+        rescale, *entries = softmax_collect_(
+            tile.logits, tile.bias, tile.labels, FIRST_COLUMN, row_max, sum_exp, None,
+            hidden, weight, SHARE, COLUMNS, transform.logit_scale, transform.softcap, True, True,
+        )  # fmt: skip
+    yield rounded_once("max", row_max, torch.maximum(tile.z.amax(1), exact(before)))
+    level = exact(row_max)[:, None]
+    yield rounded_once("rescale", rescale, torch.exp(exact(before) - level[:, 0]))
+    offsets, columns, values = (each.cpu() for each in entries)
+    rows = torch.arange(ROWS).repeat_interleave(offsets.diff())
+    taken = torch.zeros(tile.z.shape, dtype=torch.bool)
+    taken[rows, columns.long()] = True
+    e = torch.exp(tile.z - level)
+    value = e * tile.slope
+    known = torch.exp(exact(before) - level[:, 0]) + e.sum(1)
+    # Rounding decides about an entry this close to the limit.
+    sure = (value / (SHARE * known[:, None]) - 1).abs() > 2 * setting.eps
+    wrong = (taken != (value > SHARE * known[:, None])) & sure
+    yield Figure("entries chosen wrongly", float(wrong.sum()), 0.0)
+    again = torch.exp(redone - level)
+    limit = (64 + tile.rounded) * EPS32
+    truth = (again * slopes)[rows, columns.long()]
+    yield Figure("values", largest(exact(values) / truth - 1.0), limit)
+    total = torch.exp(exact(before) - level[:, 0]) + torch.where(taken, again, e).sum(1)
+    yield Figure("sum", largest(exact(sum_exp) / total - 1.0), limit + setting.eps / 8)
+    rest = torch.where(taken, 0.0, value)
+    yield rounded_once("tile", tile.logits, rest, tile.rounded)
+
+
+def _csr_matmul(setting: Setting) -> Iterator[Figure]:
+    generator = setting.generator()
+    counts = torch.randint(0, 9, (ROWS,), generator=generator)
+    total = int(counts.sum())
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    columns = torch.randint(0, COLUMNS, (total,), generator=generator)
+    values = torch.randn(total, generator=generator)
+    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator))
+    before = torch.randn(ROWS, WIDTH, generator=generator)
+    sums, lists = before.to(setting.device, copy=True), (offsets, columns.int(), values)
+    with setting.all_threads():
+        csr_matmul_(sums, *(each.to(setting.device) for each in lists), weight)
+    rows = torch.arange(ROWS).repeat_interleave(counts)
+    terms = values.double()[:, None] * exact(weight)[columns]
+    yield rounded_once("sums", sums, before.double().index_add_(0, rows, terms))
 
 
 def _column_sums(setting: Setting) -> Iterator[Figure]:

@@ -172,7 +172,9 @@ def test_reduced_compute_dtype(asked):
     assert torch.equal(found, expected)
     dhidden, dweight = torch.autograd.grad(found.sum(), (hidden, weight))
     assert dhidden.dtype == dweight.dtype == torch.float32
-    assert torch.equal(dweight.bfloat16(), torch.autograd.grad(expected.sum(), rounded)[1])
+    # The same GEMMs; a float32 gradient is summed beside them, a bfloat16 one is rounded by them.
+    true = torch.autograd.grad(expected.sum(), rounded)[1].float()
+    assert (dweight - true).norm() < 2**-8 * true.norm()
 
 
 def test_noncontiguous_inputs_and_gradients():

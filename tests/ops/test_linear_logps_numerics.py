@@ -94,3 +94,41 @@ def test_more_than_two_to_the_31_logits():
     found = torch.autograd.grad(out.sum(), hidden)[0][rows]
     true = torch.autograd.grad(truth.sum(), exact)[0]
     torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("workspace", [None, 2**21], ids=["kept", "recomputed, in blocks"])
+def test_rounded_logits_are_refined(monkeypatch, workspace):
+    # On a CPU a bf16 GEMM rounds logits. Clusters of 40 similar tokens, as a trained head has them:
+    # about 50 entries of a row are above 2^-10.
+    centers = torch.randn(100, 128)
+    weight = centers.repeat_interleave(40, 0) + torch.randn(4000, 128)
+    weight = (weight * 0.12).bfloat16()
+    hidden = (centers[torch.randint(0, 100, (96,))] + torch.randn(96, 128)).bfloat16()
+    exact = [each.double().requires_grad_() for each in (hidden, weight)]
+    labels = torch.multinomial((exact[0] @ exact[1].t()).softmax(1).detach(), 1)[:, 0]
+    coefficients = torch.randn(96)
+    truth = reference.linear_logps(*exact, labels)
+    true = torch.autograd.grad(truth @ coefficients.double(), exact)
+
+    def errors():
+        # float32 inputs that bfloat16 holds: dhidden comes back before its final rounding.
+        inputs = [each.float().requires_grad_() for each in (hidden, weight)]
+        found = linear_logps(
+            *inputs, labels, compute_dtype=torch.bfloat16, workspace_bytes=workspace
+        )
+        gradients = torch.autograd.grad(found @ coefficients, inputs)
+        relative = [
+            float((ours - of).norm() / of.norm()) for ours, of in zip(gradients, true, strict=True)
+        ]
+        return float((found - truth).detach().abs().max()), *relative
+
+    logps, dhidden, dweight = errors()
+    assert logps < 5e-4
+    assert dhidden < 1e-4
+    assert dweight < 2e-3  # the operands of its GEMM are rounded: probabilities, a_t h_t
+    monkeypatch.setattr("orpo_kernels.engine.exact.LARGE", 2.0)
+    monkeypatch.setattr("orpo_kernels.engine.weight_gradient.LARGE", 2.0)
+    unrefined = errors()
+    assert unrefined[0] > 10 * logps
+    assert unrefined[1] > 20 * dhidden
+    assert unrefined[2] > 2 * dweight
