@@ -77,9 +77,14 @@ class Sizes:
         return torch.float32 if self.widens else self.compute_dtype
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether one operation finishes a tile, and one GEMM a block of the weight gradient."""
+        return self.device.type == "cpu"
+
+    @property
     def refines(self) -> bool:
         """Whether large entries are redone in float32: where a GEMM rounds logits, on a CPU."""
-        return self.device.type == "cpu" and self.product_dtype.itemsize == 2
+        return self.on_cpu and self.product_dtype.itemsize == 2
 
     @property
     def list_bytes(self) -> int:

@@ -150,7 +150,7 @@ class Forward:
             arguments = (tile, self.head.block_bias(v0, v1), labels, v0)
             sums = (row_max, sum_exp)
             entries: Entries | None = None
-            if self.sizes.device.type == "cpu":
+            if self.sizes.on_cpu:
                 others = label_terms.z
                 rescale, entries = self._collect(arguments, sums, others, hidden, weight)
             else:

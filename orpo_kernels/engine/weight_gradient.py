@@ -101,8 +101,8 @@ class WeightGradient:
 
     def _can_be_written(self, dweights: list[Tensor]) -> bool:
         """Whether a GEMM could write the gradient: one part, in its dtype, on a CPU."""
-        on_cpu = self.sizes.device.type == "cpu"
-        return on_cpu and [each.dtype for each in dweights] == [self.sizes.compute_dtype]
+        dtypes = [each.dtype for each in dweights]
+        return self.sizes.on_cpu and dtypes == [self.sizes.compute_dtype]
 
     def _block(self, v0: int, v1: int, buffers: dict[str, Tensor], width: int) -> Tensor:
         if self.direct is not None:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from orpo_kernels.engine import chunks, exact, selection
+from orpo_kernels.engine import chunks, exact, selection, weight_gradient
 from orpo_kernels.linear_logps import _linear_logps, _linear_logps_dweight
 
 pytest.importorskip("triton")
@@ -20,8 +20,9 @@ BUDGET = 64 * 2**20
 def launchers(monkeypatch):
     """The launchers where dispatch would put them: fake tensors dispatch to fakes."""
     monkeypatch.setattr(exact, "softmax_stats", softmax_stats.softmax_stats)
-    monkeypatch.setattr(exact, "softmax_grad_", softmax_grad.softmax_grad_)
-    monkeypatch.setattr(exact, "column_sums", column_sums.column_sums)
+    for module in (exact, weight_gradient):
+        monkeypatch.setattr(module, "softmax_grad_", softmax_grad.softmax_grad_)
+    monkeypatch.setattr(weight_gradient, "column_sums", column_sums.column_sums)
     monkeypatch.setattr(selection, "_is_capturing", lambda device: True)  # nonzero has no fake
     monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: True)
 
