@@ -1,4 +1,5 @@
-// orpo_kernels::softmax_stats: per row, max z and sum of exp(z - max) without the label columns.
+// orpo_kernels::softmax_stats: per row, max z and sum of exp(z - max) without the label columns; on
+// request the sum of z, with them.
 //
 // One read of the tile. A chunk is looked at twice while it is in the first-level cache: for its
 // maximum, then for its sum; the sum so far is rescaled when the maximum grows. A row belongs to
@@ -15,7 +16,7 @@ using namespace orpo;
 
 template <class R>
 struct Stats {
-    R max, sum;
+    R max, sum, logit_sum;
 };
 
 template <class T>
@@ -28,6 +29,11 @@ ORPO_CLONES void accumulate(const T* x, int64_t n, Stats<Real<T>>* stats) {
     }
     const R max = stats->max;
     stats->sum += sum(x, n, [max](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - max); });
+}
+
+template <class T>
+ORPO_CLONES Real<T> total(const T* x, int64_t n) {
+    return sum(x, n, [](Real<T> z) ORPO_INLINE_LAMBDA { return z; });
 }
 
 // Whether a label of the row is among the n columns from `first` on; -inf there when `z` is given.
@@ -43,17 +49,18 @@ bool exclude_labels(const Labels& labels, int64_t row, int64_t first, int64_t n,
     return found;
 }
 
-template <class T>
+template <bool kWithLogitSum, class T>
 Stats<Real<T>> row_stats(const T* x, int64_t columns, int64_t row, const Labels& labels,
                          const Transform<Real<T>>& transform) {
     using R = Real<T>;
     // Lowest, not -inf: a row of labels and -inf only must give exp(-inf), not a difference of
     // infs.
-    Stats<R> stats{std::numeric_limits<R>::lowest(), R(0)};
+    Stats<R> stats{std::numeric_limits<R>::lowest(), R(0), R(0)};
     const bool identity = transform.identity();
     for (int64_t first = 0; first < columns; first += kChunk) {
         const int64_t n = std::min(kChunk, columns - first);
         if (identity && !exclude_labels<R>(labels, row, first, n, nullptr)) {
+            if constexpr (kWithLogitSum) stats.logit_sum += total(x + first, n);
             accumulate(x + first, n, &stats);
             continue;
         }
@@ -61,33 +68,47 @@ Stats<Real<T>> row_stats(const T* x, int64_t columns, int64_t row, const Labels&
         widen_all(x + first, n, z);
         if (!transform.bias.empty()) add(transform.bias.data() + first, n, z);
         if (!identity) apply(transform, n, z);
+        if constexpr (kWithLogitSum) stats.logit_sum += total(z, n);
         exclude_labels(labels, row, first, n, z);
         accumulate(z, n, &stats);
     }
     return stats;
 }
 
-std::tuple<Tensor, Tensor> softmax_stats(const Tensor& logits, std::optional<Tensor> bias,
-                                         const Tensor& labels, int64_t first_column,
-                                         double logit_scale, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor, Tensor> softmax_stats(const Tensor& logits, std::optional<Tensor> bias,
+                                                 const Tensor& labels, int64_t first_column,
+                                                 double logit_scale, std::optional<double> softcap,
+                                                 bool with_logit_sum) {
     const Matrix tile = matrix(logits, "logits");
     const Labels columns = labels_of(labels, tile.rows, first_column);
     const ScalarType wide = accumulation_dtype(tile.dtype);
     Tensor row_max = torch::stable::new_empty(logits, {tile.rows}, wide);
     Tensor sum_exp = torch::stable::new_empty(logits, {tile.rows}, wide);
-    dispatch(tile.dtype, "logits", [&](auto element) {
+    Tensor logit_sum = torch::stable::new_empty(logits, {with_logit_sum ? tile.rows : 0}, wide);
+    const auto run = [&](auto element, auto asked) {
         using T = decltype(element);
         using R = Real<T>;
+        constexpr bool kAsked = decltype(asked)::value;
         const Transform<R> transform(bias, tile.columns, logit_scale, softcap);
         R* max = row_max.mutable_data_ptr<R>();
         R* sum = sum_exp.mutable_data_ptr<R>();
+        R* total_z = logit_sum.mutable_data_ptr<R>();
         over_rows(tile.rows, tile.columns, [&](int64_t r) {
-            const auto stats = row_stats<T>(tile.row<T>(r), tile.columns, r, columns, transform);
+            const T* row = tile.row<T>(r);
+            const auto stats = row_stats<kAsked>(row, tile.columns, r, columns, transform);
             max[r] = stats.max;
             sum[r] = stats.sum;
+            if constexpr (kAsked) total_z[r] = stats.logit_sum;
         });
+    };
+    dispatch(tile.dtype, "logits", [&](auto element) {
+        if (with_logit_sum) {
+            run(element, std::true_type{});
+        } else {
+            run(element, std::false_type{});
+        }
     });
-    return {row_max, sum_exp};
+    return {row_max, sum_exp, logit_sum};
 }
 
 }  // namespace

@@ -93,6 +93,13 @@ def softmax_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)
 
 
+def logit_sum(
+    tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """Sum over the columns of a tile `(R, C)` of its logits, `(R,)`: those of labels included."""
+    return transform(tile if bias is None else tile + bias, logit_scale, softcap)[0].sum(1)
+
+
 def softmax_grad(z: Tensor, slope: Tensor, reference: Tensor) -> Tensor:
     """`exp(z - reference) * slope`, `(R, C)`, of `tile_logits` and one `reference (R,)` a row."""
     return torch.exp(z - reference[:, None]) * slope

@@ -3,6 +3,8 @@
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from orpo_kernels import reference
+
 
 def assert_accurate(actual, truth, eager=None):
     """Compares with the float64 truth computed on the same rounded inputs.
@@ -27,6 +29,18 @@ def assert_accurate(actual, truth, eager=None):
     assert error.max() <= 2 * eager_error.max() + eps * scale
     rms = truth.double().square().mean().sqrt()
     assert error.square().mean().sqrt() <= 2 * eager_error.square().mean().sqrt() + eps * rms
+
+
+def assert_logit_sums(sums, tile, bias, scale, softcap):
+    """Compares sums of logits with float64's: at most 8 eps of the sum of their magnitudes.
+
+    Every term and every addition is rounded; sums of one sign measured at most 2 eps.
+    """
+    tile, bias = tile.cpu().double(), None if bias is None else bias.cpu().double()
+    z, _ = reference.transform(tile if bias is None else tile + bias, scale, softcap)
+    error = (sums.cpu().double() - reference.logit_sum(tile, bias, scale, softcap)).abs()
+    assert sums.shape == error.shape
+    assert (error <= 8 * torch.finfo(sums.dtype).eps * z.abs().sum(1)).all()
 
 
 def peak_bytes(function):

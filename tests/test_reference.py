@@ -79,6 +79,8 @@ def test_tile_operations():
     assert torch.isinf(z).nonzero().tolist() == [[0, 0], [0, 5], [1, 2]]
     top, total = reference.softmax_stats(z)
     torch.testing.assert_close(top + total.log(), torch.logsumexp(z, 1))
+    nothing, _ = reference.tile_logits(tile, bias, labels[:0], 11, 0.7, 3.0)
+    torch.testing.assert_close(reference.logit_sum(tile, bias, 0.7, 3.0) / 6, nothing.mean(1))
     level = torch.randn(3, dtype=torch.float64)
     (derivative,) = torch.autograd.grad(torch.exp(z - level[:, None]).sum(), tile)
     torch.testing.assert_close(reference.softmax_grad(z, slope, level), derivative)

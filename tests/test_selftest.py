@@ -113,11 +113,15 @@ def _label_columns(z: Tensor, labels: Tensor, first_column: int) -> Tensor:
     return (labels[:, :, None] == columns).any(0)
 
 
-def _stats(logits: Tensor, bias: Any, labels: Tensor, first: int, *options: Any) -> Any:
-    z = _logits(logits, bias, *options)
+def _stats(
+    logits: Tensor, bias: Any, labels: Tensor, first: int, scale: float, softcap: Any,
+    with_logit_sum: bool = False,
+) -> Any:  # fmt: skip
+    z = _logits(logits, bias, scale, softcap)
+    logit_sum = z.sum(1) if with_logit_sum else z.new_empty(0)
     z = z.masked_fill(_label_columns(z, labels, first), -torch.inf)
     row_max = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
-    return row_max, torch.exp(z - row_max[:, None]).sum(1)
+    return row_max, torch.exp(z - row_max[:, None]).sum(1), logit_sum
 
 
 def _grad(
@@ -150,9 +154,18 @@ def _one_label_set(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda logits, bias, labels, *rest: function(logits, bias, labels[:1], *rest)
 
 
-def _sum_off_by_ten_thousandth(*arguments: Any) -> tuple[Tensor, Tensor]:
-    row_max, sum_exp = _stats(*arguments)
-    return row_max, sum_exp * (1 + 1e-4)
+def _sum_off_by_ten_thousandth(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row_max, sum_exp, logit_sum = _stats(*arguments)
+    return row_max, sum_exp * (1 + 1e-4), logit_sum
+
+
+def _logit_sum_without_labels(
+    logits: Tensor, bias: Any, labels: Tensor, first: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_max, sum_exp, logit_sum = _stats(logits, bias, labels, first, *options)
+    z = _logits(logits, bias, *options[:2])
+    of_labels = z.masked_fill(~_label_columns(z, labels, first), 0.0).sum(1)
+    return row_max, sum_exp, logit_sum - of_labels if options[2:] else logit_sum
 
 
 def _misses_an_entry(*arguments: Any) -> Any:
@@ -198,6 +211,7 @@ def _raises(*_: Any) -> Tensor:
         ("softmax_grad_", _one_label_set(_grad), 9),
         ("softmax_stats", _one_label_set(_stats), 9),
         ("softmax_stats", _sum_off_by_ten_thousandth, 9),
+        ("softmax_stats", _logit_sum_without_labels, 3),
         ("softmax_collect_", _misses_an_entry, 9),
         ("softmax_collect_", _redoes_nothing, 6),  # in float32 there is nothing to redo
         ("csr_matmul_", _ends_a_row_early, 3),

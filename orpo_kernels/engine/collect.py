@@ -56,7 +56,7 @@ def _softmax_collect_(  # noqa: PLR0913 - as the schema
     online: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    block_max, total = softmax_stats(logits, bias, labels, first_column, logit_scale, softcap)
+    block_max, total, _ = softmax_stats(logits, bias, labels, first_column, logit_scale, softcap)
     reference, known = row_max, sum_exp
     if online:
         reference = torch.maximum(row_max, block_max)

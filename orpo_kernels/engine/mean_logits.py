@@ -3,7 +3,7 @@
     mean over t, v of z = scale * ((sum_t h_t) . (sum_v W_v) / T + sum_v b_v) / V
 
 Exact, and no GEMM, as long as the transform is linear. A softcap is not: then the logits are
-computed in tiles and summed, one pass of work, in the same workspace as the loss.
+computed in tiles and summed while they are there, one pass of work, in the workspace of the loss.
 """
 
 import torch
@@ -14,10 +14,12 @@ from orpo_kernels.engine.chunks import (
     Rows,
     matmul_into,
     plan_forward,
+    row_pitch,
     spans,
     workspace_budget,
 )
 from orpo_kernels.engine.selection import flat_rows, problem_sizes
+from orpo_kernels.engine.tiles import softmax_stats
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -76,17 +78,24 @@ def _capped(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     count = hidden.shape[0] * hidden.shape[1]
     sizes = problem_sizes(count, (hidden, None), (weight, None), 1, dtype)
-    budget = workspace_budget(workspace_bytes, weight.device) // 2  # a half: the widened tile
-    plan = plan_forward(sizes, budget, with_gradient=False)
+    plan = plan_forward(
+        sizes, workspace_budget(workspace_bytes, weight.device), with_gradient=False
+    )
     flat = flat_rows(hidden)
     index = None if flat.ndim == 2 else torch.arange(count, device=flat.device)
     rows, columns = Rows((flat,), index, dtype), Columns((weight,), dtype)
+    pitch = row_pitch(plan.columns, sizes.device)
+    buffer = hidden.new_empty((plan.rows, pitch), dtype=sizes.product_dtype)
+    no_labels = torch.full((1, plan.rows), -1, device=sizes.device)
     sums = hidden.new_zeros(count, dtype=torch.float32)
     for start, stop in spans(count, plan.rows):
+        chunk = rows.take(start, stop)
         for v0, v1 in spans(sizes.vocabulary, plan.columns):
-            tile = hidden.new_empty((stop - start, v1 - v0), dtype=sizes.product_dtype)
-            z = matmul_into(tile, rows.take(start, stop), columns.block(v0, v1).t()).float()
-            if bias is not None:
-                z += bias[v0:v1]
-            sums[start:stop] += z.mul_(logit_scale / softcap).tanh_().sum(1)
-    return sums.view(hidden.shape[:2]).sum(1) * (softcap / (hidden.shape[1] * sizes.vocabulary))
+            tile = buffer[: stop - start, : v1 - v0]
+            matmul_into(tile, chunk, columns.block(v0, v1).t())
+            _, _, logit_sum = softmax_stats(
+                tile, None if bias is None else bias[v0:v1], no_labels[:, : stop - start], v0,
+                logit_scale, softcap, with_logit_sum=True,
+            )  # fmt: skip
+            sums[start:stop] += logit_sum
+    return sums.view(hidden.shape[:2]).sum(1) / (hidden.shape[1] * sizes.vocabulary)

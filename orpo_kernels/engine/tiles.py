@@ -3,7 +3,7 @@
 A tile holds the raw logits `h W^T` of R rows and C consecutive vocabulary columns, `first_column`
 on. The transform is part of the operation: `z = softcap(scale * (tile + bias))`, `d = dz / dtile`.
 
-    softmax_stats   max over the tile and sum of exp(z - max), per row          1 read
+    softmax_stats   max, sum of exp(z - max) and, on request, sum of z, per row 1 read
     softmax_grad_   tile <- exp(z - reference) * d, label columns 0             1 read + 1 write
     column_sums     coefficients^T tile                                         1 read
     accumulate_     accumulator <- rescale * accumulator + alpha * partial      1 read + 1 update
@@ -15,9 +15,12 @@ and those of a CPU, where a 16-bit GEMM rounds its logits (`engine/collect.py`):
     csr_matmul_     accumulator += that list @ weight                           a row per entry
 
 `labels` is (K, R) int64, K label sets, -1 where a row has none. Label columns take no part in the
-statistics and are zeroed in the gradient: the engine handles them in float32, from exact dots, so a
-confident token loses no digits. All arithmetic is float32 (float64 for a float64 tile); a 16-bit
-tile is widened in strips that stay in cache, never as a whole.
+maximum and the sum of exponentials and are zeroed in the gradient: the engine handles them in
+float32, from exact dots, so a confident token loses no digits. The sum of z, empty when not asked
+for, is over all columns, those of labels included: it belongs to a mean over the vocabulary.
+
+All arithmetic is float32 (float64 for a float64 tile); a 16-bit tile is widened in strips that stay
+in cache, never as a whole.
 
 A backend implements an operation by registering a kernel for its dispatch key (CPU: `csrc/`; CUDA,
 ROCm and XPU: `kernels/`).
@@ -38,7 +41,7 @@ _STRIPS = 4  # at once: the widened strip, and with a softcap its slope and two 
 torch.library.define(
     "orpo_kernels::softmax_stats",
     "(Tensor logits, Tensor? bias, Tensor labels, int first_column, float logit_scale, "
-    "float? softcap) -> (Tensor, Tensor)",
+    "float? softcap, bool with_logit_sum=False) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "orpo_kernels::softmax_grad_",
@@ -146,17 +149,25 @@ def _softmax_stats(
     first_column: int,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(logits.dtype)
-    row_max = logits.new_empty(logits.shape[0], dtype=dtype)
-    sum_exp = torch.empty_like(row_max)
+    with_logit_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_max, sum_exp, logit_sum = _empty_stats(logits, with_logit_sum)
+    dtype = row_max.dtype
     for i, j in _strips(logits):
         z = _transform(logits[i:j], bias, logit_scale, softcap)
+        if with_logit_sum:
+            torch.sum(z, 1, out=logit_sum[i:j])
         _fill_label_columns(z, labels[:, i:j], first_column, -torch.inf)
         # A tile of one column that is the label has no maximum: the smallest number keeps exp at 0.
         torch.amax(z, 1, out=row_max[i:j]).clamp_(min=torch.finfo(dtype).min)
         torch.sum(z.sub_(row_max[i:j, None]).exp_(), 1, out=sum_exp[i:j])
-    return row_max, sum_exp
+    return row_max, sum_exp, logit_sum
+
+
+def _empty_stats(logits: Tensor, with_logit_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    row_max = logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
+    logit_sum = torch.empty_like(row_max) if with_logit_sum else row_max.new_empty(0)
+    return row_max, torch.empty_like(row_max), logit_sum
 
 
 def exponentials(
@@ -225,9 +236,9 @@ def _softmax_stats_fake(
     first_column: int,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    row_max = logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits.dtype))
-    return row_max, torch.empty_like(row_max)
+    with_logit_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_stats(logits, with_logit_sum)
 
 
 @torch.library.register_fake("orpo_kernels::column_sums")  # type: ignore[untyped-decorator]

@@ -1,10 +1,11 @@
 """Per row of a tile of logits, the maximum and the sum of exponentials, in one read.
 
-    z = softcap(scale * (x + bias)),  columns of labels left out
-    max_r = max_c z_rc                    sum_r = sum_c exp(z_rc - max_r)
+    z = softcap(scale * (x + bias))
+    max_r = max_c z_rc                    sum_r = sum_c exp(z_rc - max_r),  c not a label's column
+    logit_sum_r = sum_c z_rc,  every c    only when asked
 
 R rows, C columns, K label sets, S splits of a row. Natural logarithms; float32 arithmetic. Bytes:
-the tile once, and 8 S per row. Online: every thread keeps a running maximum (from -inf) and sum of
+the tile once, and 8 S (12 S) per row. Online: every thread keeps a running maximum (from -inf) and sum of
 its own vectors, so the loop has no barrier and about 1 + 1/VECTOR exponentials per logit; they meet
 once, after it. A row is split over S programs when the rows alone do not fill the device; a second
 launch combines their partials, always in the same order.
@@ -34,17 +35,18 @@ def _merge(m, s, m_other, s_other):
 
 @triton.jit(
     do_not_specialize=["stride_logits", "stride_labels", "C", "first_column", "blocks", "splits"],
-    do_not_specialize_on_alignment=["max_ptr", "sum_ptr", "labels_ptr"],
+    do_not_specialize_on_alignment=["max_ptr", "sum_ptr", "logit_sum_ptr", "labels_ptr"],
 )
 def _softmax_stats_kernel(
-    max_ptr, sum_ptr,  # (R, S) float32
+    max_ptr, sum_ptr, logit_sum_ptr,  # (R, S) float32
     logits_ptr, stride_logits,  # (R, C)
     bias_ptr,  # (C,)
     labels_ptr, stride_labels,  # (K, R) int64
     C, first_column, blocks, splits,
     logit_scale, softcap,
     LABEL_SETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, LANE: tl.constexpr,
+    HAS_LOGIT_SUM: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row = (pid // splits).to(tl.int64)
@@ -63,6 +65,8 @@ def _softmax_stats_kernel(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + edge, mask=exists, other=0.0).to(tl.float32)
     z_edge, _edge_slope = transform(raw, logit_scale, softcap, HAS_SOFTCAP)
+    if HAS_LOGIT_SUM:
+        edge_logits = tl.sum(z_edge, 0)  # 0, like what was loaded, where there is no column
     z_edge = tl.where(exists & (edge != label) & (edge != second), z_edge, float("-inf"))
     edge_max = tl.max(z_edge, 0)
     edge_base = tl.where(edge_max == float("-inf"), 0.0, edge_max)
@@ -71,6 +75,8 @@ def _softmax_stats_kernel(
     offs = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
     m = tl.full((BLOCK // LANE,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK // LANE,), tl.float32)
+    if HAS_LOGIT_SUM:
+        logit_sum = tl.zeros((BLOCK // LANE,), tl.float32)
     for start in range(begin, end, BLOCK):
         inside = start + offs < end
         x = tl.load(logits_ptr + first + start + offs, mask=inside, other=0.0).to(tl.float32)
@@ -78,6 +84,8 @@ def _softmax_stats_kernel(
         if HAS_BIAS:
             x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
         z, _ = transform(x, logit_scale, softcap, HAS_SOFTCAP)
+        if HAS_LOGIT_SUM:
+            logit_sum += tl.sum(z, 1)
         z = tl.where(inside & (column != label) & (column != second), z, float("-inf"))
         top = tl.maximum(m, tl.max(z, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -90,16 +98,22 @@ def _softmax_stats_kernel(
     # Nothing but labels: the smallest number, so that exp(z - max) stays 0 in whoever uses it.
     tl.store(max_ptr + pid, tl.maximum(top, -_LARGEST))
     tl.store(sum_ptr + pid, total)
+    if HAS_LOGIT_SUM:
+        tl.store(logit_sum_ptr + pid, tl.sum(logit_sum, 0) + edge_logits)
 
 
 @triton.jit(
-    do_not_specialize=["R", "splits"], do_not_specialize_on_alignment=["max_ptr", "sum_ptr"]
-)
+    do_not_specialize=["R", "splits"],
+    do_not_specialize_on_alignment=[
+        "max_ptr", "sum_ptr", "logit_sum_ptr",
+        "partial_max_ptr", "partial_sum_ptr", "partial_logit_sum_ptr",
+    ],
+)  # fmt: skip
 def _softmax_stats_combine_kernel(
-    max_ptr, sum_ptr,  # (R,)
-    partial_max_ptr, partial_sum_ptr,  # (R, S)
+    max_ptr, sum_ptr, logit_sum_ptr,  # (R,)
+    partial_max_ptr, partial_sum_ptr, partial_logit_sum_ptr,  # (R, S)
     R, splits,
-    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_LOGIT_SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.arange(0, BLOCK_S)
@@ -114,28 +128,33 @@ def _softmax_stats_combine_kernel(
 
     tl.store(max_ptr + row, top, mask=row < R)
     tl.store(sum_ptr + row, total, mask=row < R)
+    if HAS_LOGIT_SUM:
+        logit_sum = tl.sum(tl.load(partial_logit_sum_ptr + offs, mask=exists, other=0.0), 1)
+        tl.store(logit_sum_ptr + row, logit_sum, mask=row < R)
 
 
-def _combine(
-    maxima: Tensor,  # (R, S)
-    sums: Tensor,  # (R, S)
-) -> tuple[Tensor, Tensor]:
-    """Launches the combination of partials: (R,) maximum and sum."""
-    R, splits = maxima.shape
-    row_max, row_sum = maxima.new_empty((2, R)).unbind(0)
+def _pointers(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of (2, ...) or (3, ...): the maximum, the sum of exponentials, that of logits or None."""
+    row_max, sum_exp, *logit_sum = statistics.unbind(0)
+    return row_max, sum_exp, logit_sum[0] if logit_sum else None
+
+
+def _combine(partials: Tensor) -> Tensor:
+    """Launches the combination of partials: (2 or 3, R, S) to (2 or 3, R)."""
+    count, R, splits = partials.shape
+    combined = partials.new_empty((count, R))
     _softmax_stats_combine_kernel[(triton.cdiv(R, _COMBINED_ROWS),)](
-        row_max, row_sum, maxima, sums, R, splits,
+        *_pointers(combined), *_pointers(partials), R, splits, HAS_LOGIT_SUM=count == 3,
         BLOCK_R=_COMBINED_ROWS, BLOCK_S=MAX_SPLITS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return row_max, row_sum
+    return combined
 
 
 @functools.cache
-def _load_combination(device: torch.device) -> None:
+def _load_combination(device: torch.device, count: int) -> None:
     # While a CUDA graph is captured nothing can be loaded, and more rows are processed or fewer
     # splits made then: what the eager warm-up did not need is loaded by it all the same.
-    partial = torch.zeros((1, 1), dtype=torch.float32, device=device)
-    _combine(partial, partial)
+    _combine(torch.zeros((count, 1, 1), dtype=torch.float32, device=device))
 
 
 def softmax_stats(
@@ -145,26 +164,31 @@ def softmax_stats(
     first_column: int,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Launches the statistics: (R,) float32 maximum, (R,) float32 sum of exponentials."""
+    with_logit_sum: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the statistics: (R,) float32 maximum, sum of exponentials, sum of logits or (0,)."""
     bias = None if bias is None else bias.contiguous()
 
-    def run(row: Row, device: Device) -> tuple[Tensor, Tensor]:
+    def run(row: Row, device: Device) -> tuple[Tensor, Tensor, Tensor]:
         R, C = logits.shape
         split = split_row(R, C, row.block, device.processors)
-        shape = (2, R, split.splits)
-        maxima, sums = torch.empty(shape, dtype=torch.float32, device=logits.device).unbind(0)
+        shape = (3 if with_logit_sum else 2, R, split.splits)
+        partials = torch.empty(shape, dtype=torch.float32, device=logits.device)
         _softmax_stats_kernel[(R * split.splits,)](
-            maxima, sums, logits, logits.stride(0), bias, labels, labels.stride(0),
+            *_pointers(partials), logits, logits.stride(0), bias, labels, labels.stride(0),
             C, first_column, split.blocks, split.splits,
             logit_scale, 1.0 if softcap is None else softcap,
             LABEL_SETS=labels.shape[0], HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-            HEAD=logits.stride(0) % VECTOR != 0, BLOCK=row.block, VECTOR=VECTOR,
-            LANE=16 // logits.element_size(), num_warps=row.warps, enable_fp_fusion=True,
+            HAS_LOGIT_SUM=with_logit_sum, HEAD=logits.stride(0) % VECTOR != 0,
+            BLOCK=row.block, VECTOR=VECTOR, LANE=16 // logits.element_size(),
+            num_warps=row.warps, enable_fp_fusion=True,
         )  # fmt: skip
         if split.splits == 1:
-            _load_combination(logits.device)
-            return maxima.view(R), sums.view(R)
-        return _combine(maxima, sums)
+            _load_combination(logits.device, shape[0])
+            statistics = partials.squeeze(2)
+        else:
+            statistics = _combine(partials)
+        row_max, sum_exp, logit_sum = _pointers(statistics)
+        return row_max, sum_exp, row_max.new_empty(0) if logit_sum is None else logit_sum
 
     return launch("softmax_stats", logits.dtype, logits.device, run)

@@ -61,6 +61,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     """The tile operations, in one dtype."""
     for transform in TRANSFORMS:
         yield Case("softmax_stats", transform.name, setting, _stats, (transform,))
+    yield Case("softmax_stats", "sum of the logits", setting, _logit_sum, (TRANSFORMS[-1],))
     for transform in TRANSFORMS:
         yield Case("softmax_grad_", transform.name, setting, _grad, (transform,))
     for transform in TRANSFORMS:
@@ -94,7 +95,7 @@ def _tile(setting: Setting, transform: Transform, product: Tensor | None = None)
 def _stats(setting: Setting, transform: Transform) -> Iterator[Figure]:
     tile = _tile(setting, transform)
     with setting.all_threads():
-        row_max, sum_exp = softmax_stats(
+        row_max, sum_exp, _ = softmax_stats(
             tile.logits, tile.bias, tile.labels, FIRST_COLUMN,
             transform.logit_scale, transform.softcap,
         )  # fmt: skip
@@ -102,6 +103,19 @@ def _stats(setting: Setting, transform: Transform) -> Iterator[Figure]:
     # Per row, and relative to the maximum that was returned: that is how it is used.
     ratio = exact(sum_exp) / torch.exp(tile.z - exact(row_max)[:, None]).sum(1)
     yield Figure("sum", largest(ratio - 1.0), (16 + tile.rounded) * EPS32)
+
+
+def _logit_sum(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    tile = _tile(setting, transform)
+    options = (transform.logit_scale, transform.softcap)
+    with setting.all_threads():
+        _, _, logit_sum = softmax_stats(
+            tile.logits, tile.bias, tile.labels, FIRST_COLUMN, *options, with_logit_sum=True
+        )
+    wide, bias = exact(tile.logits), None if tile.bias is None else exact(tile.bias)
+    terms, _ = reference.transform(wide if bias is None else wide + bias, *options)
+    error = exact(logit_sum) - reference.logit_sum(wide, bias, *options)
+    yield Figure("sum of z", largest(error / terms.abs().sum(1)), 8 * EPS32)
 
 
 def _grad(setting: Setting, transform: Transform) -> Iterator[Figure]:

@@ -48,7 +48,7 @@ def test_rounds_to_nearest_even(dtype):
 def test_widens_every_number(dtype):
     # All 65,536 patterns, as the only row of a tile of width 1: max z is the number itself.
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 1)
-    found, _ = tiles.softmax_stats(x, None, no_labels(len(x)), 0, 1.0, None)
+    found, *_ = tiles.softmax_stats(x, None, no_labels(len(x)), 0, 1.0, None)
     wide = x[:, 0].float().clamp(min=torch.finfo(torch.float32).min)
     number = ~wide.isnan()
     assert torch.equal(found[number], wide[number])
@@ -58,7 +58,7 @@ def _tanh(z, softcap):
     """Capped value and slope of single logits, each from the operation that returns it."""
     tile = z.view(-1, 1).clone()
     labels = no_labels(len(z))
-    value, _ = tiles.softmax_stats(tile, None, labels, 0, 1.0, softcap)
+    value, *_ = tiles.softmax_stats(tile, None, labels, 0, 1.0, softcap)
     tiles.softmax_grad_(tile, None, labels, 0, value, 1.0, softcap)
     return value, tile[:, 0]
 

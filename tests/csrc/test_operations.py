@@ -8,6 +8,7 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from tests.csrc.forms import EPS32, needs_extension, no_labels, plain
+from tests.helpers import assert_logit_sums
 
 pytestmark = needs_extension
 
@@ -95,13 +96,19 @@ def precision(case):
 def test_softmax_stats(case):
     tile, bias, labels = problem(case)
     z, _ = truth(case, tile, bias, labels)
-    args = (tile, bias, labels, 11, case.scale, case.softcap)
+    args = (tile, bias, labels, 11, case.scale, case.softcap, True)
     found, torch_form = tiles.softmax_stats(*args), plain(tiles.softmax_stats, *args)
     accuracy = precision(case)
-    for each, other in zip(found, torch_form, strict=True):
+    for each, other in zip(found[:2], torch_form[:2], strict=True):
         assert each.dtype == other.dtype
         torch.testing.assert_close(each, other, rtol=2 * accuracy, atol=accuracy)
-    row_max, sum_exp = found
+    for form in (found, torch_form):
+        assert form[2].dtype == found[0].dtype
+        assert_logit_sums(form[2], tile, bias, case.scale, case.softcap)
+    row_max, sum_exp, _ = found
+    *same, not_asked = tiles.softmax_stats(*args[:-1])
+    assert all(torch.equal(a, b) for a, b in zip(same, (row_max, sum_exp), strict=True))
+    assert not_asked.shape == (0,)
     some = (~torch.isinf(z)).any(1)  # elsewhere only labels: a maximum of nothing
     torch.testing.assert_close(row_max[some].double(), z.amax(1)[some], rtol=accuracy, atol=1e-6)
     exact = torch.exp(z[some] - row_max[some].double()[:, None]).sum(1)

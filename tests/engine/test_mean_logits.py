@@ -5,6 +5,7 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine.mean_logits import mean_logits
+from tests.helpers import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -31,6 +32,19 @@ def test_autocast_does_not_reach_it():
         found = mean_logits(hidden, weight)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_softcap_costs_no_more_than_the_workspace(dtype):
+    # 4 MB of logits in bf16, in 1 MiB: several chunks of rows and blocks of the vocabulary.
+    hidden, weight = torch.randn(2, 100, 32).to(dtype), torch.randn(10007, 32).to(dtype)
+    bias, options = torch.randn(10007), {"softcap": 3.0, "workspace_bytes": 2**20}
+    found = mean_logits(hidden, weight, bias, **options)
+    wide = [each.double() for each in (hidden, weight, bias)]
+    true = reference.mean_logits(*wide, softcap=3.0)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-4
+    torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=tolerance)
+    assert peak_bytes(lambda: mean_logits(hidden, weight, bias, **options)) <= 2**20
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -5,7 +5,7 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
-from tests.helpers import assert_accurate
+from tests.helpers import assert_accurate, assert_logit_sums
 
 OPTIONS = [(1.0, None), (0.3, None), (1.0, 5.0), (1.7, 2.0)]
 # One row; one column; a width no vector divides; more rows than a strip holds.
@@ -30,13 +30,18 @@ def problem(shape, dtype, first_column, sets):
 def test_stats_and_gradient(dtype, shape, scale, softcap, sets):
     logits, bias, labels = problem(shape, dtype, 11, sets)
     z, slope = reference.tile_logits(logits.double(), bias.double(), labels, 11, scale, softcap)
-    row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
+    args = (logits, bias, labels, 11, scale, softcap)
+    row_max, sum_exp, not_asked = tiles.softmax_stats(*args)
     some = ~torch.isinf(z).all(1)
     true_max, true_sum = reference.softmax_stats(z[some])
     assert_accurate(row_max[some].float(), true_max)
     truth = true_sum * torch.exp(true_max - row_max[some].double())
     torch.testing.assert_close(sum_exp[some].double(), truth, rtol=2e-6, atol=0)
     assert not sum_exp[~some].any()
+    assert not_asked.shape == (0,)
+    *same, logit_sum = tiles.softmax_stats(*args, with_logit_sum=True)
+    assert all(torch.equal(a, b) for a, b in zip(same, (row_max, sum_exp), strict=True))
+    assert_logit_sums(logit_sum, logits, bias, scale, softcap)
 
     level = row_max + 0.5
     out = torch.empty_like(logits, dtype=torch.bfloat16)

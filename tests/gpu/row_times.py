@@ -43,8 +43,8 @@ def works(device: str, shapes: tuple[tuple[int, int], ...]) -> Iterator[Work]:
             name = f"{rows} x {columns} {str(dtype).removeprefix('torch.')}"
             size = tile.numel() * tile.element_size()
 
-            def stats(tile=tile, labels=labels):
-                return tiles.softmax_stats(tile, None, labels, 0, 1.0, None)
+            def stats(tile=tile, labels=labels, **asked):
+                return tiles.softmax_stats(tile, None, labels, 0, 1.0, None, **asked)
 
             def grad(tile=tile, labels=labels, reference=reference, out=None):
                 tiles.softmax_grad_(tile, None, labels, 0, reference, 1.0, None, out)
@@ -53,6 +53,8 @@ def works(device: str, shapes: tuple[tuple[int, int], ...]) -> Iterator[Work]:
                 return tiles.column_sums(tile, weights)
 
             yield Work(f"softmax_stats {name}", size, stats)
+            with_sum = functools.partial(stats, with_logit_sum=True)
+            yield Work(f"softmax_stats {name} with logit sum", size, with_sum)
             yield Work(f"column_sums {name}", size, sums)
             if dtype == torch.float32:
                 out = torch.empty_like(tile, dtype=torch.bfloat16)

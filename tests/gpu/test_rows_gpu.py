@@ -8,7 +8,7 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.kernels import gpu_backend
-from tests.helpers import assert_accurate
+from tests.helpers import assert_accurate, assert_logit_sums
 
 pytestmark = pytest.mark.gpu
 
@@ -35,10 +35,14 @@ def test_stats_and_gradient(gpu, rows, columns, dtype, scale, softcap, with_bias
     labels[:, ::3] = -1
     wide = None if bias is None else bias.cpu().double()
     z, slope = reference.tile_logits(logits.cpu().double(), wide, labels.cpu(), 11, scale, softcap)
-    row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
-    again = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
-    assert torch.equal(row_max, again[0])
-    assert torch.equal(sum_exp, again[1])
+    args = (logits, bias, labels, 11, scale, softcap)
+    found = tiles.softmax_stats(*args, with_logit_sum=True)
+    again = tiles.softmax_stats(*args, with_logit_sum=True)
+    without = tiles.softmax_stats(*args)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], without[:2], strict=True))
+    row_max, sum_exp, logit_sum = found
+    assert_logit_sums(logit_sum, logits, bias, scale, softcap)
     some = ~torch.isinf(z).all(1)
     if some.any():
         assert_accurate(row_max.cpu()[some], z.amax(1)[some])
@@ -94,8 +98,12 @@ def test_more_than_2_31_logits(gpu):
     logits = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu.device)
     logits[-1, -1] = 50.0
     labels = torch.full((1, rows), -1, device=gpu.device)
-    row_max, sum_exp = tiles.softmax_stats(logits, None, labels, 0, 1.0, None)
+    row_max, sum_exp, logit_sum = tiles.softmax_stats(
+        logits, None, labels, 0, 1.0, None, with_logit_sum=True
+    )
     assert row_max[-1] == 50.0
+    assert logit_sum.count_nonzero() == 1
+    assert logit_sum[-1] == 50.0
     assert sum_exp[-1] == 1.0
     assert (sum_exp[:-1] == columns).all()
     tiles.softmax_grad_(logits, None, labels, 0, row_max, 1.0, None)

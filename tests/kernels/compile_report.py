@@ -62,7 +62,9 @@ def _tile_cases() -> Iterator[Case]:
 
             def stats(dtype=dtype, columns=columns, sets=sets, options=options, bias=bias):
                 tile = _cuda(R, columns, dtype=dtype)
-                softmax_stats.softmax_stats(tile, bias(), _labels(sets, R), 0, *options)
+                softmax_stats.softmax_stats(
+                    tile, bias(), _labels(sets, R), 0, *options, with_logit_sum=sets == 2
+                )
 
             yield Case(f"softmax_stats {name}, {what}", "softmax_stats", dtype, stats)
             outs = (None, torch.bfloat16) if dtype == torch.float32 else (None,)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from orpo_kernels.engine import chunks, exact, selection, weight_gradient
+from orpo_kernels.engine import chunks, exact, mean_logits, selection, weight_gradient
 from orpo_kernels.linear_logps import _linear_logps, _linear_logps_dweight
 
 pytest.importorskip("triton")
@@ -19,7 +19,8 @@ BUDGET = 64 * 2**20
 @pytest.fixture
 def launchers(monkeypatch):
     """The launchers where dispatch would put them: fake tensors dispatch to fakes."""
-    monkeypatch.setattr(exact, "softmax_stats", softmax_stats.softmax_stats)
+    for module in (exact, mean_logits):
+        monkeypatch.setattr(module, "softmax_stats", softmax_stats.softmax_stats)
     for module in (exact, weight_gradient):
         monkeypatch.setattr(module, "softmax_grad_", softmax_grad.softmax_grad_)
     monkeypatch.setattr(weight_gradient, "column_sums", column_sums.column_sums)
@@ -81,6 +82,8 @@ def test_few_variants_over_many_lengths(launchers, V):
             T = rng.randrange(2, rng.choice((60, 2000)))  # few rows are split, more are not
             P = rng.randrange(1, 9)
             forward_and_backward(T, 64, V, sets=2, bias=True, budget=2 * BUDGET)
+            options = {"softcap": 30.0, "workspace_bytes": BUDGET}
+            mean_logits.mean_logits(cuda(2 * P, T, 64), cuda(V, 64), **options)
             values, mask = cuda(2 * P, T, dtype=torch.float32), cuda(2 * P, T, dtype=torch.bool)
             sequence_mean.sequence_mean(values, mask, None, 2 * P)
             pairs = [cuda(2 * P, dtype=torch.float32).narrow(0, i * P, P) for i in (0, 1)]

@@ -1,12 +1,15 @@
 """Row kernels in the strict interpreter against float64: dtypes, options, every edge of a row."""
 
+import mmap
+
+import numpy as np
 import pytest
 import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.kernels import tuning
-from tests.helpers import assert_accurate
+from tests.helpers import assert_accurate, assert_logit_sums
 from tests.kernels.interpreted.plugin import launches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +58,12 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
     wide = None if bias is None else bias.double()
     z, slope = reference.tile_logits(logits.double(), wide, labels, 11, scale, softcap)
     before = len(launches)
-    row_max, sum_exp = tiles.softmax_stats(logits, bias, labels, 11, scale, softcap)
+    args = (logits, bias, labels, 11, scale, softcap)
+    row_max, sum_exp, logit_sum = tiles.softmax_stats(*args, with_logit_sum=True)
+    *same, not_asked = tiles.softmax_stats(*args)
+    assert all(torch.equal(a, b) for a, b in zip(same, (row_max, sum_exp), strict=True))
+    assert not_asked.shape == (0,)
+    assert_logit_sums(logit_sum, logits, bias, scale, softcap)
     some = ~torch.isinf(z).all(1)
     if some.any():
         assert_accurate(row_max[some], z.amax(1)[some])
@@ -72,7 +80,7 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
         close(out, true)
     tiles.softmax_grad_(logits, bias, labels, 11, level, scale, softcap)
     close(logits, true)
-    assert launches[before:] == ["softmax_stats"] + 4 * ["softmax_grad"]
+    assert launches[before:] == 2 * ["softmax_stats"] + 4 * ["softmax_grad"]
 
 
 def close(found, true):
@@ -93,6 +101,23 @@ def test_column_sums(dtype):
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_beyond_2_31_elements():
+    # The third row starts past what int32 can count; nobody touches the memory between the rows.
+    columns, stride = 1000, 2**30 + 5
+    memory = mmap.mmap(-1, 2 * (2 * stride + columns), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    storage = torch.from_numpy(np.frombuffer(memory, np.int16)).view(torch.bfloat16)
+    logits = storage.as_strided((3, columns), (stride, 1))
+    logits.copy_(torch.randn(3, columns))
+    truth, labels, weights = logits.double(), labels_of(1, 3, columns, 0), torch.randn(3)
+    sums = tiles.column_sums(logits, weights)
+    assert_accurate(sums, reference.column_sums(truth, weights.double()))
+    z, slope = reference.tile_logits(truth, None, labels, 0, 1.0, None)
+    row_max, *_ = tiles.softmax_stats(logits, None, labels, 0, 1.0, None)
+    assert_accurate(row_max, z.amax(1))
+    tiles.softmax_grad_(logits, None, labels, 0, row_max, 1.0, None)
+    close(logits, reference.softmax_grad(z, slope, row_max.double()))
+
+
 def test_extremes():
     logits = torch.zeros(4, 5000)
     logits[0] = -torch.inf  # every token masked out by the model
@@ -100,7 +125,7 @@ def test_extremes():
     logits[2, 4000] = 80.0
     logits[3, 17] = torch.nan
     none = torch.full((1, 4), -1)
-    row_max, sum_exp = tiles.softmax_stats(logits, None, none, 0, 1.0, None)
+    row_max, sum_exp, _ = tiles.softmax_stats(logits, None, none, 0, 1.0, None)
     assert row_max.tolist()[:3] == [torch.finfo(torch.float32).min, -1e4, 80.0]
     assert sum_exp.tolist()[:2] == [0.0, 5000.0]
     assert sum_exp[2] == 1.0
@@ -110,9 +135,9 @@ def test_extremes():
 def test_same_bits_in_any_order():
     # Programs run in another order each time; partials are combined in one.
     logits, none = tile(2, 20000, 20000, torch.bfloat16), torch.full((2, 2), -1)
-    first = tiles.softmax_stats(logits, None, none, 0, 1.0, None)
+    first = tiles.softmax_stats(logits, None, none, 0, 1.0, None, with_logit_sum=True)
     for _ in range(3):
-        again = tiles.softmax_stats(logits, None, none, 0, 1.0, None)
+        again = tiles.softmax_stats(logits, None, none, 0, 1.0, None, with_logit_sum=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -31,6 +31,12 @@ def test_out_of_bounds():
         copy(limit=101)
 
 
+def test_between_the_rows_of_a_view():
+    view = torch.randn(2, 64)[:, :63]
+    with pytest.raises(InterpreterError, match="OUT OF BOUNDS"):
+        copy(n=127, limit=127, x=view, out=torch.empty(127))
+
+
 def test_two_programs_write_one_element():
     with pytest.raises(InterpreterError, match="RACE"):
         copy(step=63)

@@ -4,7 +4,7 @@ The stock interpreter computes bf16 on its bit patterns and truncates instead of
 memory out of bounds, wraps int32 silently and runs programs in order. With `install()`:
 
 - bf16 widens exactly and rounds to nearest even; its arithmetic and dots are float32's, rounded;
-- every load, store and atomic must lie inside a tensor handed to the launch;
+- every load, store and atomic must lie inside a tensor handed to the launch, not between its rows;
 - no two programs may touch the same byte unless both only read it;
 - programs run in a random order, int32 overflow and `tl.device_assert` raise.
 
@@ -24,18 +24,32 @@ Handle = interpreter.TensorHandle
 
 
 class Memory:
-    """A tensor of the running launch: its addresses, and which program wrote or read each byte."""
+    """A tensor of the running launch: its addresses, and which program wrote or read each byte.
+
+    What lies between the rows of a view is none of it.
+    """
 
     def __init__(self, tensor: Any, name: int) -> None:
+        size = tensor.element_size()
         extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         self.start = tensor.data_ptr()
-        self.stop = self.start + extent * tensor.element_size()
+        self.stop = self.start + extent * size
         self.name = name
-        self.writer = np.zeros(self.stop - self.start, np.int32)  # 0 nobody, else program + 1
-        self.reader = np.zeros(self.stop - self.start, np.int32)  # likewise, -1 several
+        self.pitch = self.width = extent * size
+        if tensor.ndim == 2 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]:
+            self.pitch = tensor.stride(0) * size
+            self.width = ((tensor.shape[1] - 1) * tensor.stride(1) + 1) * size
+        rows = (self.stop - self.start - self.width) // self.pitch + 1
+        self.writer = np.zeros(rows * self.width, np.int32)  # 0 nobody, else program + 1
+        self.reader = np.zeros(rows * self.width, np.int32)  # likewise, -1 several
+
+    def holds(self, addresses, size):
+        within = (addresses - self.start) % self.pitch + size <= self.width
+        return (addresses >= self.start) & (addresses + size <= self.stop) & within
 
     def touch(self, addresses, size, kind, program):
-        each = (addresses - self.start)[:, None] + np.arange(size)
+        row, byte = np.divmod(addresses - self.start, self.pitch)
+        each = (row * self.width + byte)[:, None] + np.arange(size)
         each, me = each.ravel(), program + 1
         foreign = (self.writer[each] != 0) & (self.writer[each] != me)
         if kind == "store":
@@ -84,7 +98,7 @@ def _check(pointer, mask, kind):
     addresses = addresses[chosen].astype(np.int64)
     inside = np.zeros(addresses.shape, bool)
     for memory in State.memories:
-        hit = (addresses >= memory.start) & (addresses + size <= memory.stop)
+        hit = memory.holds(addresses, size)
         if hit.any():
             memory.touch(addresses[hit], size, kind, State.program)
         inside |= hit
