@@ -321,6 +321,12 @@ class Rows:
         return part[torch.unravel_index(rows, part.shape[:-1])]
 
 
+def largest_magnitude(rows: Rows, count: int) -> Tensor:
+    """Of the first `count` rows, at least one; 0-dim float32, a few rows at a time."""
+    spanned = [rows.take(start, stop).abs().amax() for start, stop in spans(count, _KEPT_ROWS)]
+    return torch.stack(spanned).amax().float()
+
+
 class Columns:
     """Rows of the head's weight (vocabulary entries), block by block in the GEMMs' dtype."""
 

@@ -13,6 +13,7 @@ from orpo_kernels.engine.chunks import (
     Plan,
     Rows,
     Sizes,
+    largest_magnitude,
     matmul_into,
     plan_backward,
     plan_direct,
@@ -52,8 +53,12 @@ class WeightGradient:
         self.statistics = statistics
         self.shares = label_shares(statistics, a)
         softmax = a.total * statistics[1]
-        # fp16 reaches from 6e-8 to 6.5e4: a_t h_t is scaled by the largest coefficient.
-        self.unit = softmax.abs().amax().clamp_(min=torch.finfo(softmax.dtype).tiny)
+        largest = softmax.abs().amax()
+        if sizes.compute_dtype == torch.float16:
+            # It reaches from 6e-8 to 6.5e4: a_t h_t is scaled so that their sums stay below 3.3e4.
+            reach = largest_magnitude(rows, sizes.rows).clamp(min=1.0)
+            largest = softmax.abs().sum() * reach * (max(1.0, abs(head.logit_scale)) / 2**15)
+        self.unit = largest.clamp_(min=torch.finfo(softmax.dtype).tiny)
         self.softmax = softmax / self.unit
         self.parts: tuple[int, ...] = ()
         self.direct: Tensor | None = None
@@ -101,8 +106,8 @@ class WeightGradient:
 
     def _can_be_written(self, dweights: list[Tensor]) -> bool:
         """Whether a GEMM could write the gradient: one part, in its dtype, on a CPU."""
-        dtypes = [each.dtype for each in dweights]
-        return self.sizes.on_cpu and dtypes == [self.sizes.compute_dtype]
+        dtype, dtypes = self.sizes.compute_dtype, [each.dtype for each in dweights]
+        return self.sizes.on_cpu and dtype != torch.float16 and dtypes == [dtype]
 
     def _block(self, v0: int, v1: int, buffers: dict[str, Tensor], width: int) -> Tensor:
         if self.direct is not None:

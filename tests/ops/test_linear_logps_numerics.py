@@ -1,9 +1,19 @@
 """linear_logps where digits are easily lost: certain tokens, large logits, fp16, huge problems."""
 
+import sys
+
 import pytest
 import torch
 
 from orpo_kernels import linear_logps, reference
+
+
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "GEMMs in fp16"])
+def _gemms_in_fp16(request, monkeypatch):
+    """A CPU widens fp16 operands; a card without bf16 (sm_75) rounds logits and products to it."""
+    if request.param:
+        module = sys.modules[linear_logps.__module__]
+        monkeypatch.setattr(module, "choose_compute_dtype", lambda *given: torch.float16)
 
 
 @pytest.mark.parametrize("confidence", [5.0, 20.0, 60.0, 200.0])
@@ -40,6 +50,7 @@ def test_extreme_logits(shift):
     assert (out <= 0).all()
 
 
+@pytest.mark.usefixtures("_gemms_in_fp16")
 @pytest.mark.parametrize("gap", [6.0, 10.0, 12.0])
 def test_fp16_gradients_of_confident_tokens_survive(gap):
     # 1 - p = 1e-2 ... 4e-6: the gradient itself fits fp16 (a loss scale of 65,536), and must not
@@ -55,6 +66,7 @@ def test_fp16_gradients_of_confident_tokens_survive(gap):
     assert (ours.double() - true).norm() < 2e-3 * true.norm()
 
 
+@pytest.mark.usefixtures("_gemms_in_fp16")
 def test_fp16_weight_gradient_does_not_overflow():
     # 1,024 rows of h = 80 sum to 81,920 before they are scaled by a_t: fp16 ends at 65,504.
     hidden, weight = torch.full((1024, 16), 80.0).half(), torch.zeros(50, 16).half()

@@ -1,5 +1,7 @@
 """The whole loss, forward and backward, through the launchers: as a CUDA tensor would take it."""
 
+import sys
+
 import pytest
 import torch
 
@@ -13,11 +15,17 @@ from tests.kernels.interpreted.plugin import launches
 P, T, H, V = 2, 5, 16, 1003
 
 
-@pytest.fixture(params=[False, True], ids=["16-bit logits", "wide logits"])
+@pytest.fixture(params=[False, True], ids=["GEMMs round", "GEMMs widen"])
 def widens(request, monkeypatch):
-    """A GPU takes two looks at a tile. From sm_80 on a GEMM of 16-bit operands writes float32, E
-    goes to a tile of its own, rows of both start on 16 bytes."""
+    """A GPU takes two looks at a tile. From sm_80 on the GEMM of 16-bit operands writes float32, E
+    goes to a tile of its own, rows of both start on 16 bytes. Before (sm_75) the logits are 16-bit:
+    fp16 ones, too, which a CPU would not choose."""
     monkeypatch.setattr(chunks.Sizes, "on_cpu", False)
+    module = sys.modules[linear_logps.__module__]
+    monkeypatch.setattr(
+        module, "choose_compute_dtype", lambda hidden, weight, _: torch.promote_types(
+            hidden.dtype, weight.dtype)
+    )  # fmt: skip
     if request.param:
 
         def matmul_into(out, a, b):
@@ -58,6 +66,7 @@ def gradients(loss, tensors):
         pytest.param(torch.bfloat16, False, None, None, id="bfloat16"),
         pytest.param(torch.bfloat16, True, 5.0, 140_000, id="bfloat16, bias, softcap, blocks"),
         pytest.param(torch.float16, True, None, None, id="float16, bias"),
+        pytest.param(torch.float16, True, 5.0, 140_000, id="float16, bias, softcap, blocks"),
     ],
 )
 def test_orpo_loss(widens, dtype, with_bias, softcap, workspace):
