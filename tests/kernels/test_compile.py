@@ -1,5 +1,7 @@
 """A subset of the compile report: the heaviest and the plainest launches, the cards most used."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton")
 
 from orpo_kernels.kernels import tuning
 from tests.kernels import compile_report
-from tests.kernels.dryrun import Resources
+from tests.kernels.dryrun import SHARED_LIMIT, Resources
 
 CHOSEN = [
     case
@@ -31,6 +33,27 @@ def test_a_fault_is_reported():
     bad = Resources(registers=255, spills=3, shared_bytes=10**6, wide_loads=0, wide_stores=0)
     assert len(list(compile_report._faults(bad, 101376, case, streams=True))) == 4
     assert len(list(compile_report._faults(bad, 101376, case, streams=False))) == 2
+
+
+@pytest.mark.parametrize(("faults", "status"), [((), 0), (("3 spills", "no 16-byte load"), 1)])
+def test_the_command_fails_when_a_kernel_does(faults, status, monkeypatch, capsys):
+    figures = Resources(registers=40, spills=0, shared_bytes=0, wide_loads=4, wide_stores=4)
+    line = compile_report.Line("90", "a case", "a_kernel", tuning.Row(2048, 4), figures, faults)
+    monkeypatch.setattr(compile_report, "report", lambda target, cases: iter([line]))
+    monkeypatch.setattr(sys, "argv", ["compile_report", "--targets", "90", "gfx942"])
+    assert compile_report.main() == status
+    printed = capsys.readouterr().out
+    assert "; ".join(faults) in printed
+    assert f"2 kernels compiled, {2 * status} with a fault" in printed
+
+
+def test_the_targets_are_those_of_users():
+    # Turing to Blackwell, consumer and data centre; MI250, MI300, RDNA 3.
+    named = [75, 80, 86, 89, 90, 100, 120, "gfx90a", "gfx942", "gfx1100"]
+    assert list(SHARED_LIMIT) == named
+    # What is chosen for a consumer card fits 99 KiB, and 64 KiB on sm_75.
+    assert {SHARED_LIMIT[each] // 1024 for each in (86, 89, 120)} == {99}
+    assert SHARED_LIMIT[75] == 64 * 1024
 
 
 def test_every_row_of_the_table_is_reported():

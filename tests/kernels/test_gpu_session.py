@@ -3,6 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+from benchmarks import run
+from tests.gpu import session
 
 
 def test_dry_run(tmp_path):
@@ -14,6 +18,28 @@ def test_dry_run(tmp_path):
     assert names == {
         "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio",
     }  # fmt: skip
+
+
+def test_what_a_dry_run_leaves_out(monkeypatch):
+    # The sanitizer's selection holds every kernel, the benchmarks' arguments are theirs.
+    monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}")
+    steps = {step.name: step for step in session.steps(Path("out"), 9.0, dry_run=False)}
+    assert list(steps) == ["tests", "rows", "sanitizer", "benchmarks"]
+    assert sum(step.share for step in steps.values()) <= 1.0
+    sanitizer, *rest = steps["sanitizer"].command
+    small = rest[rest.index(sys.executable) :]
+    assert sanitizer == "/bin/compute-sanitizer"
+    done = subprocess.run(
+        [*small, "--collect-only"], cwd=session.REPOSITORY, capture_output=True, text=True
+    )
+    chosen = {
+        line.split("::")[1].split("[")[0] for line in done.stdout.splitlines() if "::" in line
+    }
+    assert chosen == {
+        "test_stats_and_gradient", "test_column_sums", "test_sequence_mean", "test_odds_ratio",
+    }  # fmt: skip
+    options = run._parse(steps["benchmarks"].command[3:])
+    assert (options.device, options.results) == ("cuda", "out")
 
 
 def _rows(folder):

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from tests.kernels.interpreted.strict import State
+
 
 @triton.jit
 def _copy_kernel(out_ptr, x_ptr, n, limit, step, BLOCK: tl.constexpr):
@@ -58,6 +60,19 @@ def test_int32_overflow():
     # 16,744 rows of 128,256 logits: past 2^31.
     with pytest.raises(InterpreterError, match="overflow"):
         _offset_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 16744, 128256)
+
+
+@triton.jit
+def _program_kernel(out_ptr):
+    program = (tl.program_id(0) * 3 + tl.program_id(1)) * 4 + tl.program_id(2)
+    tl.store(out_ptr + program, program)
+
+
+def test_every_program_runs_once_in_no_order():
+    out = torch.full((60,), -1, dtype=torch.int32)
+    _program_kernel[(5, 3, 4)](out)
+    assert out.tolist() == sorted(State.order) == list(range(60))
+    assert State.order != list(range(60))
 
 
 def test_bf16_rounds_like_torch():
