@@ -1,5 +1,6 @@
 """The engine and the real launchers for GPUs that are not here: what they would launch compiles."""
 
+import itertools
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from orpo_kernels.engine import chunks, exact, mean_logits, selection, weight_gradient
 from orpo_kernels.linear_logps import _linear_logps, _linear_logps_dweight
+from orpo_kernels.loss import orpo_loss_from_logps
 
 pytest.importorskip("triton")
 
@@ -51,11 +53,12 @@ def forward_and_backward(rows, H, V, *, sets=1, bias=False, trains=True, budget=
 def test_shapes_of_real_heads(launchers, architecture):
     with dryrun(architecture) as log:
         # Llama 3, Qwen 2.5, Gemma, and a vocabulary and a hidden size no vector divides.
-        for V in (128256, 151936, 262144, 32003):
-            forward_and_backward(300, 4096, V, trains=False)
-        forward_and_backward(300, 4097, 32003)
+        for V, H in itertools.product((128256, 151936, 262144, 32003), (4096, 4097)):
+            forward_and_backward(300, H, V, trains=False)
+            forward_and_backward(300, H, V, bias=True, budget=32 * BUDGET)  # E kept
+        forward_and_backward(300, 4097, 32003)  # and recomputed
     names = {launch.name for launch in log}
-    assert {"_softmax_stats_kernel", "_softmax_grad_kernel"} <= names
+    assert {"_softmax_stats_kernel", "_softmax_grad_kernel", "_column_sums_kernel"} <= names
     for compiled in {id(each.compiled): each.compiled for each in log}.values():
         figures = resources(compiled)
         assert figures.spills == 0
@@ -71,6 +74,33 @@ def test_a_short_tile_fills_the_device():
     grids = [each.grid[0] for each in log if each.name == "_softmax_stats_kernel"]
     assert 4 * 132 <= grids[0] <= 16 * 132
     assert grids[1] == 4096
+
+
+@pytest.mark.parametrize("with_logit_sum", [False, True])
+def test_the_warm_up_loads_what_a_captured_graph_may_need(with_logit_sum):
+    # Nothing can be loaded during capture, where fewer rows may be split than were before.
+    softmax_stats._load_combination.cache_clear()
+    with dryrun(90) as log:
+        for _ in range(2):
+            tile, labels = cuda(4096, 32003), cuda(1, 4096, dtype=torch.int64)
+            softmax_stats.softmax_stats(tile, None, labels, 0, 1.0, None, with_logit_sum)
+        assert [each.name for each in log].count("_softmax_stats_combine_kernel") == 1
+        tile, labels = cuda(8, 32003), cuda(1, 8, dtype=torch.int64)
+        softmax_stats.softmax_stats(tile, None, labels, 0, 1.0, None, with_logit_sum)
+    combined = [each.compiled for each in log if each.name == "_softmax_stats_combine_kernel"]
+    assert len(combined) == 2
+    assert combined[0] is combined[1]
+    softmax_stats._load_combination.cache_clear()
+
+
+def test_the_loss_waits_for_nothing():
+    # Of a device that is not there nothing can be read: item(), nonzero and branches raise.
+    with dryrun(90):
+        labels, nll_labels = (cuda(8, 40, dtype=torch.int64) for _ in range(2))
+        logps, nll_logps = (cuda(8, 40, dtype=torch.float32) for _ in range(2))
+        out = orpo_loss_from_logps(logps, labels, nll_logps, nll_labels)
+        with pytest.raises(RuntimeError):
+            float(out.loss)
 
 
 @pytest.mark.parametrize("V", [8192, 8209])  # rows on vector boundaries, and not
