@@ -7,6 +7,7 @@ with 1 when a kernel spills, does not fit, or lacks a wide access it must have.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -60,13 +61,19 @@ def _tile_cases() -> Iterator[Case]:
             def bias(columns: int = columns, sets: int = sets) -> torch.Tensor | None:
                 return _cuda(columns) if sets == 2 else None
 
-            def stats(dtype=dtype, columns=columns, sets=sets, options=options, bias=bias):
+            def stats(
+                with_sum=False, dtype=dtype, columns=columns, sets=sets, options=options, bias=bias
+            ):
                 tile = _cuda(R, columns, dtype=dtype)
                 softmax_stats.softmax_stats(
-                    tile, bias(), _labels(sets, R), 0, *options, with_logit_sum=sets == 2
+                    tile, bias(), _labels(sets, R), 0, *options, with_logit_sum=with_sum
                 )
 
             yield Case(f"softmax_stats {name}, {what}", "softmax_stats", dtype, stats)
+            if sets == 2:
+                with_sum = functools.partial(stats, with_sum=True)
+                label = f"softmax_stats {name}, all and logit sum"
+                yield Case(label, "softmax_stats", dtype, with_sum)
             outs = (None, torch.bfloat16) if dtype == torch.float32 else (None,)
             for out in outs:
 

@@ -61,7 +61,9 @@ def test_stats_and_gradient(rows, columns, stride, dtype, scale, softcap, with_b
     args = (logits, bias, labels, 11, scale, softcap)
     row_max, sum_exp, logit_sum = tiles.softmax_stats(*args, with_logit_sum=True)
     *same, not_asked = tiles.softmax_stats(*args)
-    assert all(torch.equal(a, b) for a, b in zip(same, (row_max, sum_exp), strict=True))
+    # The maximum in any blocks; sums are of smaller ones when a third figure is kept.
+    assert torch.equal(same[0], row_max)
+    torch.testing.assert_close(same[1], sum_exp, rtol=1e-6, atol=0)
     assert not_asked.shape == (0,)
     assert_logit_sums(logit_sum, logits, bias, scale, softcap)
     some = ~torch.isinf(z).all(1)
