@@ -11,6 +11,9 @@ are deliberately other ones: a mistake, or a cancellation, in one shows in the o
     or_loss = -log sigmoid(log_odds(chosen) - log_odds(rejected))
     loss = nll + beta * mean(or_loss)
 
+The compensated sparse gradient has a definition of its own, `sparse_gradients`: it is not the
+derivative of the loss, but close to it (docs/sparse.md says how close, and proves it).
+
 Source: Hong, Lee, Thorne 2024, "ORPO: Monolithic Preference Optimization without Reference Model",
 arXiv 2403.07691, equations 4 to 7.
 """
@@ -22,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
+
+GROUPS = 2  # rows share a tail with those whose coefficients have their sign: chosen, rejected
 
 
 class ReferenceOutput(NamedTuple):
@@ -116,6 +121,146 @@ def accumulate(
     """`rescale * accumulator + alpha * partial`, `(R, H)`, with `rescale (R,)`."""
     kept = accumulator if rescale is None else rescale[:, None] * accumulator
     return kept + alpha * partial
+
+
+class Compact(NamedTuple):
+    """Entries of a tile split in two. `kept (R, C)` rounded, 0 elsewhere; `mask (R, C)`: which.
+
+    `tail (GROUPS, C)` is the sum of the others over the rows of each group, in units of `total`.
+    """
+
+    kept: Tensor
+    mask: Tensor
+    tail: Tensor
+
+
+def softmax_compact(
+    entries: Tensor,
+    total: Tensor,
+    groups: Tensor,
+    *,
+    eps: float,
+    block: int = 1,
+    rounding: torch.dtype | None = None,
+) -> Compact:
+    """Keeps a column in `block` consecutive rows if an entry of one is over `eps * total`.
+
+    `entries (R, C)` of `softmax_grad`, `total (R,)`, `groups (R,)` in [0, GROUPS).
+    """
+    over = entries > eps * total[:, None]
+    mask = torch.cat(
+        [rows.any(0, keepdim=True).expand_as(rows) for rows in torch.split(over, block)]
+    )
+    stored = entries if rounding is None else entries.to(rounding).to(entries.dtype)
+    dropped = (entries / total[:, None]).masked_fill(mask, 0.0)
+    tail = torch.stack([dropped[groups == group].sum(0) for group in range(GROUPS)])
+    return Compact(stored.masked_fill(~mask, 0.0), mask, tail)
+
+
+class SparseSoftmax(NamedTuple):
+    """A softmax gradient in the compensated sparse form: row t is `kept + mass * tail[group]`.
+
+    `kept`, `mask (N, V)` as in `Compact`; `mass (N,)`; `tail (GROUPS, V)` of sum 1 (0: nothing was
+    dropped). The certificate `residual (N,)` is at least the root of the sum of the squares of
+    what the row dropped.
+    """
+
+    kept: Tensor
+    mask: Tensor
+    mass: Tensor
+    tail: Tensor
+    residual: Tensor
+
+
+def sparse_softmax(
+    entries: Tensor,
+    groups: Tensor,
+    *,
+    eps: float,
+    block: int = 1,
+    rounding: torch.dtype | None = None,
+) -> SparseSoftmax:
+    """The sparse form of `entries (N, V)`, `p d` with the label columns 0; row sums are kept.
+
+    Options as in `softmax_compact`.
+    """
+    compact = softmax_compact(
+        entries, torch.ones_like(entries[:, 0]), groups, eps=eps, block=block, rounding=rounding
+    )
+    kept_sum = compact.kept.sum(1)
+    mass = entries.sum(1) - kept_sum
+    sums = compact.tail.sum(1, keepdim=True)
+    tail = torch.where(sums > 0, compact.tail / sums, 0.0)
+    # A kept entry k stands for one in k +- k unit / (1 - unit): mass, which also balances the
+    # rounding, may fall short of what was dropped by that, or be negative.
+    unit = 0.0 if rounding is None else torch.finfo(rounding).eps / 2
+    dropped_at_most = (mass + unit / (1 - unit) * kept_sum).clamp(min=0.0)
+    return SparseSoftmax(compact.kept, compact.mask, mass, tail, torch.sqrt(eps * dropped_at_most))
+
+
+class SparseGradients(NamedTuple):
+    """`dhidden (N, H)`, `dweight (V, H)`, `dbias (V,)`, and the form of the scored rows."""
+
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    softmax: SparseSoftmax
+
+
+def sparse_gradients(  # noqa: PLR0913 - as linear_logps
+    hidden: Tensor,
+    weight: Tensor,
+    labels: tuple[Tensor, ...],
+    coefficients: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    groups: Tensor | None = None,
+    block: int = 1,
+    rounding: torch.dtype | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> SparseGradients:
+    """The compensated sparse gradients of `sum a_t logp_t`, of one label set or two.
+
+    On raw logits, label columns are exact: `d_v sum_sets a (1[v = y] - p_v)`. All of a row, label
+    columns too, then gets `-a (kept + mass * tail[group])`, a the sum over the sets, in place of
+    `-a p_v d_v` elsewhere. The gradients are that matrix times `weight`, `hidden` and 1.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        labels: one or two of (N,); rows that no set scores are left out, of blocks of rows too.
+        coefficients: as many, (N,): `d loss / d logp`.
+        bias: (V,).
+        eps: entries `p d` of at most this are dropped.
+        groups: (N,) in [0, GROUPS): rows that share a tail; None: all of them.
+        block: scored rows that share the set of kept columns.
+        rounding: dtype kept entries are rounded to, or None.
+        logit_scale: factor on the logits, positive.
+        softcap: as in `linear_logps`.
+        ignore_index: as in `linear_logps`.
+    """
+    masks = torch.stack([each != ignore_index for each in labels])
+    rows = masks.any(0).nonzero()[:, 0]
+    targets = torch.stack(labels).where(masks, -1)[:, rows]
+    a = torch.stack(coefficients).where(masks, 0.0)[:, rows]
+    group = torch.zeros_like(rows) if groups is None else groups[rows].long()
+    raw = hidden[rows] @ weight.transpose(0, 1)
+    z, slope = transform(raw if bias is None else raw + bias, logit_scale, softcap)
+    p = torch.softmax(z, 1)
+    is_label = torch.isinf(tile_logits(raw, bias, targets, 0, logit_scale, softcap)[0])
+    sparse = sparse_softmax(
+        (p * slope).masked_fill(is_label, 0.0), group, eps=eps, block=block, rounding=rounding
+    )
+    dlogits = (
+        torch.zeros_like(z).scatter_add(1, targets.clamp(min=0).t(), a.t()) - a.sum(0)[:, None] * p
+    )
+    draw = (dlogits * slope).masked_fill(~is_label, 0.0)
+    draw = draw - a.sum(0)[:, None] * (sparse.kept + sparse.mass[:, None] * sparse.tail[group])
+    dhidden = torch.zeros_like(hidden).index_copy(0, rows, draw @ weight)
+    return SparseGradients(dhidden, draw.transpose(0, 1) @ hidden[rows], draw.sum(0), sparse)
 
 
 def linear_logps(
