@@ -1,5 +1,6 @@
 """The oracle itself: gradcheck in float64, and agreement with torch's own losses."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -87,3 +88,63 @@ def test_tile_operations():
     assert torch.autograd.gradcheck(reference.column_sums, (tile, doubles((3,))[0]))
     sums, partial, rescale = doubles((3, 2), (3, 2), (3,))
     assert torch.autograd.gradcheck(reference.accumulate, (sums, partial, rescale, -0.5))
+
+
+# Scale, softcap, bias; two label sets that agree, differ, and score a row each; a row none scores.
+SPARSE_OPTIONS = [(1.0, None), (0.7, 3.0)]
+
+
+def sparse_problem(scale, softcap):
+    inputs = doubles((6, 4), (9, 4), (9,))
+    labels = torch.tensor([[0, -100, 4, 8, -100, 3], [2, -100, 4, -100, 1, 3]])
+    options = {"logit_scale": scale, "softcap": softcap}
+    coefficients = torch.randn(2, 6, dtype=torch.float64)
+    logps = [reference.linear_logps(*inputs[:2], each, inputs[2], **options) for each in labels]
+    true = torch.autograd.grad(logps, inputs, list(coefficients))
+    hidden, weight, bias = (each.detach() for each in inputs)
+
+    def sparse(**more):
+        found = reference.sparse_gradients(
+            hidden, weight, tuple(labels), tuple(coefficients), bias, **options, **more
+        )
+        return found[:3], found.softmax
+
+    return sparse, true, coefficients.where(labels >= 0, 0.0)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), SPARSE_OPTIONS)
+def test_sparse_gradients_are_exact_where_nothing_is_dropped(scale, softcap):
+    sparse, true, _ = sparse_problem(scale, softcap)
+    found, softmax = sparse(eps=0.0)
+    torch.testing.assert_close(found, true)
+    torch.testing.assert_close(softmax.mass, torch.zeros(5, dtype=torch.float64))
+    assert not softmax.residual.any()
+
+
+@pytest.mark.parametrize(("scale", "softcap"), SPARSE_OPTIONS)
+def test_what_dropping_leaves_unchanged(scale, softcap):
+    sparse, true, _ = sparse_problem(scale, softcap)
+    for more in ({"eps": 1.0}, {"eps": 0.1}, {"eps": 0.1, "block": 2, "rounding": torch.bfloat16}):
+        (dhidden, _, dbias), softmax = sparse(groups=torch.tensor([0, 0, 1, 1, 0, 0]), **more)
+        assert not torch.allclose(dhidden, true[0])
+        # Row sums: a vector added to all rows of the head changes every row of dhidden alike, and
+        # the sum of dbias is the sum over rows of what their columns get.
+        torch.testing.assert_close(dbias.sum(), true[2].sum())
+        sums = softmax.kept.sum(1) + softmax.mass * softmax.tail.sum(1)[[0, 1, 1, 0, 0]]
+        (_, full) = sparse(eps=0.0)
+        torch.testing.assert_close(sums, full.kept.sum(1))
+
+
+def test_a_row_is_kept_with_its_block():
+    entries = torch.tensor([[0.5, 0.01, 0.02], [0.1, 0.2, 0.03], [0.04, 0.05, 0.3]]).double()
+    total, groups = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0, 1, 1])
+    single = reference.softmax_compact(entries, total, groups, eps=0.15)
+    assert single.mask.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    torch.testing.assert_close(
+        single.tail, torch.tensor([[0, 0.01, 0.02], [0.12, 0.025, 0.18]]).double()
+    )
+    pairs = reference.softmax_compact(
+        entries, total, groups, eps=0.15, block=2, rounding=torch.bfloat16
+    )
+    assert pairs.mask.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert torch.equal(pairs.kept, (entries.bfloat16() * pairs.mask).double())

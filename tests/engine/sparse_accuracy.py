@@ -183,7 +183,7 @@ def errors(name: str, head: str, title: str, eps: float) -> Errors:
     return measure(METHODS[title], *_prepared(name, head), eps)
 
 
-@functools.lru_cache(maxsize=3)
+@functools.cache
 def _prepared(name: str, head: str) -> tuple[Problem, Truth]:
     inputs = problem(_profile(name), head)
     return inputs, truth(inputs)
