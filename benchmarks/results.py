@@ -78,7 +78,7 @@ def latest_runs(folder: Path = FOLDER) -> list[Run]:
 
 
 def _is_full(path: Path) -> bool:
-    return not path.stem.endswith(("-tiny", ".header", "pair-memory"))
+    return not path.stem.endswith(("-tiny", ".header", "pair-memory", "sparse-parity"))
 
 
 def is_ours(result: Result) -> bool:
