@@ -145,14 +145,14 @@ def softmax_compact(
 ) -> Compact:
     """Keeps a column in `block` consecutive rows if an entry of one is over `eps * total`.
 
-    `entries (R, C)` of `softmax_grad`, `total (R,)`, `groups (R,)` in [0, GROUPS).
+    `entries (R, C)` of `softmax_grad`, `total (R, 1)` or (R, C), `groups (R,)` in [0, GROUPS).
     """
-    over = entries > eps * total[:, None]
+    over = entries > eps * total
     mask = torch.cat(
         [rows.any(0, keepdim=True).expand_as(rows) for rows in torch.split(over, block)]
     )
     stored = entries if rounding is None else entries.to(rounding).to(entries.dtype)
-    dropped = (entries / total[:, None]).masked_fill(mask, 0.0)
+    dropped = (entries / total).masked_fill(mask, 0.0)
     tail = torch.stack([dropped[groups == group].sum(0) for group in range(GROUPS)])
     return Compact(stored.masked_fill(~mask, 0.0), mask, tail)
 
@@ -179,14 +179,15 @@ def sparse_softmax(
     eps: float,
     block: int = 1,
     rounding: torch.dtype | None = None,
+    known: Tensor | None = None,
 ) -> SparseSoftmax:
     """The sparse form of `entries (N, V)`, `p d` with the label columns 0; row sums are kept.
 
-    Options as in `softmax_compact`.
+    `known (N, V)` in (0, 1]: the share of the row's sum of exponentials that is in sight when the
+    column is decided on; None: all. Options as in `softmax_compact`.
     """
-    compact = softmax_compact(
-        entries, torch.ones_like(entries[:, 0]), groups, eps=eps, block=block, rounding=rounding
-    )
+    known = torch.ones_like(entries[:, :1]) if known is None else known
+    compact = softmax_compact(entries, known, groups, eps=eps, block=block, rounding=rounding)
     kept_sum = compact.kept.sum(1)
     mass = entries.sum(1) - kept_sum
     sums = compact.tail.sum(1, keepdim=True)
@@ -217,6 +218,7 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     eps: float,
     groups: Tensor | None = None,
     block: int = 1,
+    columns: int | None = None,
     rounding: torch.dtype | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -237,6 +239,8 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         eps: entries `p d` of at most this are dropped.
         groups: (N,) in [0, GROUPS): rows that share a tail; None: all of them.
         block: scored rows that share the set of kept columns.
+        columns: width of the blocks of the vocabulary where one look at the logits must do: a block
+            goes by the labels' probabilities and those up to its own end. None: by all.
         rounding: dtype kept entries are rounded to, or None.
         logit_scale: factor on the logits, positive.
         softcap: as in `linear_logps`.
@@ -251,9 +255,15 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     z, slope = transform(raw if bias is None else raw + bias, logit_scale, softcap)
     p = torch.softmax(z, 1)
     is_label = torch.isinf(tile_logits(raw, bias, targets, 0, logit_scale, softcap)[0])
+    known = None
+    if columns is not None:
+        last = (torch.arange(p.shape[1]) // columns + 1).mul(columns).clamp(max=p.shape[1]) - 1
+        others = p.masked_fill(is_label, 0.0)
+        known = others.cumsum(1)[:, last] + (p - others).sum(1, keepdim=True)
     sparse = sparse_softmax(
-        (p * slope).masked_fill(is_label, 0.0), group, eps=eps, block=block, rounding=rounding
-    )
+        (p * slope).masked_fill(is_label, 0.0), group,
+        eps=eps, block=block, rounding=rounding, known=known,
+    )  # fmt: skip
     dlogits = (
         torch.zeros_like(z).scatter_add(1, targets.clamp(min=0).t(), a.t()) - a.sum(0)[:, None] * p
     )

@@ -137,7 +137,7 @@ def test_what_dropping_leaves_unchanged(scale, softcap):
 
 def test_a_row_is_kept_with_its_block():
     entries = torch.tensor([[0.5, 0.01, 0.02], [0.1, 0.2, 0.03], [0.04, 0.05, 0.3]]).double()
-    total, groups = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0, 1, 1])
+    total, groups = torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([0, 1, 1])
     single = reference.softmax_compact(entries, total, groups, eps=0.15)
     assert single.mask.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
     torch.testing.assert_close(
@@ -148,3 +148,12 @@ def test_a_row_is_kept_with_its_block():
     )
     assert pairs.mask.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert torch.equal(pairs.kept, (entries.bfloat16() * pairs.mask).double())
+
+
+def test_one_look_keeps_no_less():
+    sparse, true, _ = sparse_problem(1.0, None)
+    (found, one_look), (_, known) = sparse(eps=0.1, columns=4), sparse(eps=0.1)
+    assert (one_look.mask >= known.mask).all()
+    assert (one_look.mask > known.mask).any()
+    torch.testing.assert_close(found[2].sum(), true[2].sum())
+    assert torch.equal(sparse(eps=0.1, columns=9)[1].mask, known.mask)

@@ -111,7 +111,7 @@ def _drop_entries(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
 
 
 def _drop_columns(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
-    ones = torch.ones_like(entries[:, 0])
+    ones = torch.ones_like(entries[:, :1])
     return reference.softmax_compact(entries, ones, groups, eps=eps, block=64).kept
 
 
@@ -128,7 +128,7 @@ def _drop_tiles(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
 
 def _dropped_mass(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
     """The mass of a row is what it dropped, instead of what its rounded kept entries lack."""
-    ones = torch.ones_like(entries[:, 0])
+    ones = torch.ones_like(entries[:, :1])
     kept, mask, tail = reference.softmax_compact(
         entries, ones, groups, eps=eps, block=64, rounding=torch.bfloat16
     )
