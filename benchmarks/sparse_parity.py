@@ -89,7 +89,7 @@ def prepare(out: Path, pairs: Path, *, tiny: bool) -> None:
         ("demo", (preference_pairs(400), preference_pairs(120, split="heldout")), known,
          tiny_base.Size(steps=steps or 70)),
         ("real", (train, held), train,
-         tiny_base.Size(8192, 192, 3, 512, steps=steps or 90, batch_size=4 if tiny else 16)),
+         tiny_base.Size(8192, 192, 3, 512, steps=steps or 60, batch_size=4 if tiny else 8)),
     ):  # fmt: skip
         if (out / name / "config.json").is_file():
             continue
