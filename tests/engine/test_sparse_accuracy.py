@@ -11,18 +11,20 @@ from tests.engine.sparse_accuracy import DEFAULT, EPS, FINE, METHODS, errors
 DENSE, MASS = "dense, bf16", "columns of 64 rows, bf16, dropped mass"
 COLUMNS, ENTRIES = "columns of 64 rows, bf16", "entries, float32"
 JUDGED = [title for title, method in METHODS.items() if method.limits]
-# Every eps on the head that trained models have, the default on the two extremes.
+# Every eps on the head that trained models have, the default on the two extremes; V = 32,000 takes
+# a second each, so of text every eps for one method only.
 CASES = [
-    (name, head, eps)
+    (name, head, eps, title)
     for name in names()
     for head in HEADS
-    for eps in (EPS if head == "common mean" else (DEFAULT,))
+    for title in JUDGED
+    for eps in EPS
+    if eps == DEFAULT or (head == "common mean" and (title == COLUMNS or name == "generated"))
 ]
 
 
-@pytest.mark.parametrize("title", JUDGED)
-@pytest.mark.parametrize(("name", "head", "eps"), CASES)
-def test_within_the_table(title, name, head, eps):
+@pytest.mark.parametrize(("name", "head", "eps", "title"), CASES)
+def test_within_the_table(name, head, eps, title):
     found, limits = errors(name, head, title, eps), METHODS[title].limits[head][eps]
     assert found.dhidden <= limits.dhidden
     assert found.bias <= limits.bias
