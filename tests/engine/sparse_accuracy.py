@@ -115,15 +115,24 @@ def _drop_columns(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
     return reference.softmax_compact(entries, ones, groups, eps=eps, block=64).kept
 
 
-def _drop_tiles(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
-    """What Apple CCE skips: tiles of 128 x 128 without an entry over eps, columns by mean logit."""
-    order = entries.log().clamp(min=-80.0).mean(0).argsort(descending=True)
-    ordered = entries[:, order]
+def _drop_tiles(entries: Tensor, order: Tensor, eps: float) -> Tensor:
+    """Tiles of 128 x 128 without an entry over eps, columns in descending `order`, are skipped."""
+    columns = order.argsort(descending=True)
+    ordered = entries[:, columns]
     for rows in ordered.split(128):
         for tile in rows.split(128, dim=1):
             if not (tile > eps).any():
                 tile.zero_()
-    return torch.empty_like(entries).index_copy_(1, order, ordered)
+    return torch.empty_like(entries).index_copy_(1, columns, ordered)
+
+
+def _drop_tiles_by_logit(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
+    """What Apple CCE skips."""
+    return _drop_tiles(entries, entries.log().clamp(min=-80.0).mean(0), eps)
+
+
+def _drop_tiles_by_probability(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
+    return _drop_tiles(entries, entries.mean(0), eps)
 
 
 def _dropped_mass(entries: Tensor, groups: Tensor, eps: float) -> Tensor:
@@ -176,7 +185,8 @@ METHODS = {
     "dense, bf16": Method(approximating(_dense), {}, uses_eps=False),
     "drop entries": Method(approximating(_drop_entries), {}),
     "drop columns of 64 rows": Method(approximating(_drop_columns), {}),
-    "drop tiles of 128 x 128, sorted": Method(approximating(_drop_tiles), {}),
+    "drop tiles, by mean logit": Method(approximating(_drop_tiles_by_logit), {}),
+    "drop tiles, by probability": Method(approximating(_drop_tiles_by_probability), {}),
     "columns of 64 rows, bf16, dropped mass": Method(approximating(_dropped_mass), {}),
     "columns of 64 rows, bf16": Method(definition(64, torch.bfloat16), COLUMNS),
     "entries, float32": Method(definition(1, None), ENTRIES),
