@@ -4,7 +4,8 @@
 
 Three kinds of run, each with both gradients and three seeds; runs of one seed see the same batches:
 
-- demo: `make demo`'s model of V = 1,024, nf4 + LoRA, generated pairs;
+- demo: `make demo`'s model of V = 1,024, nf4 + LoRA, generated pairs. Its softmax is too dense to
+  pay: on a CPU every tile goes the exact way, and both gradients are the same to the last bit;
 - real: PAIRS.jsonl (messages, see docs/data-formats.md), V = 8,192, nf4 + LoRA, T = 512;
 - full: the same pairs, every parameter trained, the head tied to the embedding: what rare tokens
   lose in dW is lost for good.
