@@ -273,6 +273,21 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     return SparseGradients(dhidden, draw.transpose(0, 1) @ hidden[rows], draw.sum(0), sparse)
 
 
+def linear_lse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`softmax_stats` of all logits, raw dots of `labels (K, R)` (0 for -1), sums of all logits."""
+    tile = hidden @ weight.transpose(0, 1)
+    z, _ = tile_logits(tile, bias, labels, 0, logit_scale, softcap)
+    dots = torch.where(labels >= 0, tile.t().gather(0, labels.clamp(min=0)), 0.0)
+    return *softmax_stats(z), dots, logit_sum(tile, bias, logit_scale, softcap)
+
+
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,

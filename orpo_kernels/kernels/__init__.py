@@ -1,4 +1,4 @@
-"""The row operations as Triton kernels, behind the schemas of `engine/tiles.py` and the custom ops.
+"""The tile operations as Triton kernels, behind the schemas of `engine/tiles.py` and the custom ops.
 
 What is registered here for the CUDA (and ROCm) and XPU dispatch keys is a thin function: triton and
 the kernels are imported when the first such tensor arrives. Without triton one warning says so and
@@ -27,6 +27,7 @@ Function = Callable[..., Any]
 _MODULES = {
     "softmax_stats": "softmax_stats",
     "softmax_grad_": "softmax_grad",
+    "linear_lse": "linear_lse",
     "column_sums": "column_sums",
     "sequence_mean": "sequence_mean",
     "odds_ratio": "odds_ratio",
@@ -62,7 +63,25 @@ def _has_kernel(first: Tensor, *others: Any) -> bool:
     return not apart and all(1 <= sets.shape[0] <= 2 for sets in labels)
 
 
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on tensor cores there: not before sm_80."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _has_gemm(hidden: Tensor, weight: Tensor, *others: Any) -> bool:
+    """Whether a GEMM kernel takes these: of one dtype, none empty, on tensor cores."""
+    alike = hidden.dtype == weight.dtype and weight.numel() > 0
+    return alike and _has_kernel(hidden, weight, *others) and has_tensor_cores(hidden.device)
+
+
+_TAKES = {"linear_lse": _has_gemm}
+
+
 def _chooser(name: str, plain: Function) -> Function:
+    takes = _TAKES.get(name, _has_kernel)
+
     @functools.cache
     def launcher() -> Function:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
@@ -70,7 +89,7 @@ def _chooser(name: str, plain: Function) -> Function:
 
     @functools.wraps(plain)
     def choose(*args: Any, **kwargs: Any) -> Any:
-        if _has_kernel(*args, *kwargs.values()) and gpu_backend() == "triton":
+        if takes(*args, *kwargs.values()) and gpu_backend() == "triton":
             return launcher()(*args, **kwargs)
         return plain(*args, **kwargs)
 

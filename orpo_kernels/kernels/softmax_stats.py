@@ -133,18 +133,30 @@ def _softmax_stats_combine_kernel(
         tl.store(logit_sum_ptr + row, logit_sum, mask=row < R)
 
 
-def _pointers(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def pointers(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of (2, ...) or (3, ...): the maximum, the sum of exponentials, that of logits or None."""
     row_max, sum_exp, *logit_sum = statistics.unbind(0)
     return row_max, sum_exp, logit_sum[0] if logit_sum else None
 
 
-def _combine(partials: Tensor) -> Tensor:
-    """Launches the combination of partials: (2 or 3, R, S) to (2 or 3, R)."""
+def combine(
+    partials: Tensor,  # (2 or 3, R, S)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of whole rows from those of their splits, (R,) each; no sum of logits: (0,)."""
+    if partials.shape[2] == 1:
+        _load_combination(partials.device, partials.shape[0])
+        statistics = partials.squeeze(2)
+    else:
+        statistics = _launch_combination(partials)
+    row_max, sum_exp, logit_sum = pointers(statistics)
+    return row_max, sum_exp, row_max.new_empty(0) if logit_sum is None else logit_sum
+
+
+def _launch_combination(partials: Tensor) -> Tensor:
     count, R, splits = partials.shape
     combined = partials.new_empty((count, R))
     _softmax_stats_combine_kernel[(triton.cdiv(R, _COMBINED_ROWS),)](
-        *_pointers(combined), *_pointers(partials), R, splits, HAS_LOGIT_SUM=count == 3,
+        *pointers(combined), *pointers(partials), R, splits, HAS_LOGIT_SUM=count == 3,
         BLOCK_R=_COMBINED_ROWS, BLOCK_S=MAX_SPLITS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return combined
@@ -154,7 +166,7 @@ def _combine(partials: Tensor) -> Tensor:
 def _load_combination(device: torch.device, count: int) -> None:
     # While a CUDA graph is captured nothing can be loaded, and more rows are processed or fewer
     # splits made then: what the eager warm-up did not need is loaded by it all the same.
-    _combine(torch.zeros((count, 1, 1), dtype=torch.float32, device=device))
+    _launch_combination(torch.zeros((count, 1, 1), dtype=torch.float32, device=device))
 
 
 def softmax_stats(
@@ -177,7 +189,7 @@ def softmax_stats(
         shape = (3 if with_logit_sum else 2, R, split.splits)
         partials = torch.empty(shape, dtype=torch.float32, device=logits.device)
         _softmax_stats_kernel[(R * split.splits,)](
-            *_pointers(partials), logits, logits.stride(0), bias, labels, labels.stride(0),
+            *pointers(partials), logits, logits.stride(0), bias, labels, labels.stride(0),
             C, first_column, split.blocks, split.splits,
             logit_scale, 1.0 if softcap is None else softcap,
             LABEL_SETS=labels.shape[0], HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
@@ -185,12 +197,6 @@ def softmax_stats(
             BLOCK=block, VECTOR=VECTOR, LANE=16 // logits.element_size(),
             num_warps=row.warps, enable_fp_fusion=True,
         )  # fmt: skip
-        if split.splits == 1:
-            _load_combination(logits.device, shape[0])
-            statistics = partials.squeeze(2)
-        else:
-            statistics = _combine(partials)
-        row_max, sum_exp, logit_sum = _pointers(statistics)
-        return row_max, sum_exp, row_max.new_empty(0) if logit_sum is None else logit_sum
+        return combine(partials)
 
     return launch("softmax_stats", logits.dtype, logits.device, run)

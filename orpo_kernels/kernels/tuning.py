@@ -5,15 +5,21 @@ flight, which is what hides the latency of DRAM with few registers; a block of a
 `4 * 16 bytes * threads`. At 4 warps and up to 64 registers 8 programs share a processor. None of
 the row kernels takes more shared memory than a reduction over its warps: every row fits every card.
 
+The tile of a GEMM is rows, columns and depth of a step, warps, and steps in flight; its float32
+accumulator has `rows * columns / threads` registers per thread, 128 of 255 at most, and
+`stages * (rows + columns) * depth` operands share the memory of the card's class. A tile that spills
+with any option on is not in the table (`tests/kernels/compile_report.py`).
+
 A row whose kernel does not fit the device (`OutOfResources`) is replaced by the next smaller one,
 with one warning, for the rest of the process. Nothing is searched or timed at run time.
 """
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -32,17 +38,31 @@ class Row(NamedTuple):
     warps: int
 
 
+class Tile(NamedTuple):
+    """Of a GEMM: rows, columns and depth of a step, warps per program, steps in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
 class Device(NamedTuple):
-    """Architecture class ("consumer", "datacenter", "amd", "other") and number of processors."""
+    """Architecture class ("consumer", "datacenter", "amd", "other") and number of processors.
+
+    `capability`: NVIDIA's compute capability, 90 for 9.0; 0 elsewhere.
+    """
 
     architecture: str
     processors: int
+    capability: int = 0
 
 
 _NARROW = (torch.bfloat16, torch.float16)
 _ROW_KERNELS = ("softmax_stats", "softmax_grad")
 
-TABLE: dict[tuple[str, str, torch.dtype], tuple[Row, ...]] = {}
+TABLE: dict[tuple[str, str, torch.dtype], tuple[Row | Tile, ...]] = {}
 for _kernel in _ROW_KERNELS:
     for _dtype, _wide in ((torch.float32, 1), *((dtype, 2) for dtype in _NARROW)):
         TABLE[_kernel, "datacenter", _dtype] = (Row(2048 * _wide, 4), Row(1024 * _wide, 4))
@@ -56,6 +76,40 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
 
+# linear_lse by where its operands come from: TMA for wgmma (sm_90), for tcgen05 (sm_100) and for
+# mma.sync (sm_120); pointers with cp.async (sm_80, 86, 89) or what AMD and Intel have; pointers of
+# single elements. "transformed": with a bias or a softcap, which take registers.
+_NARROW_TILES = {
+    ("wgmma", "datacenter"): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+    ("tcgen05", "datacenter"): (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+    ("tma", "consumer"): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("pointers", "datacenter"): (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
+    ("pointers_transformed", "datacenter"): (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
+    ("pointers", "consumer"): (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
+    ("pointers", "amd"): (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
+    ("pointers", "other"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 2)),
+}
+_WIDE_TILES = {
+    ("wgmma", "datacenter"): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
+    ("tcgen05", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tma", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("pointers", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("pointers", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("pointers", "amd"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
+    ("pointers", "other"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 4, 2)),
+}
+for _tiles, _dtypes in ((_NARROW_TILES, _NARROW), (_WIDE_TILES, (torch.float32,))):
+    for (_form, _class), _rows in _tiles.items():
+        for _dtype in _dtypes:
+            TABLE[f"linear_lse_{_form}", _class, _dtype] = _rows
+            TABLE.setdefault((f"linear_lse_{_form}_transformed", _class, _dtype), _rows)
+for _class in ("datacenter", "consumer", "amd", "other"):
+    for _dtype in (torch.float32, *_NARROW):
+        _tile = Tile(64, 64, 32, 8 if _dtype == torch.float32 else 4, 1)
+        TABLE["linear_lse_elements", _class, _dtype] = (_tile,)
+        TABLE["linear_lse_elements_transformed", _class, _dtype] = (_tile,)
+        TABLE["label_dots", _class, _dtype] = (Row(512, 4),)
+
 _first_row: dict[tuple[str, str, torch.dtype], int] = {}
 
 
@@ -68,7 +122,9 @@ def device_info(device: torch.device) -> Device:
     if torch.version.hip is not None:
         return Device("amd", properties.multi_processor_count)
     return Device(
-        architecture_class(properties.major, properties.minor), properties.multi_processor_count
+        architecture_class(properties.major, properties.minor),
+        properties.multi_processor_count,
+        10 * properties.major + properties.minor,
     )
 
 
@@ -87,7 +143,7 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def launch(
-    kernel: str, dtype: torch.dtype, device: torch.device, run: Callable[[Row, Device], T]
+    kernel: str, dtype: torch.dtype, device: torch.device, run: Callable[[Any, Device], T]
 ) -> T:
     """`run(row, device)` with the first row of the table that fits the device.
 
@@ -151,3 +207,37 @@ def split_row(rows: int, columns: int, block: int, processors: int, most_blocks:
     if most_blocks:
         each = min(each, most_blocks)
     return Split(-(-blocks // each), each)
+
+
+class Share(NamedTuple):
+    """Programs that share the columns of a block of rows, and blocks of rows that run together."""
+
+    splits: int
+    group: int
+
+
+def share_columns(row_blocks: int, column_blocks: int, tile: Tile, processors: int) -> Share:
+    """Among the splits within 3 % of the shortest schedule, the one that reads least.
+
+    A program multiplies `column_blocks / splits` tiles, and `row_blocks * splits` programs run in
+    waves. What a wave reads is least when it is as many rows high as columns wide.
+
+    Args:
+        row_blocks: blocks of rows.
+        column_blocks: blocks of vocabulary columns.
+        tile: of a program.
+        processors: of the device, one program at a time each.
+
+    Returns:
+        The share.
+    """
+
+    def tiles_in_sequence(splits: int) -> int:
+        return -(-row_blocks * splits // processors) * -(-column_blocks // splits)
+
+    choices = range(1, min(column_blocks, MAX_SPLITS) + 1)
+    least = min(map(tiles_in_sequence, choices))
+    square = math.sqrt(processors * tile.rows / tile.columns)
+    good = (each for each in choices if tiles_in_sequence(each) <= 1.03 * least)
+    splits = min(good, key=lambda each: abs(math.log(each / square)))
+    return Share(splits, max(1, processors // splits))

@@ -2,8 +2,9 @@
 
     python -m tests.kernels.compile_report [--targets 75 80 gfx942] [--json FILE]
 
-Prints registers, spills, shared memory against the limit and the 16-byte loads and stores; exits
-with 1 when a kernel spills, does not fit, or lacks a wide access it must have.
+Prints registers, spills, shared memory against the limit, the 16-byte loads and stores and the
+units a GEMM runs on; exits with 1 when a kernel spills, does not fit, or lacks a wide access, or
+the tensor cores or copies it must use.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 
 from orpo_kernels.kernels import (
     column_sums,
+    linear_lse,
     odds_ratio,
     sequence_mean,
     softmax_grad,
@@ -26,8 +28,20 @@ from orpo_kernels.kernels import (
 )
 from tests.kernels.dryrun import SHARED_LIMIT, Resources, dryrun, resources
 
-R, V = 256, 128256
+R, H, V = 256, 4096, 128256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# What linear_lse takes its operands by, and must run on. sm_75 has no such kernel.
+FORMS = {
+    80: "pointers", 86: "pointers", 89: "pointers", 90: "wgmma", 100: "tcgen05", 120: "tma",
+    "gfx90a": "pointers", "gfx942": "pointers", "gfx1100": "pointers",
+}  # fmt: skip
+UNITS = {
+    80: ("mma.sync", "cp.async"), 86: ("mma.sync", "cp.async"), 89: ("mma.sync", "cp.async"),
+    90: ("wgmma", "tma"), 100: ("tcgen05", "tma"), 120: ("mma.sync", "tma"),
+    "gfx90a": ("mfma",), "gfx942": ("mfma",), "gfx1100": ("wmma",),
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -39,6 +53,16 @@ class Case(NamedTuple):
     launch: Callable[[], Any]
     wide_loads: bool = True
     wide_stores: bool = False
+    only: str = ""  # of several kernels launched, the one meant
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a GEMM."""
+        return self.only == "_linear_lse_kernel"
+
+    def key(self, target: int | str, architecture: str) -> tuple[str, str, torch.dtype]:
+        """In the table."""
+        return self.kernel.format(form=FORMS.get(target)), architecture, self.dtype
 
 
 def _cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -98,6 +122,32 @@ def _tile_cases() -> Iterator[Case]:
         yield Case(f"column_sums {name}", "column_sums", dtype, sums)
 
 
+def _gemm_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for what, bias, sets, options in (
+            ("plain", None, 1, (1.0, None, False)),
+            ("all options", dtype, 2, (0.5, 30.0, True)),
+        ):
+
+            def lse(h, columns=V, dtype=dtype, bias=bias, sets=sets, options=options):
+                hidden, weight = _cuda(R, h, dtype=dtype), _cuda(columns, h, dtype=dtype)
+                offsets = None if bias is None else _cuda(columns, dtype=bias)
+                linear_lse.linear_lse(hidden, weight, offsets, _labels(sets, R), *options)
+
+            after = "" if bias is None else "_transformed"
+            gemm = {"wide_loads": False, "only": "_linear_lse_kernel"}
+            even, odd = functools.partial(lse, H), functools.partial(lse, H + 1, 32003)
+            kernel = "linear_lse_{form}" + after
+            yield Case(f"linear_lse {name}, {what}", kernel, dtype, even, **gemm)
+            kernel = f"linear_lse_elements{after}"
+            yield Case(f"linear_lse {name}, {what}, odd H", kernel, dtype, odd, **gemm)
+            if bias is None:
+                yield Case(
+                    f"label_dots {name}", "label_dots", dtype, even, only="_label_dots_kernel"
+                )
+
+
 def _small_cases() -> Iterator[Case]:
     def padded() -> None:
         mask = _cuda(4, 4096, dtype=torch.bool)
@@ -119,7 +169,7 @@ def _small_cases() -> Iterator[Case]:
 
 def cases() -> list[Case]:
     """Every launch of the report."""
-    return [*_tile_cases(), *_small_cases()]
+    return [*_tile_cases(), *_gemm_cases(), *_small_cases()]
 
 
 class Line(NamedTuple):
@@ -128,7 +178,7 @@ class Line(NamedTuple):
     target: str
     case: str
     kernel: str
-    row: tuning.Row
+    row: tuning.Row | tuning.Tile
     figures: Resources
     faults: tuple[str, ...]
 
@@ -138,7 +188,9 @@ def report(target: int | str, chosen: list[Case]) -> Iterator[Line]:
     with dryrun(target) as log:
         architecture = tuning.device_info(torch.device("cuda")).architecture
         for case in chosen:
-            key = (case.kernel, architecture, case.dtype)
+            if target == 75 and case.only:
+                continue
+            key = case.key(target, architecture)
             rows = tuning.TABLE[key]
             for row in rows:
                 tuning.TABLE[key] = (row,)
@@ -148,14 +200,17 @@ def report(target: int | str, chosen: list[Case]) -> Iterator[Line]:
                 finally:
                     tuning.TABLE[key] = rows
                 for launch in log:
+                    if case.only not in ("", launch.name):
+                        continue
                     figures = resources(launch.compiled)
                     # The partials and the combination of a few of them are not the stream.
                     streams = not launch.name.endswith("combine_kernel")
-                    faults = tuple(_faults(figures, SHARED_LIMIT[target], case, streams))
+                    faults = tuple(_faults(figures, target, case, streams))
                     yield Line(str(target), case.label, launch.name, row, figures, faults)
 
 
-def _faults(figures: Resources, limit: int, case: Case, streams: bool) -> Iterator[str]:
+def _faults(figures: Resources, target: int | str, case: Case, streams: bool) -> Iterator[str]:
+    limit = SHARED_LIMIT[target]
     if figures.spills:
         yield f"{figures.spills} spills"
     if figures.shared_bytes > limit:
@@ -164,16 +219,27 @@ def _faults(figures: Resources, limit: int, case: Case, streams: bool) -> Iterat
         yield "no 16-byte load"
     if streams and case.wide_stores and not figures.wide_stores:
         yield "no 16-byte store"
+    if case.multiplies:
+        yield from (f"no {each}" for each in _required(target, case) if each not in figures.units)
+
+
+def _required(target: int | str, case: Case) -> tuple[str, ...]:
+    if "elements" in case.kernel:  # nothing copies single elements; mma.sync where wgmma needs more
+        return ("mma.sync",) if target in (80, 86, 89, 120) else ()
+    # gfx1100 has no tensor cores for float32.
+    return () if target == "gfx1100" and case.dtype == torch.float32 else UNITS[target]
 
 
 def _text(line: Line, limit: int) -> str:
     figures = line.figures
     part = next((p for p in ("combine", "backward") if line.kernel.endswith(f"{p}_kernel")), "")
     label = f"{line.case} ({part})" if part else line.case
+    row = "x".join(map(str, line.row))
     return (
-        f"{line.target:8}{label:52}{line.row.block:5}x{line.row.warps:<8}"
+        f"{line.target:8}{label:52}{row:16}"
         f"{figures.registers:>5}{figures.spills:>7}{figures.shared_bytes:>11} / {limit:<7}"
-        f"{figures.wide_loads:>5}{figures.wide_stores:>7}  {'; '.join(line.faults)}\n"
+        f"{figures.wide_loads:>5}{figures.wide_stores:>7}  {' '.join(figures.units)} "
+        f"{'; '.join(line.faults)}\n"
     )
 
 
@@ -181,14 +247,16 @@ def main() -> int:
     """The command line; number of faults as the exit status, at most 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="*", default=[str(each) for each in SHARED_LIMIT])
+    parser.add_argument("--kernels", default="", help="only cases whose name begins so")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lines = []
-    heading = f"{'target':8}{'case':52}{'row':14}{'regs':>5}{'spills':>7}"
+    heading = f"{'target':8}{'case':52}{'row':16}{'regs':>5}{'spills':>7}"
     sys.stdout.write(f"{heading}{'shared / limit':>20}{'loads':>6}{'stores':>7}\n")
     for text in args.targets:
         target = int(text) if text.isdigit() else text
-        for line in report(target, cases()):
+        chosen = [case for case in cases() if case.label.startswith(args.kernels)]
+        for line in report(target, chosen):
             lines.append(line)
             sys.stdout.write(_text(line, SHARED_LIMIT[target]))
             sys.stdout.flush()

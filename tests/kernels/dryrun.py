@@ -41,13 +41,22 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel: per thread, per block, and its widest global accesses."""
+    """Of a compiled kernel: per thread, per block, its widest global accesses, what it runs on."""
 
     registers: int
     spills: int
     shared_bytes: int
     wide_loads: int
     wide_stores: int
+    units: tuple[str, ...] = ()
+
+
+# Instructions of the tensor cores and of the copies that feed them, by what they are called.
+UNITS = {
+    "wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma",
+    "cp.async": r"cp\.async\.c[ag]", "tma": r"cp\.async\.bulk\.tensor\S*\.shared",
+    "mfma": r"v_mfma", "wmma": r"v_wmma",
+}  # fmt: skip
 
 
 def target_of(architecture: int | str) -> GPUTarget:
@@ -152,7 +161,8 @@ def dryrun(architecture: int | str) -> Iterator[list[Launch]]:
     name = "amd"
     if isinstance(architecture, int):
         name = tuning.architecture_class(*divmod(architecture, 10))
-    info = tuning.Device(name, PROCESSORS.get(architecture, 80))
+    capability = architecture if isinstance(architecture, int) else 0
+    info = tuning.Device(name, PROCESSORS.get(architecture, 80), capability)
     saved = (
         triton.KernelInterface.__getitem__, driver._active, tuning.device_info, tuning.guard,
     )  # fmt: skip
@@ -172,6 +182,8 @@ def dryrun(architecture: int | str) -> Iterator[list[Launch]]:
 def resources(compiled: Any) -> Resources:
     """Of a compiled kernel, from its machine code: no device is asked."""
     shared = compiled.metadata.shared
+    code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, code))
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spills = (
@@ -181,7 +193,7 @@ def resources(compiled: Any) -> Resources:
         )
         loads = len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text))
         stores = len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text))
-        return Resources(registers, spills, shared, loads, stores)
+        return Resources(registers, spills, shared, loads, stores, units)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -192,7 +204,7 @@ def resources(compiled: Any) -> Resources:
     loads = len(re.findall(r"LDG\.E\S*\.(?:128|256|ENL2)", code))
     stores = len(re.findall(r"STG\.E\S*\.(?:128|256|ENL2)", code))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return Resources(registers, spills, shared, loads, stores)
+    return Resources(registers, spills, shared, loads, stores, units)
 
 
 def _output(*command: str) -> str:

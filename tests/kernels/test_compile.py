@@ -31,8 +31,12 @@ def test_every_kernel_fits_without_spills(target, monkeypatch):
 def test_a_fault_is_reported():
     case = CHOSEN[0]._replace(wide_stores=True)
     bad = Resources(registers=255, spills=3, shared_bytes=10**6, wide_loads=0, wide_stores=0)
-    assert len(list(compile_report._faults(bad, 101376, case, streams=True))) == 4
-    assert len(list(compile_report._faults(bad, 101376, case, streams=False))) == 2
+    assert len(list(compile_report._faults(bad, 89, case, streams=True))) == 4
+    assert len(list(compile_report._faults(bad, 89, case, streams=False))) == 2
+    gemm = next(case for case in CHOSEN if case.multiplies and "odd" not in case.label)
+    fine = bad._replace(spills=0, shared_bytes=0, units=("mma.sync",))
+    assert list(compile_report._faults(fine, 90, gemm, streams=True)) == ["no wgmma", "no tma"]
+    assert list(compile_report._faults(fine, 80, gemm, streams=True)) == ["no cp.async"]
 
 
 @pytest.mark.parametrize(("faults", "status"), [((), 0), (("3 spills", "no 16-byte load"), 1)])
@@ -57,5 +61,8 @@ def test_the_targets_are_those_of_users():
 
 
 def test_every_row_of_the_table_is_reported():
-    reported = {(case.kernel, case.dtype) for case in compile_report.cases()}
+    reported = {
+        (case.key(target, "")[0], case.dtype)
+        for case in compile_report.cases() for target in compile_report.FORMS
+    }  # fmt: skip
     assert {(kernel, dtype) for kernel, _, dtype in tuning.TABLE} - reported == set()

@@ -12,8 +12,15 @@ from orpo_kernels.loss import orpo_loss_from_logps
 
 pytest.importorskip("triton")
 
-from orpo_kernels.kernels import column_sums, odds_ratio, sequence_mean, softmax_grad, softmax_stats
-from tests.kernels.dryrun import SHARED_LIMIT, dryrun, resources
+from orpo_kernels.kernels import (
+    column_sums,
+    linear_lse,
+    odds_ratio,
+    sequence_mean,
+    softmax_grad,
+    softmax_stats,
+)
+from tests.kernels.dryrun import PROCESSORS, SHARED_LIMIT, dryrun, resources
 
 BUDGET = 64 * 2**20
 
@@ -103,6 +110,33 @@ def test_the_loss_waits_for_nothing():
             float(out.loss)
 
 
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_linear_lse_on_real_heads(architecture):
+    # Llama 3, Qwen 2.5, Gemma, and an odd vocabulary; a hidden size no vector divides; one row,
+    # a chunk, and a batch: neither is part of what is compiled.
+    with dryrun(architecture) as log:
+        for H in (4096, 4097):
+            for V in (128256, 151936, 262144, 32003):
+                for rows in (1, 300, 8192):
+                    hidden, weight = cuda(rows, H), cuda(V, H)
+                    labels = cuda(1, rows, dtype=torch.int64)
+                    results = linear_lse.linear_lse(hidden, weight, None, labels, 1.0, None, False)
+                    assert [each.numel() for each in results] == [rows, rows, rows, 0]
+    compiled: dict[str, set[int]] = {}
+    for launch in log:
+        compiled.setdefault(launch.name, set()).add(id(launch.compiled))
+    # Operands in vectors, and not.
+    assert {name: len(found) for name, found in compiled.items()} == {
+        "_linear_lse_kernel": 2, "_label_dots_kernel": 2, "_softmax_stats_combine_kernel": 1,
+    }  # fmt: skip
+    for each in {id(launch.compiled): launch.compiled for launch in log}.values():
+        figures = resources(each)
+        assert figures.spills == 0
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture]
+    grids = [launch.grid[0] for launch in log if launch.name == "_linear_lse_kernel"]
+    assert max(grids) >= PROCESSORS[architecture]
+
+
 @pytest.mark.parametrize("V", [8192, 8209])  # rows on vector boundaries, and not
 def test_few_variants_over_many_lengths(launchers, V):
     rng = random.Random(0)
@@ -125,12 +159,12 @@ def test_few_variants_over_many_lengths(launchers, V):
 
 
 def test_no_size_is_part_of_a_variant():
-    modules = (softmax_stats, softmax_grad, column_sums, sequence_mean, odds_ratio)
+    modules = (softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio)
     kernels = [
         each for module in modules for name, each in vars(module).items()
         if name.endswith("_kernel") and hasattr(each, "params")
     ]  # fmt: skip
-    assert len(kernels) == 7
+    assert len(kernels) == 9
     for kernel in kernels:
         runtime = [each for each in kernel.params if not each.is_constexpr]
         numbers = [each for each in runtime if not each.name.endswith("_ptr")]

@@ -12,7 +12,7 @@ os.environ["ORPO_KERNELS_CPU_BACKEND"] = "torch"  # the CPU dispatch key is ours
 import torch
 
 from orpo_kernels import kernels, odds_ratio, sequence_mean
-from orpo_kernels.engine import tiles
+from orpo_kernels.engine import linear_lse, tiles
 from orpo_kernels.kernels import tuning
 from tests.kernels.interpreted import strict
 
@@ -29,12 +29,15 @@ def pytest_configure():
         launches.append(kernel)
         return real(kernel, *rest)
 
-    for module in ("softmax_stats", "softmax_grad", "column_sums", "sequence_mean", "odds_ratio"):
+    for module in (
+        "softmax_stats", "softmax_grad", "column_sums", "linear_lse", "sequence_mean", "odds_ratio",
+    ):  # fmt: skip
         __import__(f"orpo_kernels.kernels.{module}")
         getattr(kernels, module).launch = counted
     kernels.DEVICES = ("cpu",)
     for name in ("softmax_stats", "softmax_grad_", "column_sums"):
         kernels.register_tile_operation(name, getattr(tiles, f"_{name}"))
+    kernels.register_tile_operation("linear_lse", linear_lse._linear_lse)
     kernels.register_custom_op("sequence_mean", sequence_mean._sequence_mean)
     kernels.register_custom_op("odds_ratio", odds_ratio._odds_ratio)
     kernels.register_custom_op("odds_ratio_backward", odds_ratio._odds_ratio_backward)

@@ -1,0 +1,94 @@
+"""`linear_lse`: the softmax statistics of a whole head, in memory that depends on no size.
+
+    x = hidden weight^T,   z = softcap(scale * (x + bias))
+
+    linear_lse  max over the columns of no label and sum of exp(z - max), per row;
+                dots x of the labels; on request the sum of z over all columns
+
+As `softmax_stats` over all V columns, of logits that are never there: on a GPU with tensor cores a
+Triton GEMM (`kernels/linear_lse.py`); elsewhere, and for float64, this file's plain torch, a tile
+at a time. `hidden` (R, H) and `weight` (V, H) are of one dtype, `labels` (K, R) int64, -1 where a
+row has none. A top-1 hit is `label logit >= max`; the mean logit is the sum over V.
+"""
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.chunks import gemm_widens, matmul_into, row_pitch, spans
+from orpo_kernels.engine.tiles import accumulation_dtype, softmax_stats
+from orpo_kernels.kernels import register_tile_operation
+
+_ROWS, _COLUMNS = 256, 8192  # 8 MiB of float32 logits, and the temporaries of softmax_stats
+
+torch.library.define(
+    "orpo_kernels::linear_lse",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float logit_scale, "
+    "float? softcap, bool with_logit_sum) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+linear_lse = torch.ops.orpo_kernels.linear_lse
+
+
+def _linear_lse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    with_logit_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_max, sum_exp, dots, logit_sum = _outputs(hidden, labels, with_logit_sum)
+    row_max.fill_(torch.finfo(row_max.dtype).min)
+    sum_exp.zero_()
+    logit_sum.zero_()
+    for i, j in spans(hidden.shape[0], _ROWS):
+        for v0, v1 in spans(weight.shape[0], _COLUMNS):
+            tile = _product(hidden[i:j], weight[v0:v1])
+            block = (tile, None if bias is None else bias[v0:v1])
+            options = (logit_scale, softcap, with_logit_sum)
+            block_max, block_sum, total = softmax_stats(*block, labels[:, i:j], v0, *options)
+            top = torch.maximum(row_max[i:j], block_max)
+            old, new = torch.exp(row_max[i:j] - top), torch.exp(block_max - top)
+            sum_exp[i:j] = sum_exp[i:j] * old + block_sum * new
+            row_max[i:j] = top
+            if with_logit_sum:
+                logit_sum[i:j] += total
+        wide = hidden[i:j].to(dots.dtype)
+        for each, row_labels in zip(dots, labels[:, i:j], strict=True):
+            entries = weight.index_select(0, row_labels.clamp(min=0)).to(dots.dtype)
+            each[i:j] = torch.where(row_labels >= 0, (wide * entries).sum(1), 0.0)
+    return row_max, sum_exp, dots, logit_sum
+
+
+def _outputs(hidden: Tensor, labels: Tensor, with_logit_sum: bool) -> tuple[Tensor, ...]:
+    R, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+    shapes = ((R,), (R,), tuple(labels.shape), (R if with_logit_sum else 0,))
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    widens = gemm_widens(hidden.device, hidden.dtype)
+    columns = weight.shape[0]
+    tile = hidden.new_empty(
+        (hidden.shape[0], row_pitch(columns, hidden.device)),
+        dtype=torch.float32 if widens else hidden.dtype,
+    )[:, :columns]
+    return matmul_into(tile, hidden, weight.t())
+
+
+@torch.library.register_fake("orpo_kernels::linear_lse")  # type: ignore[untyped-decorator]
+def _linear_lse_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    with_logit_sum: bool,
+) -> tuple[Tensor, ...]:
+    return _outputs(hidden, labels, with_logit_sum)
+
+
+torch.library.impl("orpo_kernels::linear_lse", "CompositeExplicitAutograd", _linear_lse)
+register_tile_operation("linear_lse", _linear_lse)
