@@ -130,8 +130,8 @@ def _linear_lse_kernel(
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_R,), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    # One loop of both, whose loads run ahead into the next block; a bias leaves no registers for it.
-    for block in tl.range(split, tl.cdiv(C, BLOCK_C), splits, flatten=not HAS_BIAS):
+    # One loop of both: TMA loads run ahead into the next block. A bias leaves no registers for it.
+    for block in tl.range(split, tl.cdiv(C, BLOCK_C), splits, flatten=TMA and not HAS_BIAS):
         first = block * BLOCK_C
         column = first + tl.arange(0, BLOCK_C)
         weight_offs = column.to(tl.int64) * weight_step

@@ -91,10 +91,10 @@ _NARROW_TILES = {
 }
 _WIDE_TILES = {
     ("wgmma", "datacenter"): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("tcgen05", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tma", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("pointers", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("pointers", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tcgen05", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("tma", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("pointers", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("pointers", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("pointers", "amd"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
     ("pointers", "other"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 4, 2)),
 }
