@@ -1,9 +1,12 @@
 """Time of each row kernel over its byte floor: bytes it must move / measured copy bandwidth.
 
+And of `linear_lse` over the bare GEMM, with each tile its table has, so that a better one shows.
+
 python -m tests.gpu.row_times [--json FILE] [--tiny] [--device cpu]
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
@@ -12,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from orpo_kernels.engine import tiles
+from orpo_kernels.engine.linear_lse import linear_lse
+from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.sequence_mean import sequence_mean
 
@@ -111,6 +117,47 @@ def measure(device: str, *, tiny: bool) -> dict[str, Any]:
     return {"copy_gb_per_s": bandwidth / 1e9, "kernels": results}
 
 
+def gemm_shares(device: str, *, tiny: bool) -> list[dict[str, Any]]:
+    """TFLOP/s of `linear_lse` and of the GEMM of 16-bit logits alone: N 8192, H 4096, V 128256."""
+    N, H, V = (64, 32, 1003) if tiny else (8192, 4096, 128256)
+    dtype = torch.bfloat16
+    hidden = torch.randn(N, H, device=device).to(dtype)
+    weight = (torch.randn(V, H, device=device) * H**-0.5).to(dtype)
+    labels = torch.randint(0, V, (1, N), device=device)
+    flush = torch.empty(2**16 if tiny else 2**28, dtype=torch.uint8, device=device)
+    logits = torch.empty(N, V, dtype=dtype, device=device)
+    gemm = functools.partial(torch.mm, hidden, weight.t(), out=logits)
+    bare = median_s(gemm, device, 5, flush)
+    del logits, gemm
+    results = []
+    for name, restrict in _tiles(hidden):
+        with restrict:
+            seconds = median_s(
+                lambda: linear_lse(hidden, weight, None, labels, 1.0, None, False), device, 5, flush
+            )
+        tflops = 2e-12 * N * H * V / seconds
+        results.append(
+            {"name": name, "tflop_per_s": tflops, "share_of_gemm": bare / seconds,
+             "gemm_tflop_per_s": 2e-12 * N * H * V / bare}
+        )  # fmt: skip
+        sys.stdout.write(f"{name:60}{tflops:8.1f} TFLOP/s {bare / seconds:7.1%} of the GEMM\n")
+    return results
+
+
+def _tiles(hidden: torch.Tensor) -> Iterator[tuple[str, contextlib.AbstractContextManager[Any]]]:
+    """The tiles to time: those of the table for this device, or what a CPU has."""
+    if hidden.device.type == "cpu" or gpu_backend() != "triton":
+        yield "linear_lse plain torch", contextlib.nullcontext()
+        return
+    from orpo_kernels.kernels import linear_lse as launcher
+    from orpo_kernels.kernels import tuning
+
+    info = tuning.device_info(hidden.device)
+    key = (f"linear_lse_{launcher._form(hidden, hidden, info)}", info.architecture, hidden.dtype)
+    for tile in tuning.TABLE[key]:
+        yield f"linear_lse {tuple(tile)}", mock.patch.dict(tuning.TABLE, {key: (tile,)})
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,6 +166,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     figures = measure(args.device, tiny=args.tiny)
+    figures["gemm"] = gemm_shares(args.device, tiny=args.tiny)
     sys.stdout.write(f"copy: {figures['copy_gb_per_s']:.0f} GB/s\n")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1))

@@ -18,6 +18,8 @@ def test_dry_run(tmp_path):
     assert names == {
         "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio",
     }  # fmt: skip
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [each["name"] for each in rows["gemm"]] == ["linear_lse plain torch"]
 
 
 def test_what_a_dry_run_leaves_out(monkeypatch):

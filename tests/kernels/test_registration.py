@@ -11,7 +11,7 @@ from orpo_kernels import kernels
 from orpo_kernels.engine import tiles  # noqa: F401 - registers
 
 OPERATIONS = [
-    "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio",
+    "softmax_stats", "softmax_grad_", "column_sums", "linear_lse", "sequence_mean", "odds_ratio",
     "odds_ratio_backward",
 ]  # fmt: skip
 
@@ -54,6 +54,19 @@ def test_the_kernel_when_there_is_one(chooser, monkeypatch):
     assert chooser(torch.randn(9, 2).t(), None, labels, 0, 1.0, None) == "plain"
     assert chooser(tile[:0], None, labels[:, :0], 0, 1.0, None) == "plain"
     assert chooser(tile, None, torch.full((3, 2), -1), 0, 1.0, None) == "plain"
+
+
+def test_a_gemm_needs_tensor_cores_and_one_dtype(monkeypatch):
+    hidden, weight, labels = torch.randn(2, 8), torch.randn(9, 8), torch.full((1, 2), -1)
+    assert kernels._has_gemm(hidden, weight, None, labels)
+    assert not kernels._has_gemm(hidden, weight.bfloat16(), None, labels)
+    assert not kernels._has_gemm(hidden, weight[:0], None, labels)
+    assert not kernels._has_gemm(hidden, torch.randn(8, 9).t(), None, labels)
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert kernels.has_tensor_cores(torch.device("cuda")) == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert kernels.has_tensor_cores(torch.device("cuda"))
 
 
 def test_without_triton_one_warning_and_the_plain_form(chooser, monkeypatch):
