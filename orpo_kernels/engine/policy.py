@@ -5,9 +5,9 @@
     recompute     the head trains                                          4 (3: hidden does not)
     two passes    only hidden needs a gradient                             2
     one pass      nothing needs a gradient                                 1
-    linear_lse    as "one pass", and as the forward of "recompute" where   1 (3 with its backward)
-                  hidden needs none: where no tile of logits fits, or on
-                  a device it was measured to be faster on (`FASTER_ON`)
+    linear_lse    hidden needs no gradient, and either no tile of logits   1 (3: the head trains)
+                  fits, or the device is one it was measured to be faster
+                  on (`FASTER_ON`)
 
 A pass is a GEMM of 2 N V H FLOP, forward and backward together. The sizes of chunks and blocks are
 those of `chunks.py`. The first time a decision is taken it is logged by the logger "orpo_kernels"
@@ -32,10 +32,11 @@ from orpo_kernels.engine.chunks import (
 from orpo_kernels.kernels import DTYPES, gpu_backend, has_tensor_cores
 
 FASTER_ON: frozenset[str] = frozenset()
-"""Device classes on which `linear_lse` was measured faster than a GEMM and `softmax_stats`: none."""
+"""Device classes where `linear_lse` was measured faster than a GEMM and `softmax_stats`: none."""
 
 _LEAST_ROWS = 16
-_ROW_BYTES = 1024  # partials of 64 splits, descriptors, statistics and what computes them
+_ROW_BYTES = 1024  # partials of 64 splits, statistics and what computes them
+_FIXED_BYTES = 2**14  # descriptors of the 64 programs that share the first block of rows
 _COLUMNS = 1024  # least block of a head that is copied block by block
 
 _logger = logging.getLogger("orpo_kernels")
@@ -200,16 +201,17 @@ def _plan_linear_lse(sizes: Sizes, budget: int) -> Plan:
     if column_bytes:
         columns = min(columns, max(_COLUMNS, budget // 2 // column_bytes // _COLUMNS * _COLUMNS))
     least_rows = min(_LEAST_ROWS, sizes.rows)
-    rows = min(sizes.rows, (budget - columns * column_bytes) // row_bytes)
+    fixed = _FIXED_BYTES + columns * column_bytes
+    rows = min(sizes.rows, (budget - fixed) // row_bytes)
     if rows < least_rows:
-        least = least_rows * row_bytes + min(columns, _COLUMNS) * column_bytes
+        least = least_rows * row_bytes + _FIXED_BYTES + min(columns, _COLUMNS) * column_bytes
         raise ValueError(
             f"workspace_bytes={budget} is too small: {least_rows} rows of a head with H = "
             f"{sizes.hidden_columns} and V = {sizes.vocabulary} take {least} bytes without any "
             "logit; raise workspace_bytes to at least that"
         )
     even = -(-sizes.rows // -(-sizes.rows // rows))
-    return Plan(even, columns, even * row_bytes + columns * column_bytes)
+    return Plan(even, columns, even * row_bytes + fixed)
 
 
 def _decided(
