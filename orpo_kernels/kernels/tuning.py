@@ -102,7 +102,8 @@ for _tiles, _dtypes in ((_NARROW_TILES, _NARROW), (_WIDE_TILES, (torch.float32,)
     for (_form, _class), _rows in _tiles.items():
         for _dtype in _dtypes:
             TABLE[f"linear_lse_{_form}", _class, _dtype] = _rows
-            TABLE.setdefault((f"linear_lse_{_form}_transformed", _class, _dtype), _rows)
+            if not _form.endswith("_transformed"):
+                TABLE.setdefault((f"linear_lse_{_form}_transformed", _class, _dtype), _rows)
 for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
         _tile = Tile(64, 64, 32, 8 if _dtype == torch.float32 else 4, 1)
