@@ -19,16 +19,10 @@ from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.arguments import choose_compute_dtype, refuse_forward_mode, validate
-from orpo_kernels.engine.chunks import (
-    Columns,
-    kept_rows,
-    plan_backward,
-    plan_forward,
-    plan_kept,
-    spans,
-    workspace_budget,
-)
+from orpo_kernels.engine.chunks import Columns, spans, workspace_budget
 from orpo_kernels.engine.exact import Forward
+from orpo_kernels.engine.folded import Folded
+from orpo_kernels.engine.policy import choose, keeps
 from orpo_kernels.engine.selection import (
     Selection,
     problem_sizes,
@@ -161,18 +155,17 @@ def _forward(
     needs_dweight: bool,
 ) -> None:
     sizes, keep = chosen.sizes, kept.shape[0] > 0
-    budget = workspace_budget(workspace_bytes, sizes.device)
-    if needs_dweight and not keep:  # a budget too small for the backward is refused here
-        plan_backward(sizes, budget, sizes.hidden_columns, recompute=True)
-    plan = (
-        plan_kept(sizes, kept.shape[0], budget)
-        if keep
-        else plan_forward(sizes, budget, with_gradient=gradients is not None)
-    )
-    forward = Forward(
-        chosen.rows, chosen.head, chosen.labels, sizes, plan,
-        with_gradient=gradients is not None, keep=keep,
+    decision = choose(
+        sizes, workspace_budget(workspace_bytes, sizes.device),
+        needs_dhidden=gradients is not None, needs_dweight=needs_dweight, kept=kept.shape[0],
+        in_rows=all(part.stride(1) == 1 for part in chosen.head.columns.parts),
     )  # fmt: skip
+    plan, inputs = decision.plan, (chosen.rows, chosen.head, chosen.labels, sizes)
+    forward = (
+        Folded(*inputs, plan)
+        if decision.strategy == "linear_lse"
+        else Forward(*inputs, plan, with_gradient=gradients is not None, keep=keep)
+    )
     for start, stop in spans(sizes.rows, plan.rows):
         chunk, g = forward.chunk(start, stop, kept[start:stop] if keep else None)
         rows = slice(start, stop) if chosen.scored is None else chosen.scored[start:stop]
@@ -203,9 +196,8 @@ def _empty_outputs(  # noqa: PLR0913 - as the schema
         (count if needs_dhidden else 0, rank)
     )
     sizes = problem_sizes(0, (hidden, hidden_r), (weight, weight_r), labels.shape[0], compute_dtype)
-    fits = needs_dweight and count <= kept_rows(
-        sizes, workspace_budget(workspace_bytes, weight.device)
-    )
+    budget = workspace_budget(workspace_bytes, weight.device)
+    fits = keeps(sizes, count, budget, needs_dweight=needs_dweight)
     kept = hidden.new_empty((count if fits else 0, weight.shape[0]), dtype=compute_dtype)
     return statistics, g, g_r, kept
 

@@ -214,11 +214,16 @@ class Forward:
     def _label_terms(self, hidden: Tensor, labels: Tensor) -> "_LabelTerms":
         """Label logits from float32 dots of the operands: a confident token loses no digits."""
         rows = self.head.columns.rows(labels[0], self.wide)
-        terms = _LabelTerms(rows, *self.head.transform(_dots(hidden, rows), labels[0]))
+        dots = [_dots(hidden, rows)]
+        if self.labels.second is not None:
+            dots.append(_dots(hidden, self.head.columns.rows(labels[1], self.wide)))
+        return self._terms(rows, dots, labels)
+
+    def _terms(self, rows: Tensor, dots: list[Tensor], labels: Tensor) -> "_LabelTerms":
+        terms = _LabelTerms(rows, *self.head.transform(dots[0], labels[0]))
         if self.labels.second is None:
             return terms
-        dots = _dots(hidden, self.head.columns.rows(labels[1], self.wide))
-        second, second_slope = self.head.transform(dots, labels[1])
+        second, second_slope = self.head.transform(dots[1], labels[1])
         return terms._replace(second=(second, second_slope, labels[1] >= 0))
 
     def _finish(

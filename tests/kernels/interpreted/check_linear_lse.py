@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from orpo_kernels import reference
+from orpo_kernels import linear_logps, reference
+from orpo_kernels.engine import policy
 from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.tuning import Device, Share, Tile, share_columns
@@ -173,3 +174,62 @@ def test_the_shares_fill_the_device(processors):
             # At most MAX_SPLITS programs share a row: one block of rows cannot fill a large card.
             usable = min(1.0, row_blocks * tuning.MAX_SPLITS / processors)
             assert spent <= 1.25 * ideal / usable + 1
+
+
+@pytest.fixture
+def chosen(device, monkeypatch):
+    """The engine takes linear_lse wherever it can."""
+    device(AMPERE)
+    monkeypatch.setattr(policy, "device_class", lambda _: "cuda sm_80+")
+    monkeypatch.setattr(policy, "FASTER_ON", frozenset({"cuda sm_80+"}))
+    policy.gpu_backend.cache_clear()
+
+
+@pytest.mark.parametrize("low_rank", [False, True], ids=["head as it is", "joined with a LoRA"])
+def test_log_probs_and_weight_gradient_without_a_tile(chosen, low_rank):
+    N, H, V = 40, 32, 1500
+    hidden, weight, bias = torch.randn(N, H), torch.randn(V, H) / 3, torch.randn(V)
+    weight.requires_grad_()
+    labels = (torch.randint(0, V, (N,)), torch.randint(0, V, (N,)))
+    for each in labels:
+        each[::5] = -100
+    lora = (torch.randn(N, 8), torch.randn(V, 8) / 3) if low_rank else None
+    before = len(launches)
+    options = {"softcap": 5.0, "logit_scale": 0.7}
+    budget = 400_000 if low_rank else 2**20  # blocks of 1,024 columns of the joined head, two
+    with torch.no_grad():
+        found = linear_logps(
+            hidden, weight, labels, bias, low_rank=lora, workspace_bytes=budget, **options
+        )
+    blocks = 2 if low_rank else 1
+    assert launches[before:] == ["linear_lse_pointers_transformed", "label_dots"] * blocks
+    wide = [each.detach().double() for each in (hidden, weight, bias)]
+    wide[1].requires_grad_()
+    wide_lora = None if lora is None else tuple(each.double() for each in lora)
+    truth = [
+        reference.linear_logps(wide[0], wide[1], each, wide[2], low_rank=wide_lora, **options)
+        for each in labels
+    ]
+    for ours, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), true.detach(), rtol=1e-5, atol=1e-5)
+    # Too little to keep E: the backward recomputes, relative to the maximum found here.
+    trained = linear_logps(
+        hidden, weight, labels, bias, low_rank=lora, workspace_bytes=2**20, **options
+    )
+    assert launches[-1] == "label_dots"
+    a, b = torch.randn(2, N)
+    (trained[0] @ a + trained[1] @ b).backward()
+    (truth[0] @ a.double() + truth[1] @ b.double()).backward()
+    assert (weight.grad - wide[1].grad).norm() <= 1e-5 * wide[1].grad.norm()
+
+
+def test_kilobytes_are_enough(chosen, monkeypatch):
+    monkeypatch.setattr(policy, "FASTER_ON", frozenset())
+    hidden, weight = torch.randn(40, 64), torch.randn(600, 64)
+    labels = torch.randint(0, 600, (40,))
+    found = linear_logps(hidden, weight, labels, workspace_bytes=40_000)
+    truth = reference.linear_logps(hidden.double(), weight.double(), labels)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(policy, "device_class", lambda _: "cpu")
+    with pytest.raises(ValueError, match="the smallest tile"):
+        linear_logps(hidden, weight, labels, workspace_bytes=40_000)

@@ -1,0 +1,119 @@
+"""The policy: which strategy, that it is what the engine runs, and that it says so once."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from orpo_kernels import linear_logps
+from orpo_kernels.engine import exact, policy
+from orpo_kernels.engine.policy import choose, explain
+from tests.engine.test_chunks import CPU, CUDA, sizes
+
+LLAMA = (4096, 128_256)
+MIB = 2**20
+
+
+@pytest.fixture
+def gpu_here(monkeypatch):
+    """Whatever this machine has: Triton's kernels, on the card the plan is for."""
+    monkeypatch.setattr(policy, "gpu_backend", lambda: "triton")
+    monkeypatch.setattr(policy, "has_tensor_cores", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    ("needs_dhidden", "needs_dweight", "budget", "strategy", "passes"),
+    [
+        (False, False, 64 * MIB, "one pass", 1),
+        (True, False, 64 * MIB, "two passes", 2),
+        (True, True, 256 * MIB, "recompute", 4),
+        (False, True, 256 * MIB, "recompute", 3),
+        (True, True, 4096 * MIB, "E kept", 3),
+        (False, True, 4096 * MIB, "E kept", 2),
+        (False, False, MIB // 2, "linear_lse", 1),
+        (False, True, 24 * MIB, "recompute", 3),
+    ],
+)
+def test_the_table(gpu_here, needs_dhidden, needs_dweight, budget, strategy, passes):
+    found = explain(
+        5000, LLAMA[1], LLAMA[0], torch.bfloat16, "cuda", needs_dhidden=needs_dhidden,
+        needs_dweight=needs_dweight, workspace_bytes=budget,
+    )  # fmt: skip
+    assert (found.strategy, found.passes) == (strategy, passes)
+    assert found.workspace_bytes <= budget
+
+
+def test_half_a_megabyte_is_legal_on_a_gpu_only(gpu_here, monkeypatch):
+    few = {"needs_dhidden": False, "needs_dweight": False}
+    plan = choose(sizes(LLAMA, CUDA), MIB // 2, **few).plan
+    assert plan.columns == LLAMA[1]
+    assert 16 <= plan.rows <= 64
+    refused = [
+        (sizes(LLAMA, CPU), {}),  # a CPU
+        (sizes(LLAMA, CUDA, dtype=torch.float64), {}),  # no such kernel
+        (sizes(LLAMA, CUDA), {"in_rows": False}),  # a transposed head
+    ]
+    for problem, options in refused:
+        with pytest.raises(ValueError, match="raise workspace_bytes to at least"):
+            choose(problem, MIB // 2, **few, **options)
+    with pytest.raises(ValueError, match=r"16 rows of a head .* without any logit"):
+        choose(sizes(LLAMA, CUDA), 100_000, **few)
+    monkeypatch.setattr(policy, "gpu_backend", lambda: "torch")
+    with pytest.raises(ValueError, match="the smallest tile"):
+        choose(sizes(LLAMA, CUDA), MIB // 2, **few)
+
+
+def test_the_least_it_names_is_enough(gpu_here):
+    for problem in (
+        sizes(LLAMA, CUDA),
+        sizes(LLAMA, CUDA, copied=True),
+        sizes(LLAMA, CUDA, rows=3),
+    ):
+        with pytest.raises(ValueError, match="to at least that") as refusal:
+            policy._plan_linear_lse(problem, 1000)
+        least = int(re.search(r"take (\d+) bytes", str(refusal.value))[1])
+        assert policy._plan_linear_lse(problem, least).workspace_bytes <= least
+
+
+def test_where_measured_faster(gpu_here, monkeypatch):
+    few = {"needs_dhidden": False, "needs_dweight": False}
+    assert choose(sizes(LLAMA, CUDA), 64 * MIB, **few).strategy == "one pass"
+    monkeypatch.setattr(policy, "FASTER_ON", frozenset({"cuda sm_80+"}))
+    faster = choose(sizes(LLAMA, CUDA), 64 * MIB, **few)
+    assert faster.strategy == "linear_lse"
+    assert faster.plan.workspace_bytes <= 64 * MIB
+    assert choose(sizes(LLAMA, CPU), 64 * MIB, **few).strategy == "one pass"
+    trains = {"needs_dhidden": False, "needs_dweight": True}
+    found = choose(sizes(LLAMA, CUDA), 256 * MIB, **trains)
+    assert (found.strategy, found.passes) == ("linear_lse", 3)
+
+
+def test_the_engine_runs_what_is_decided(monkeypatch, caplog):
+    hidden, weight = torch.randn(1100, 16, requires_grad=True), torch.randn(9000, 16)
+    labels = torch.randint(0, 9000, (1100,))
+    ran = []
+    real = exact.Forward.chunk
+
+    def chunk(self, start, stop, kept=None):
+        ran.append((stop - start, self.plan.columns, kept is not None))
+        return real(self, start, stop, kept)
+
+    monkeypatch.setattr(exact.Forward, "chunk", chunk)
+    policy._log.cache_clear()
+    with caplog.at_level(logging.DEBUG, logger="orpo_kernels"):
+        for trains in (False, True, True):
+            linear_logps(hidden, weight.requires_grad_(trains), labels)
+    expected = [
+        explain(1100, 9000, 16, torch.float32, "cpu", needs_dweight=trains)
+        for trains in (False, True)
+    ]
+    assert [each.strategy for each in expected] == ["two passes", "E kept"]
+    assert {(rows, columns) for rows, columns, _ in ran} == {
+        (each.plan.rows, each.plan.columns) for each in expected
+    }
+    assert [record.message for record in caplog.records] == [
+        f"linear_logps: {each}" for each in expected
+    ]
+    assert expected[0].plan.rows == 550  # the text says what was done
+    assert "two passes: 2 passes over 1100 rows, 550 rows x 8192 columns" in caplog.text
