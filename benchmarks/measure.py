@@ -23,7 +23,8 @@ GEMM_BUFFER_BYTES = 2 << 30  # on a GPU: as many rows as fit
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 ROUND_BUDGET_S = 5.0  # per result on the main heads
 SMALL_BUDGET_S = 1.5  # on the others
-SLOW_S = 20.0  # a call that takes longer is timed once and not weighed again
+LONG_S = 4.0  # a call that takes longer is timed twice
+SLOW_S = 12.0  # this long: once, and not weighed again
 
 
 def bare_gemm(workload: Workload) -> Callable[[], None]:
@@ -98,8 +99,8 @@ def _short(value: float) -> float:
 
 def rounds_for(first_s: float, budget_s: float = ROUND_BUDGET_S) -> int:
     """How many rounds fit the budget, judged by the first call; one when it is hopeless."""
-    if first_s > SLOW_S:
-        return 1
+    if first_s > LONG_S:
+        return 1 if first_s > SLOW_S else 2
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(first_s, 1e-6))))
 
 

@@ -70,7 +70,8 @@ def test_nothing_timed_is_nothing_claimed():
 def test_rounds_fit_the_budget():
     assert rounds_for(0.001) == MAX_ROUNDS
     assert rounds_for(1.5, budget_s=6) == 4
-    assert rounds_for(5, budget_s=6) == MIN_ROUNDS
+    assert rounds_for(3, budget_s=6) == MIN_ROUNDS
+    assert rounds_for(5, budget_s=60) == 2  # over LONG_S
     assert rounds_for(60, budget_s=6) == 1  # over SLOW_S
 
 
