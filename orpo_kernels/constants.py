@@ -12,3 +12,9 @@ MAX_MEAN_LOGP = -(2.0**-27)
 
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 """Smallest default of `workspace_bytes`: what the vocabulary-sized work may allocate."""
+
+COMPACT_ROWS = 64
+"""Rows of a block of the sparse gradient on a GPU: a kept column is kept for all of them."""
+
+COMPACT_COLUMNS = 128
+"""Vocabulary columns whose kept entries are stored over their own logits, on a GPU."""

@@ -32,10 +32,17 @@ _PROGRAMS_PER_PROCESSOR = 8
 
 
 class Row(NamedTuple):
-    """Elements per block, warps per program."""
+    """Elements per block, warps per program; of a matrix product also what pipelines it.
+
+    `block` is then columns of the output, `depth` the entries of the sum per step, `stages` the
+    steps in flight and `registers` the most per thread (0: the compiler's choice).
+    """
 
     block: int
     warps: int
+    depth: int = 0
+    stages: int = 1
+    registers: int = 0
 
 
 class Tile(NamedTuple):
@@ -73,6 +80,7 @@ for _kernel in _ROW_KERNELS:
 for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
         TABLE["column_sums", _class, _dtype] = (Row(1024, 4), Row(512, 4))
+    TABLE["pack_segments", _class, torch.bfloat16] = (Row(8, 2),)
     TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
 
@@ -110,6 +118,22 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["linear_lse_elements", _class, _dtype] = (_tile,)
         TABLE["linear_lse_elements_transformed", _class, _dtype] = (_tile,)
         TABLE["label_dots", _class, _dtype] = (Row(512, 4),)
+
+# A product of 64 slots: 128 registers let two programs of eight warps share a processor. float32
+# rows fill the shared memory of one anyway. `odd`: rows that start on no 16 bytes, unpipelined.
+for _class, _stages, _limit in (
+    ("datacenter", 4, 128), ("consumer", 3, 128), ("amd", 2, 0), ("other", 2, 0),
+):  # fmt: skip
+    for _dtype in (torch.float32, *_NARROW):
+        _most, _registers = (_stages, _limit) if _dtype == torch.bfloat16 else (min(_stages, 3), 0)
+        if _dtype == torch.float16:
+            _registers = _limit
+        TABLE["gather_matmul", _class, _dtype] = (
+            Row(256, 8, 32, _most, _registers), Row(128, 8, 32, 2),
+        )  # fmt: skip
+        TABLE["gather_matmul_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
+        # Tiles of 64 rows x 128 columns per program.
+        TABLE["softmax_compact", _class, _dtype] = (Row(8, 4 if _limit else 8),)
 
 _first_row: dict[tuple[str, str, torch.dtype], int] = {}
 
@@ -179,6 +203,14 @@ def launch(
                     stacklevel=2,
                 )
         return run(rows[-1], info)
+
+
+def compile_options(row: Row, device: Device) -> dict[str, Any]:
+    """Keyword arguments of a launch: warps, stages, and the register limit where there is one."""
+    options = {"num_warps": row.warps, "num_stages": row.stages, "enable_fp_fusion": True}
+    if row.registers and device.architecture in ("consumer", "datacenter"):
+        options["maxnreg"] = row.registers
+    return options
 
 
 class Split(NamedTuple):
