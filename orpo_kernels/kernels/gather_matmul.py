@@ -15,7 +15,6 @@ B row blocks, P pitch of their lists, E further pieces. Bytes from memory: the s
 gathered row once as long as a block of H of all of them stays in the second-level cache.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,15 +172,32 @@ def _add_pieces_kernel(
     partial_ptr += (row % SLOT) * H + column
     acc += tl.load(partial_ptr + block.to(tl.int64) * SLOT * H, mask=column < H, other=0.0)
     for piece in range(B + first, B + end):
-        acc += tl.load(partial_ptr + tl.cast(piece, tl.int64) * SLOT * H, mask=column < H, other=0.0)
+        acc += tl.load(
+            partial_ptr + tl.cast(piece, tl.int64) * SLOT * H, mask=column < H, other=0.0
+        )
     tl.store(out, acc, mask=column < H)
 
 
 def further_pieces(row_blocks: int, H: int, processors: int, block_columns: int) -> int:
     """How many pieces beyond one per row block: pieces of half the mean, more to fill the device."""
-    wanted = triton.cdiv(4 * processors, triton.cdiv(H, block_columns))
+    wanted = -(-4 * processors // -(-H // block_columns))
     affordable = _PARTIAL_BYTES // (4 * COMPACT_ROWS * H)
     return max(2 * row_blocks, min(wanted, affordable))
+
+
+def is_odd(*matrices: Tensor) -> bool:
+    """Whether rows start on no 16 bytes, or end within them.
+
+    Raises:
+        ValueError: columns of a matrix lie apart.
+    """
+    for matrix in matrices:
+        if matrix.stride(1) != 1:
+            raise ValueError(
+                f"the rows of {tuple(matrix.shape)} must be contiguous, got strides "
+                f"{matrix.stride()}; a copy of it is the caller's to afford"
+            )
+    return any(n % VECTOR for m in matrices for n in (m.shape[1], m.stride(0)))
 
 
 def compact_matmul(
@@ -193,6 +209,9 @@ def compact_matmul(
 
     float32 `weight` is rounded to bfloat16, what the slots are, as it is gathered; with a float16
     one the slots are widened to its digits. Waits for nothing: the counts stay on the device.
+
+    Raises:
+        ValueError: columns of `weight` lie apart.
     """
     _, _, slots, columns, addresses, ends, *_ = kept
     counts = ends[:, -1]
@@ -218,5 +237,5 @@ def compact_matmul(
             SLOT=COMPACT_ROWS, BLOCK=_ADDED, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    odd = weight.shape[1] % VECTOR != 0 or weight.stride(0) % VECTOR != 0
+    odd = is_odd(weight)
     launch("gather_matmul_odd" if odd else "gather_matmul", weight.dtype, weight.device, run)

@@ -1,20 +1,17 @@
 """The kept entries by vocabulary block: what a trainable head keeps from forward to backward.
 
-    dW_v = sum_t share_t 1[v = y_t] h_t - sum_t E_tv (a_t / total_t) h_t - sum_g q_gv r_g
-
 A row of a chunk is live in a block of 64 vocabulary columns when some kept |E| there is over
 eps * total; its 64 columns are then a segment, bfloat16, 128 bytes, zeros where nothing was kept.
-Segments are the slots of `gather_matmul` for the product with the rows of (a / total) h, and dW is
-written once, in its own dtype, with the label entries and the tails in the epilogue.
+Segments are the slots of the product that makes dW (`weight_gradient`).
 
 `_seg_count_kernel` and `_pack_segments_kernel` read the kept slots of a chunk, not its logits, and
 append its segments to a store of bounded capacity. Whether they fit is decided on the device, for
 the chunk as a whole: one that does not fit leaves nothing behind and raises its overflow flag, and
 the backward, where it waits for the device anyway, reads the flags and recomputes those chunks the
-exact way. `_list_tokens_kernel` turns the store into a list by vocabulary block.
+exact way.
 
 N rows in NB blocks of 64 over all chunks, B of them in this one; W blocks of 64 columns; S segments
-of capacity. No atomics; every order is fixed.
+of capacity. No atomics; every order is fixed. Bytes: the slots twice, the segments once.
 """
 
 from typing import NamedTuple
@@ -25,13 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS
-from orpo_kernels.kernels.gather_matmul import gathered_product
 from orpo_kernels.kernels.softmax_compact import slot_offset
-from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
+from orpo_kernels.kernels.tuning import Device, Row, compile_options, launch
 
-_WIDTH = 64  # columns of a segment
-_LISTED = 16  # row blocks listed together
-_SUMMED = 64  # segments summed together
+SEGMENT_COLUMNS = 64  # columns of a segment
 # A slot is rounded: what was over eps before may be 2^-8 of itself under it after.
 _SLACK = tl.constexpr(1.0 - 2.0**-7)
 
@@ -51,14 +45,6 @@ class Store(NamedTuple):
     first_rows: Tensor
     used: Tensor
     overflow: Tensor
-
-
-class Lists(NamedTuple):
-    """Segments of a range of the vocabulary: tokens and addresses (S,) int32, ends (W, NB) int32."""
-
-    tokens: Tensor
-    addresses: Tensor
-    ends: Tensor
 
 
 @triton.jit
@@ -159,117 +145,6 @@ def _pack_segments_kernel(
     tl.store(mass_ptr + (tl.program_id(0).to(tl.int64) * blocks + block) * ROWS + lane, mass)
 
 
-@triton.jit(
-    do_not_specialize=["stride_blocks", "NB"],
-    do_not_specialize_on_alignment=["live_rows_ptr", "starts_ptr", "counts_ptr"],
-)
-def _list_tokens_kernel(
-    tokens_ptr, addresses_ptr,  # (S,) int32
-    live_rows_ptr, starts_ptr, counts_ptr, stride_blocks,  # (NB, W)
-    first_rows_ptr, ends_ptr,  # (NB,); (W, NB) int32
-    NB,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    width = tl.program_id(0)
-    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    exists = block < NB
-    offs = block.to(tl.int64) * stride_blocks + width
-    count = tl.load(counts_ptr + offs, mask=exists, other=0)
-    start = tl.load(starts_ptr + offs, mask=exists, other=0)
-    bits = tl.load(live_rows_ptr + offs, mask=exists, other=0)
-    first_row = tl.load(first_rows_ptr + block, mask=exists, other=0)
-    end = tl.load(ends_ptr + width.to(tl.int64) * NB + block, mask=exists, other=0)
-
-    lane = tl.arange(0, ROWS)
-    over = ((bits[:, None] >> lane[None, :].to(tl.int64)) & 1).to(tl.int32)
-    over = tl.where(count[:, None] > 0, over, 0)  # none of a chunk that did not fit
-    rank = tl.cumsum(over, 1) - over
-    out = (end - count)[:, None] + rank
-    tl.store(tokens_ptr + out, first_row[:, None] + lane[None, :], mask=over != 0)
-    tl.store(addresses_ptr + out, (start[:, None] + rank) * UNITS, mask=over != 0)
-
-
-@triton.jit(
-    do_not_specialize=["stride_out", "stride_rows", "stride_hidden", "stride_ends", "C", "H"],
-    do_not_specialize_on_alignment=["order_ptr", "ends_ptr", "unit_ptr", "tail_ptr"],
-)
-def _weight_gradient_kernel(
-    out_ptr, stride_out,  # (C, H)
-    segments_ptr, addresses_ptr,  # bfloat16; (S,) int32
-    rows_ptr, stride_rows, tokens_ptr,  # (N, H); (S,) int32
-    order_ptr, ends_ptr, stride_ends,  # (W,) int32
-    unit_ptr, tail_ptr, tail_rows_ptr,  # (1,), (G, C), (G, H) float32
-    targets_ptr, target_rows_ptr, shares_ptr, label_ends_ptr,  # (M,); (W + 1,)
-    hidden_ptr, stride_hidden,  # (N, H)
-    C, H,
-    GROUPS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    block = tl.load(order_ptr + tl.program_id(0))
-    width = H
-    if not HEAD:  # as multiples, which the compiler sees
-        stride_rows = stride_rows // VECTOR * VECTOR
-        stride_out = stride_out // VECTOR * VECTOR
-        stride_hidden = stride_hidden // VECTOR * VECTOR
-        width = H // VECTOR * VECTOR
-    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = column < width
-    begin = tl.load(ends_ptr + (block - 1).to(tl.int64) * stride_ends, mask=block > 0, other=0)
-    end = tl.load(ends_ptr + block.to(tl.int64) * stride_ends)
-
-    acc = gathered_product(
-        segments_ptr, addresses_ptr, rows_ptr, stride_rows, tokens_ptr,
-        begin, end, column, width, WIDTH, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-
-    acc = acc * -tl.load(unit_ptr)
-    lane = tl.arange(0, WIDTH)
-    token = block * WIDTH + lane
-    for group in tl.static_range(GROUPS):
-        q = tl.load(tail_ptr + group * C + token, mask=token < C, other=0.0)
-        r = tl.load(tail_rows_ptr + group * H + column, mask=in_row, other=0.0)
-        acc -= q[:, None] * r[None, :]
-    # Label entries one after another, in float32: never rounded to the dtype of the slots.
-    first = tl.load(label_ends_ptr + block)
-    for target in range(first, tl.load(label_ends_ptr + block + 1)):
-        label = tl.load(targets_ptr + target)
-        row = tl.load(target_rows_ptr + target)
-        share = tl.load(shares_ptr + target)
-        h = tl.load(hidden_ptr + row.to(tl.int64) * stride_hidden + column, mask=in_row, other=0.0)
-        acc += tl.where(token == label, share, 0.0)[:, None] * h.to(tl.float32)[None, :]
-
-    out = out_ptr + token[:, None].to(tl.int64) * stride_out + column[None, :]
-    mask = (token < C)[:, None] & in_row[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["stride_ends", "C"], do_not_specialize_on_alignment=["ends_ptr"])
-def _segment_sums_kernel(
-    sums_ptr,  # (C,) float32
-    segments_ptr, addresses_ptr, tokens_ptr,  # bfloat16; (S,) int32
-    ends_ptr, stride_ends,  # (W,) int32
-    coefficients_ptr,  # (N,) float32
-    C,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    begin = tl.load(ends_ptr + (block - 1).to(tl.int64) * stride_ends, mask=block > 0, other=0)
-    end = tl.load(ends_ptr + block.to(tl.int64) * stride_ends)
-    lane = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for start in range(begin, end, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        inside = entry < end
-        address = tl.load(addresses_ptr + entry, mask=inside, other=0).to(tl.int64)
-        token = tl.load(tokens_ptr + entry, mask=inside, other=0)
-        weight = tl.load(coefficients_ptr + token, mask=inside, other=0.0)
-        offs = address[:, None] * 8 + lane[None, :]
-        e = tl.load(segments_ptr + offs, mask=inside[:, None], other=0.0).to(tl.float32)
-        total += tl.sum(e * weight[:, None], 0)
-    column = block * WIDTH + lane
-    tl.store(sums_ptr + column, total, mask=column < C)
-
-
 def segment_store(
     rows: int, columns: int, chunks: int, capacity_bytes: int, device: torch.device
 ) -> Store:
@@ -286,21 +161,23 @@ def segment_store(
         The store, nothing in it.
     """
     blocks = triton.cdiv(rows, COMPACT_ROWS)
-    width = triton.cdiv(columns, COMPACT_COLUMNS) * (COMPACT_COLUMNS // _WIDTH)
+    width = triton.cdiv(columns, COMPACT_COLUMNS) * (COMPACT_COLUMNS // SEGMENT_COLUMNS)
     tables = blocks * width * 16
-    capacity = max(1, (capacity_bytes - tables) // (2 * _WIDTH))
+    capacity = max(1, (capacity_bytes - tables) // (2 * SEGMENT_COLUMNS))
 
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     return Store(
-        torch.empty((capacity, _WIDTH), dtype=torch.bfloat16, device=device),
+        torch.empty((capacity, SEGMENT_COLUMNS), dtype=torch.bfloat16, device=device),
         torch.zeros((blocks, width), dtype=torch.int64, device=device),
         ints(blocks, width), ints(blocks, width), ints(blocks), ints(chunks + 1), ints(chunks),
     )  # fmt: skip
 
 
-def compact_pack(store: Store, kept: list[Tensor], chunk: int, block: int, first_row: int) -> Tensor:
+def compact_pack(
+    store: Store, kept: list[Tensor], chunk: int, block: int, first_row: int
+) -> Tensor:
     """Launches the packing of a chunk: appends its segments, or raises its overflow flag.
 
     Args:
@@ -324,7 +201,7 @@ def compact_pack(store: Store, kept: list[Tensor], chunk: int, block: int, first
         mass = threshold.new_empty((programs, B * COMPACT_ROWS))
         options = {
             "ROWS": COMPACT_ROWS, "COLUMNS": COMPACT_COLUMNS, "TILES": row.block,
-            "SPAN": slots.shape[1] // T, "WIDTH": _WIDTH, **compile_options(row, device),
+            "SPAN": slots.shape[1] // T, "WIDTH": SEGMENT_COLUMNS, **compile_options(row, device),
         }  # fmt: skip
         _seg_count_kernel[(programs, B)](
             store.live[here], counts, slots, slots.stride(0), live, threshold,
@@ -339,89 +216,3 @@ def compact_pack(store: Store, kept: list[Tensor], chunk: int, block: int, first
         return mass.sum(0)[: threshold.shape[0]]
 
     return launch("pack_segments", torch.bfloat16, slots.device, run)
-
-
-def list_tokens(store: Store, first_column: int, columns: int) -> Lists:
-    """Launches the list of the segments of a range of columns, `first_column` a multiple of 128."""
-    first = first_column // _WIDTH
-    width = triton.cdiv(columns, _WIDTH)
-    here = slice(first, first + width)
-
-    def run(row: Row, device: Device) -> Lists:
-        NB, counts = store.counts.shape[0], store.counts[:, here]
-        ends = torch.cumsum(counts.t().reshape(-1), 0, dtype=torch.int32).view(width, NB)
-        tokens, addresses = ends.new_empty((2, store.segments.shape[0])).unbind(0)
-        _list_tokens_kernel[(width, triton.cdiv(NB, _LISTED))](
-            tokens, addresses, store.live[:, here], store.starts[:, here], counts, counts.stride(0),
-            store.first_rows, ends, NB, ROWS=COMPACT_ROWS, BLOCK=_LISTED,
-            UNITS=_WIDTH // VECTOR, num_warps=row.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        return Lists(tokens, addresses, ends)
-
-    return launch("pack_segments", torch.bfloat16, store.segments.device, run)
-
-
-class Targets(NamedTuple):
-    """Label entries of a range of columns, sorted by column."""
-
-    columns: Tensor  # (M,) int64, from the first column of the range on
-    rows: Tensor  # (M,) int64
-    shares: Tensor  # (M,) float32
-    ends: Tensor  # (W + 1,) int32, how many lie before each edge of the blocks of 64 columns
-
-
-def sort_targets(labels: Tensor, shares: Tensor, first_column: int, columns: int) -> Targets:
-    """Label entries by column, in a fixed order: `labels`, `shares` (K, N), -1 for none."""
-    flat, order = torch.sort(labels.reshape(-1) - first_column, stable=True)
-    width = triton.cdiv(columns, _WIDTH)
-    edges = torch.arange(0, width + 1, device=labels.device) * _WIDTH
-    edges[-1] = columns  # entries of other ranges lie before the first edge and after the last
-    ends = torch.searchsorted(flat, edges).to(torch.int32)
-    rows = order % labels.shape[1]
-    return Targets(flat, rows, shares.reshape(-1).index_select(0, order), ends)
-
-
-def compact_weight_gradient(
-    out: Tensor,  # (C, H), any floating dtype: written
-    store: Store,
-    lists: Lists,
-    rows: Tensor,  # (N, H): coefficient times hidden, over unit
-    unit: Tensor,  # (1,) float32
-    tail: Tensor,  # (G, C) float32
-    tail_rows: Tensor,  # (G, H) float32
-    targets: Targets,
-    hidden: Tensor,  # (N, H)
-) -> None:
-    """Launches `out = label entries - unit * kept E^T rows - tail^T tail_rows`, written once."""
-
-    def run(row: Row, device: Device) -> None:
-        C, H = out.shape
-        ends = lists.ends[:, -1]
-        # Heavy blocks first: the last programs to start are then the short ones.
-        counts = torch.diff(ends, prepend=ends.new_zeros(1))
-        order = torch.argsort(counts, descending=True, stable=True).to(torch.int32)
-        _weight_gradient_kernel[(order.shape[0], triton.cdiv(H, row.block))](
-            out, out.stride(0), store.segments, lists.addresses, rows, rows.stride(0), lists.tokens,
-            order, ends, ends.stride(0), unit, tail, tail_rows,
-            targets.columns, targets.rows, targets.shares, targets.ends,
-            hidden, hidden.stride(0), C, H,
-            GROUPS=tail.shape[0], HEAD=odd, WIDTH=_WIDTH, BLOCK_H=row.block, BLOCK_K=row.depth,
-            VECTOR=VECTOR, **compile_options(row, device),
-        )  # fmt: skip
-
-    odd = any(n % VECTOR for n in (out.shape[1], *(t.stride(0) for t in (out, rows, hidden))))
-    launch("gather_matmul_odd" if odd else "gather_matmul", rows.dtype, rows.device, run)
-
-
-def compact_column_sums(store: Store, lists: Lists, coefficients: Tensor, columns: int) -> Tensor:
-    """Launches `(C,)` float32 sums over rows of `coefficients (N,)` times kept E: for the bias."""
-
-    def run(row: Row, device: Device) -> Tensor:
-        sums, ends = coefficients.new_empty(columns), lists.ends[:, -1]
-        _segment_sums_kernel[(ends.shape[0],)](
-            sums, store.segments, lists.addresses, lists.tokens, ends, ends.stride(0), coefficients,
-            columns, WIDTH=_WIDTH, BLOCK=_SUMMED, num_warps=row.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        return sums
-
-    return launch("pack_segments", torch.bfloat16, store.segments.device, run)

@@ -41,6 +41,37 @@ def slot_offset(position, block, tile, stride, ROWS: tl.constexpr, SPAN: tl.cons
     return row * stride + tl.cast(tile, tl.int64) * SPAN + position % PER_ROW * ROWS
 
 
+@triton.jit
+def _row_figures(reference_ptr, total_ptr, groups_ptr, row, R, GROUPS: tl.constexpr):
+    """Of rows: the reference, and 1 / total, negative in the second group.
+
+    By sign, because a second row vector would not fit the registers. Of rows that are not there, or
+    have nothing but their label, every E is 0.
+    """
+    total = tl.load(total_ptr + row, mask=row < R, other=0.0)
+    reference = tl.load(reference_ptr + row, mask=total > 0, other=float("inf"))
+    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    if GROUPS == 2:
+        group = tl.load(groups_ptr + row, mask=row < R, other=0)
+        share = tl.where(group == 1, -share, share)
+    return reference, share
+
+
+@triton.jit
+def _store_tails(
+    tail_ptr, u, live, block, column, pitch, GROUPS: tl.constexpr, SIGN: tl.constexpr
+):  # fmt: skip
+    """Column sums of a tile by group, 0 where kept; `u` as `_row_figures` signs it."""
+    out = tail_ptr + block.to(tl.int64) * GROUPS * pitch + column
+    sums = tl.where(live, 0.0, tl.sum(tl.abs(u), 0))
+    if GROUPS == 2:
+        difference = tl.where(live, 0.0, tl.sum(u, 0))
+        tl.store(out, (SIGN * 0.5) * (sums + difference))
+        tl.store(out + pitch, (SIGN * 0.5) * (sums - difference))
+    else:
+        tl.store(out, SIGN * sums)
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_slots", "stride_logits", "stride_labels", "R", "C", "T", "first_column",
@@ -67,27 +98,19 @@ def _softmax_compact_kernel(
     block = tl.program_id(1)
     stride_slots = stride_slots // COLUMNS * COLUMNS
     stride_logits = stride_logits // COLUMNS * COLUMNS
-    # E without the sign of the scale, which is put on what is stored.
     lane = tl.arange(0, ROWS)
     row = block * ROWS + lane
-    exists = row < R
-    total = tl.load(total_ptr + row, mask=exists, other=0.0)
-    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    if GROUPS == 2:  # by sign: a second row vector would not fit the registers
-        group = tl.load(groups_ptr + row, mask=exists, other=0)
-        share = tl.where(group == 1, -share, share)
-    # Rows that are not there, or have nothing but their label: every E is 0.
-    reference = tl.load(reference_ptr + row, mask=total > 0, other=float("inf"))
+    reference, share = _row_figures(reference_ptr, total_ptr, groups_ptr, row, R, GROUPS)
     logits_ptr += block.to(tl.int64) * ROWS * stride_logits
     begin = tl.program_id(0) * TILES
     end = tl.minimum(begin + TILES, T)
 
     # Once per row instead of a comparison per logit: a label's own logit gets E = 0.
-    excluded = tl.where(logit_scale < 0, float("inf"), float("-inf")).to(logits_ptr.dtype.element_ty)
+    excluded = tl.full((ROWS,), SIGN * float("-inf"), tl.float32).to(logits_ptr.dtype.element_ty)
     for label_set in tl.static_range(LABEL_SETS):
-        label = tl.load(labels_ptr + label_set * stride_labels + row, mask=exists, other=-1)
+        label = tl.load(labels_ptr + label_set * stride_labels + row, mask=row < R, other=-1)
         label -= first_column
-        mine = exists & (label >= begin * COLUMNS) & (label < tl.minimum(end * COLUMNS, C))
+        mine = (row < R) & (label >= begin * COLUMNS) & (label < tl.minimum(end * COLUMNS, C))
         tl.store(logits_ptr + lane * stride_logits + label, excluded, mask=mine)
     tl.debug_barrier()
 
@@ -119,14 +142,7 @@ def _softmax_compact_kernel(
         position = tl.cumsum(count, 0) - count
         tl.store(live_ptr + block.to(tl.int64) * T * COLUMNS + column, live.to(tl.int8))
         tl.store(counts_ptr + block * T + tile, tl.sum(count, 0))
-        out = tail_ptr + block.to(tl.int64) * GROUPS * T * COLUMNS + column
-        sums = tl.where(live, 0.0, tl.sum(tl.abs(u), 0))
-        if GROUPS == 2:
-            difference = tl.where(live, 0.0, tl.sum(u, 0))
-            tl.store(out, (SIGN * 0.5) * (sums + difference))
-            tl.store(out + T * COLUMNS, (SIGN * 0.5) * (sums - difference))
-        else:
-            tl.store(out, SIGN * sums)
+        _store_tails(tail_ptr, u, live, block, column, T * COLUMNS, GROUPS, SIGN)
         if HAS_SOFTCAP:
             row_sum += tl.sum(e, 1)
 
@@ -228,7 +244,8 @@ def softmax_compact(
     if G not in (1, 2):
         raise ValueError(f"tail must be (1, C) or (2, C), got {tuple(tail.shape)}")
     bias = None if bias is None else bias.contiguous()
-    reference, total, groups = reference.contiguous(), total.contiguous(), groups.contiguous()
+    labels, groups = labels.contiguous(), groups.contiguous()
+    reference, total = reference.contiguous(), total.contiguous()
 
     def run(row: Row, device: Device) -> list[Tensor]:
         R, C = logits.shape
@@ -261,4 +278,5 @@ def softmax_compact(
         mass = sums.sum(0)[:R]
         return [mass, row_sums, slots, columns, addresses, ends, live, eps * total]
 
-    return launch("softmax_compact", logits.dtype, logits.device, run)
+    kernel = "softmax_compact" if softcap is None else "softmax_compact_softcap"
+    return launch(kernel, logits.dtype, logits.device, run)

@@ -81,6 +81,7 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
         TABLE["column_sums", _class, _dtype] = (Row(1024, 4), Row(512, 4))
     TABLE["pack_segments", _class, torch.bfloat16] = (Row(8, 2),)
+    TABLE["list_tokens", _class, torch.bfloat16] = (Row(16, 2),)
     TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
 
@@ -119,21 +120,25 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["linear_lse_elements_transformed", _class, _dtype] = (_tile,)
         TABLE["label_dots", _class, _dtype] = (Row(512, 4),)
 
-# A product of 64 slots: 128 registers let two programs of eight warps share a processor. float32
-# rows fill the shared memory of one anyway. `odd`: rows that start on no 16 bytes, unpipelined.
+# A product of 64 slots: 128 registers let two programs of eight warps share a processor (float32
+# rows fill its shared memory with one). `odd`: rows that start on no 16 bytes, unpipelined. The
+# epilogue of a weight gradient leaves consumer cards the registers of two stages.
 for _class, _stages, _limit in (
     ("datacenter", 4, 128), ("consumer", 3, 128), ("amd", 2, 0), ("other", 2, 0),
 ):  # fmt: skip
     for _dtype in (torch.float32, *_NARROW):
-        _most, _registers = (_stages, _limit) if _dtype == torch.bfloat16 else (min(_stages, 3), 0)
-        if _dtype == torch.float16:
-            _registers = _limit
-        TABLE["gather_matmul", _class, _dtype] = (
-            Row(256, 8, 32, _most, _registers), Row(128, 8, 32, 2),
-        )  # fmt: skip
-        TABLE["gather_matmul_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
-        # Tiles of 64 rows x 128 columns per program.
+        _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
+        _registers = 0 if _dtype == torch.float32 else _limit
+        _small = Row(128, 8, 32, 2)
+        TABLE["gather_matmul", _class, _dtype] = (Row(256, 8, 32, _most, _registers), _small)
+        if _class == "consumer" and _registers:
+            _most = 2
+        TABLE["weight_gradient", _class, _dtype] = (Row(256, 8, 32, _most, _registers), _small)
+        for _kernel in ("gather_matmul_odd", "weight_gradient_odd"):
+            TABLE[_kernel, _class, _dtype] = (Row(64, 4, 32, 2),)
+        # Tiles of 64 rows x 128 columns per program; a softcap takes twice the registers.
         TABLE["softmax_compact", _class, _dtype] = (Row(8, 4 if _limit else 8),)
+        TABLE["softmax_compact_softcap", _class, _dtype] = (Row(8, 8),)
 
 _first_row: dict[tuple[str, str, torch.dtype], int] = {}
 

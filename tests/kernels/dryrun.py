@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,22 +41,26 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel: per thread, per block, its widest global accesses, what it runs on."""
+    """Of a compiled kernel: per thread, per block, its widest global accesses, what it runs on.
+
+    `units`: how many instructions of each of `UNITS` its code has.
+    """
 
     registers: int
     spills: int
     shared_bytes: int
     wide_loads: int
     wide_stores: int
-    units: tuple[str, ...] = ()
+    units: Mapping[str, int] = {}
 
 
-# Instructions of the tensor cores and of the copies that feed them, by what they are called.
-UNITS = {
+# Instructions of the tensor cores, and of the copies of whole vectors that feed them.
+TENSOR_CORES = {
     "wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma",
-    "cp.async": r"cp\.async\.c[ag]", "tma": r"cp\.async\.bulk\.tensor\S*\.shared",
-    "mfma": r"v_mfma", "wmma": r"v_wmma",
+    "mfma": r"\bv_mfma_", "wmma": r"\bv_wmma_",
 }  # fmt: skip
+COPIES = {"cp.async": r"\bcp\.async\.cg", "tma": r"cp\.async\.bulk\.tensor\S*\.shared"}
+UNITS = {**TENSOR_CORES, **COPIES}
 
 
 def target_of(architecture: int | str) -> GPUTarget:
@@ -183,7 +187,8 @@ def resources(compiled: Any) -> Resources:
     """Of a compiled kernel, from its machine code: no device is asked."""
     shared = compiled.metadata.shared
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, code))
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in UNITS.items()}
+    units = {name: count for name, count in counts.items() if count}
     if "cubin" not in compiled.asm:
         text = compiled.asm["amdgcn"]
         registers, spills = (

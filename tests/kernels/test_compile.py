@@ -8,13 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from orpo_kernels.kernels import tuning
-from tests.kernels import compile_report
+from tests.kernels import compile_cases, compile_report
 from tests.kernels.dryrun import SHARED_LIMIT, Resources
 
 CHOSEN = [
     case
-    for case in compile_report.cases()
+    for case in compile_cases.cases()
     if case.dtype != torch.float16 and ("all options" in case.label or "tile" not in case.label)
+    if case.dtype == torch.bfloat16 or not case.kernel.startswith(("gather_", "weight_gradient"))
 ]
 
 
@@ -29,14 +30,36 @@ def test_every_kernel_fits_without_spills(target, monkeypatch):
 
 
 def test_a_fault_is_reported():
+    row = tuning.Row(256, 8, 32, 4, 128)
     case = CHOSEN[0]._replace(wide_stores=True)
     bad = Resources(registers=255, spills=3, shared_bytes=10**6, wide_loads=0, wide_stores=0)
-    assert len(list(compile_report._faults(bad, 89, case, streams=True))) == 4
-    assert len(list(compile_report._faults(bad, 89, case, streams=False))) == 2
-    gemm = next(case for case in CHOSEN if case.multiplies and "odd" not in case.label)
-    fine = bad._replace(spills=0, shared_bytes=0, units=("mma.sync",))
-    assert list(compile_report._faults(fine, 90, gemm, streams=True)) == ["no wgmma", "no tma"]
-    assert list(compile_report._faults(fine, 80, gemm, streams=True)) == ["no cp.async"]
+    assert len(list(compile_report._faults(bad, 89, row, case, streams=True))) == 4
+    assert len(list(compile_report._faults(bad, 89, row, case, streams=False))) == 2
+
+
+def test_a_product_on_no_tensor_cores_or_not_fed_is_reported():
+    def faults(target, row, case, units, stores=0):
+        figures = Resources(40, spills=0, shared_bytes=0, wide_loads=0, wide_stores=stores)
+        figures = figures._replace(units=units)
+        return list(compile_report._faults(figures, target, row, case, streams=True))
+
+    tile, row = tuning.Tile(128, 128, 64, 8, 4), tuning.Row(256, 8, 32, 4, 128)
+    tiles, gathered, elements = (
+        next(case for case in CHOSEN if case.operands == each and case.dtype == torch.bfloat16)
+        for each in ("tiles", "gathered", "elements")
+    )
+    assert faults(90, tile, tiles, {"mma.sync": 2}) == ["no wgmma", "no tma"]
+    assert faults(80, tile, tiles, {"mma.sync": 2}) == ["no cp.async"]
+    assert faults(80, tile, elements, {}) == faults("gfx942", tile, elements, {})
+    assert faults(80, tile, elements, {}) == ["no tensor cores"]
+    # The copies of four stages of slots, but of no gathered row: the trap of an odd stride.
+    assert len(faults(90, row, gathered, {"cp.async": 4})) == 3
+    assert len(faults(90, row, gathered, {"cp.async": 15, "mma.sync": 2}, stores=8)) == 1
+    assert faults(90, row, gathered, {"cp.async": 20, "mma.sync": 2}, stores=8) == []
+    wide = {case: case._replace(dtype=torch.float32) for case in (tiles, gathered)}
+    assert faults("gfx1100", tile, wide[tiles], {}) == []
+    assert faults("gfx1100", row, wide[gathered], {}) == ["no tensor cores"]
+    assert not any(case.suits(75) for case in (tiles, gathered, elements))
 
 
 @pytest.mark.parametrize(("faults", "status"), [((), 0), (("3 spills", "no 16-byte load"), 1)])
@@ -63,6 +86,6 @@ def test_the_targets_are_those_of_users():
 def test_every_row_of_the_table_is_reported():
     reported = {
         (case.key(target, "")[0], case.dtype)
-        for case in compile_report.cases() for target in compile_report.FORMS
+        for case in compile_cases.cases() for target in compile_cases.FORMS
     }  # fmt: skip
     assert {(kernel, dtype) for kernel, _, dtype in tuning.TABLE} - reported == set()

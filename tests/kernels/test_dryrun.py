@@ -14,12 +14,16 @@ pytest.importorskip("triton")
 
 from orpo_kernels.kernels import (
     column_sums,
+    gather_matmul,
     linear_lse,
     odds_ratio,
+    row_segments,
     sequence_mean,
+    softmax_compact,
     softmax_grad,
     softmax_stats,
 )
+from orpo_kernels.kernels import weight_gradient as segments_gradient
 from tests.kernels.dryrun import PROCESSORS, SHARED_LIMIT, dryrun, resources
 
 BUDGET = 64 * 2**20
@@ -159,16 +163,19 @@ def test_few_variants_over_many_lengths(launchers, V):
 
 
 def test_no_size_is_part_of_a_variant():
-    modules = (softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio)
+    modules = (
+        softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio,
+        softmax_compact, gather_matmul, row_segments, segments_gradient,
+    )  # fmt: skip
     kernels = [
         each for module in modules for name, each in vars(module).items()
         if name.endswith("_kernel") and hasattr(each, "params")
     ]  # fmt: skip
-    assert len(kernels) == 9
+    assert len(kernels) == 19
     for kernel in kernels:
         runtime = [each for each in kernel.params if not each.is_constexpr]
         numbers = [each for each in runtime if not each.name.endswith("_ptr")]
-        floats = {"logit_scale", "softcap"}  # never specialised
+        floats = {"logit_scale", "log2_scale", "softcap", "eps"}  # never specialised
         assert {e.name for e in numbers if not e.do_not_specialize} <= floats, kernel.__name__
         constants = {each.name for each in kernel.params if each.is_constexpr}
         assert not constants & {"P", "N", "T", "R", "C", "V", "H"}

@@ -1,0 +1,248 @@
+"""The launches of the compile report: every kernel, with every dtype and option that matters."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from orpo_kernels.kernels import (
+    column_sums,
+    gather_matmul,
+    linear_lse,
+    odds_ratio,
+    row_segments,
+    sequence_mean,
+    softmax_compact,
+    softmax_grad,
+    softmax_stats,
+    weight_gradient,
+)
+
+R, H, V = 256, 4096, 128256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TENSOR_CORES_SINCE = 80  # sm_75 has no kernel that multiplies
+
+# What linear_lse takes its operands by.
+FORMS = {
+    80: "pointers", 86: "pointers", 89: "pointers", 90: "wgmma", 100: "tcgen05", 120: "tma",
+    "gfx90a": "pointers", "gfx942": "pointers", "gfx1100": "pointers",
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A launch under one name: table key, dtype of the streamed tensor, and the launch itself.
+
+    What is asked of wide accesses and operands is asked of one of the kernels launched.
+    """
+
+    label: str
+    kernel: str
+    dtype: torch.dtype
+    launch: Callable[[], Any]
+    wide_loads: bool = True
+    wide_stores: bool = False
+    meant: str = ""  # the kernel asked; by default the one the key names
+    alone: bool = False  # the launch's other kernels are left to other cases
+    operands: str = ""  # of a matrix product: "tiles", "gathered" rows or single "elements"
+    since: int = 0  # the first compute capability it is offered on
+
+    def streams(self, name: str) -> bool:
+        """Whether the compiled kernel `name` is the one asked."""
+        return name == (self.meant or f"_{self.kernel}_kernel")
+
+    def suits(self, target: int | str) -> bool:
+        """Whether the launch is offered on the target."""
+        return isinstance(target, str) or target >= self.since
+
+    def key(self, target: int | str, architecture: str) -> tuple[str, str, torch.dtype]:
+        """In the table."""
+        return self.kernel.format(form=FORMS.get(target)), architecture, self.dtype
+
+
+def _cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def _labels(sets: int, rows: int) -> torch.Tensor:
+    return _cuda(sets, rows, dtype=torch.int64)
+
+
+def _tile_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        # Plain as in most heads; and everything on at once, rows on no vector boundary.
+        for what, columns, sets, options in (
+            ("plain", V, 1, (1.0, None)),
+            ("all options, odd V", 32003, 2, (0.5, 30.0)),
+        ):
+
+            def bias(columns: int = columns, sets: int = sets) -> torch.Tensor | None:
+                return _cuda(columns) if sets == 2 else None
+
+            def stats(
+                with_sum=False, dtype=dtype, columns=columns, sets=sets, options=options, bias=bias
+            ):
+                tile = _cuda(R, columns, dtype=dtype)
+                softmax_stats.softmax_stats(
+                    tile, bias(), _labels(sets, R), 0, *options, with_logit_sum=with_sum
+                )
+
+            yield Case(f"softmax_stats {name}, {what}", "softmax_stats", dtype, stats)
+            if sets == 2:
+                with_sum = functools.partial(stats, with_sum=True)
+                label = f"softmax_stats {name}, all and logit sum"
+                yield Case(label, "softmax_stats", dtype, with_sum)
+            outs = (None, torch.bfloat16) if dtype == torch.float32 else (None,)
+            for out in outs:
+
+                def grad(
+                    dtype=dtype, columns=columns, sets=sets, options=options, bias=bias, out=out
+                ):
+                    tile = _cuda(R, columns, dtype=dtype)
+                    target = None if out is None else _cuda(R, columns, dtype=out)
+                    softmax_grad.softmax_grad_(
+                        tile, bias(), _labels(sets, R), 0, _cuda(R), *options, target
+                    )
+
+                to = "" if out is None else " to bfloat16"
+                yield Case(
+                    f"softmax_grad_ {name}{to}, {what}", "softmax_grad", dtype, grad,
+                    wide_stores=True,
+                )  # fmt: skip
+
+        def sums(dtype=dtype):
+            column_sums.column_sums(_cuda(R, V, dtype=dtype), _cuda(R))
+
+        yield Case(f"column_sums {name}", "column_sums", dtype, sums)
+
+
+def _gemm_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for what, bias, sets, options in (
+            ("plain", None, 1, (1.0, None, False)),
+            ("all options", dtype, 2, (0.5, 30.0, True)),
+        ):
+
+            def lse(h, columns=V, dtype=dtype, bias=bias, sets=sets, options=options):
+                hidden, weight = _cuda(R, h, dtype=dtype), _cuda(columns, h, dtype=dtype)
+                offsets = None if bias is None else _cuda(columns, dtype=bias)
+                linear_lse.linear_lse(hidden, weight, offsets, _labels(sets, R), *options)
+
+            after = "" if bias is None else "_transformed"
+            gemm = {"wide_loads": False, "meant": "_linear_lse_kernel", "alone": True}
+            gemm["since"] = TENSOR_CORES_SINCE
+            even, odd = functools.partial(lse, H), functools.partial(lse, H + 1, 32003)
+            kernel = "linear_lse_{form}" + after
+            yield Case(f"linear_lse {name}, {what}", kernel, dtype, even, operands="tiles", **gemm)
+            kernel = f"linear_lse_elements{after}"
+            label = f"linear_lse {name}, {what}, odd H"
+            yield Case(label, kernel, dtype, odd, operands="elements", **gemm)
+            if bias is None:
+                yield Case(
+                    f"label_dots {name}", "label_dots", dtype, even, alone=True,
+                    since=TENSOR_CORES_SINCE,
+                )  # fmt: skip
+
+
+def _small_cases() -> Iterator[Case]:
+    def padded() -> None:
+        mask = _cuda(4, 4096, dtype=torch.bool)
+        sequence_mean.sequence_mean(_cuda(4, 4096), mask, None, 4)
+
+    def packed() -> None:
+        mask, ids = _cuda(4096, dtype=torch.bool), _cuda(4096, dtype=torch.int64)
+        sequence_mean.sequence_mean(_cuda(4096), mask, ids, 4)
+
+    def pairs() -> None:
+        odds_ratio.odds_ratio(_cuda(64), _cuda(64))
+        odds_ratio.odds_ratio_backward(_cuda(64), _cuda(64), _cuda(64), _cuda(64))
+
+    wide = torch.float32
+    yield Case("sequence_mean, padded", "sequence_mean", wide, padded, wide_loads=False)
+    yield Case("sequence_mean, packed", "sequence_mean", wide, packed, wide_loads=False)
+    yield Case("odds_ratio", "odds_ratio", wide, pairs, wide_loads=False)
+
+
+def _kept(rows: int, columns: int) -> list[torch.Tensor]:
+    B, T = rows // 64, columns // 128
+    lists = [_cuda(B, columns, dtype=torch.int32) for _ in range(2)]
+    live, slots = (
+        _cuda(B, columns, dtype=torch.int8),
+        _cuda(rows, 2 * columns, dtype=torch.bfloat16),
+    )
+    return [_cuda(rows), _cuda(0), slots, *lists, _cuda(B, T, dtype=torch.int32), live, _cuda(rows)]
+
+
+def _compact_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for what, columns, sets, options in (
+            ("plain", V, 1, (1.0, None)),
+            ("all options, odd V", 32003, 2, (0.5, 30.0)),
+        ):
+
+            def compact(dtype=dtype, columns=columns, sets=sets, options=options):
+                tile = _cuda(R, -(-columns // 128) * 128, dtype=dtype)[:, :columns]
+                bias, groups = _cuda(columns) if sets == 2 else None, _cuda(R, dtype=torch.int64)
+                softmax_compact.softmax_compact(
+                    tile, bias, _labels(sets, R), 0, _cuda(R), _cuda(R), 2.0**-12, *options,
+                    groups, _cuda(sets, columns),
+                )  # fmt: skip
+
+            key = "softmax_compact" if options[1] is None else "softmax_compact_softcap"
+            yield Case(
+                f"softmax_compact {name}, {what}", key, dtype, compact, wide_stores=True,
+                meant="_softmax_compact_kernel",
+            )  # fmt: skip
+
+    def pack() -> None:
+        store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
+        row_segments.compact_pack(store, _kept(R, 2048), 0, 0, 0)
+
+    def lists() -> None:
+        store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
+        found = weight_gradient.list_tokens(store, 0, 2048)
+        weight_gradient.compact_column_sums(store, found, _cuda(R), 2048)
+
+    yield Case(
+        "pack_segments", "pack_segments", torch.bfloat16, pack, wide_stores=True,
+        meant="_pack_segments_kernel",
+    )  # fmt: skip
+    yield Case("list_tokens", "list_tokens", torch.bfloat16, lists, wide_loads=False)
+
+
+def _product_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        for suffix, columns in (("", H), ("_odd", H + 1)):
+
+            def product(dtype=dtype, h=columns):
+                gather_matmul.compact_matmul(
+                    _cuda(R, h), _kept(R, 2048), _cuda(2048, h, dtype=dtype)
+                )
+
+            def gradient(dtype=dtype, h=columns):
+                store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
+                lists = weight_gradient.list_tokens(store, 0, 2048)
+                targets = weight_gradient.sort_targets(_labels(1, R), _cuda(1, R), 0, 2048)
+                rows, hidden = (_cuda(R, h, dtype=dtype) for _ in range(2))
+                weight_gradient.compact_weight_gradient(
+                    _cuda(2048, h, dtype=dtype), store, lists, rows, _cuda(1), _cuda(2, 2048),
+                    _cuda(2, h), targets, hidden,
+                )  # fmt: skip
+
+            for kernel, launch in (("gather_matmul", product), ("weight_gradient", gradient)):
+                yield Case(
+                    f"{kernel} {name}, H = {columns}", kernel + suffix, dtype, launch,
+                    wide_loads=False, meant=f"_{kernel}_kernel", since=TENSOR_CORES_SINCE,
+                    operands="elements" if suffix else "gathered",
+                )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Every launch of the report."""
+    return [
+        *_tile_cases(), *_gemm_cases(), *_small_cases(), *_compact_cases(), *_product_cases(),
+    ]  # fmt: skip
