@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
 
 class Device(NamedTuple):
-    """Architecture class ("consumer", "datacenter", "amd", "other") and number of processors.
+    """Architecture class (a second key of the table) and number of processors.
 
     `capability`: NVIDIA's compute capability, 90 for 9.0; 0 elsewhere.
     """
@@ -140,6 +140,13 @@ for _class, _stages, _limit in (
         TABLE["softmax_compact", _class, _dtype] = (Row(8, 4 if _limit else 8),)
         TABLE["softmax_compact_softcap", _class, _dtype] = (Row(8, 8),)
 
+# sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
+for (_kernel, _class, _dtype), _all in list(TABLE.items()):
+    if _class == "datacenter":
+        TABLE[_kernel, "blackwell", _dtype] = tuple(
+            row._replace(registers=0) if isinstance(row, Row) else row for row in _all
+        )
+
 _first_row: dict[tuple[str, str, torch.dtype], int] = {}
 
 
@@ -159,8 +166,10 @@ def device_info(device: torch.device) -> Device:
 
 
 def architecture_class(major: int, minor: int) -> str:
-    """Class of an NVIDIA compute capability."""
-    return "datacenter" if (major, minor) in ((7, 0), (8, 0), (9, 0)) or major == 10 else "consumer"
+    """Class of an NVIDIA compute capability: "blackwell", "datacenter" or "consumer"."""
+    if major == 10:
+        return "blackwell"
+    return "datacenter" if (major, minor) in ((7, 0), (8, 0), (9, 0)) else "consumer"
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
