@@ -11,15 +11,19 @@ dhidden without its factor per row, g, is computed in the forward; the backward 
 unless the graph is kept (`retain_graph=True`), so hidden costs one gradient buffer and no more.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.engine.arguments import choose_compute_dtype, refuse_forward_mode, validate
-from orpo_kernels.engine.chunks import Columns, spans, workspace_budget
+from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
+from orpo_kernels.engine.arguments import (
+    Options,
+    choose_compute_dtype,
+    refuse_forward_mode,
+    validate,
+)
+from orpo_kernels.engine.chunks import spans, workspace_budget
 from orpo_kernels.engine.exact import Forward
 from orpo_kernels.engine.folded import Folded
 from orpo_kernels.engine.policy import choose, keeps
@@ -30,10 +34,16 @@ from orpo_kernels.engine.selection import (
     score,
     select,
 )
+from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.engine.tiles import accumulation_dtype
-from orpo_kernels.engine.weight_gradient import WeightGradient, label_shares, present
-
-GRADIENTS = ("exact",)
+from orpo_kernels.engine.weight_gradient import WeightGradient
+from orpo_kernels.linear_logps_backward import (
+    consumable,
+    empty_weight_gradients,
+    linear_logps_dhidden_,
+    refuse_second_derivatives,
+)
+from orpo_kernels.sparse_logps import sparse_linear_logps
 
 
 def linear_logps(  # noqa: PLR0913 - the public signature
@@ -46,6 +56,8 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     gradient: str = "exact",
+    eps: float = DEFAULT_EPS,
+    tail_groups: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
@@ -61,7 +73,13 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         logit_scale: factor on the logits.
         softcap: c of `c * tanh(logits / c)`, applied after the scale; None: no cap.
         ignore_index: label of positions that are not scored; may lie inside [0, V).
-        gradient: "exact".
+        gradient: "exact"; or "sparse", for the price of the forward: probabilities over `eps` enter
+            one by one, the others as their average, so that the error sums to 0 over the rows of a
+            group. Where too many are over `eps`, rows are done the exact way. "auto": sparse where
+            the GEMMs are 16-bit.
+        eps: of the sparse gradient, 0 to 1. Smaller is closer to exact, and keeps more entries.
+        tail_groups: (...) integer 0 or 1, of the sparse gradient: rows averaged together. Best are
+            rows whose log-probs the loss pushes the same way. Default: all rows.
         compute_dtype: dtype of the GEMM operands; default: the autocast dtype when autocast is on,
             else the promoted dtype of `hidden` and `weight`. On a CPU float16 runs in float32.
         workspace_bytes: what may be allocated beyond inputs, results and gradients, in bytes;
@@ -76,7 +94,8 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     Raises:
         TypeError: not floating point (a quantised weight), or labels that are not integer.
         ValueError: shapes that do not match, a label outside [0, V) (CPU tensors; on other devices
-            a device-side assertion), a workspace too small for one tile.
+            a device-side assertion), a workspace too small for one tile, a scale that is not
+            positive with gradient="sparse".
         NotImplementedError: an unknown `gradient`; second or forward-mode derivatives.
 
     Note:
@@ -86,27 +105,50 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     Source:
         arXiv 2403.07691, equation 1 (token log-probs); derivation in docs/mathematics.md.
     """
+    options = Options(
+        logit_scale, softcap, ignore_index, gradient, eps, tail_groups, compute_dtype,
+        workspace_bytes, low_rank,
+    )  # fmt: skip
+    return certified_logps(hidden, weight, labels, bias, options)[0]
+
+
+def certified_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    options: Options,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Certificate | None]:
+    """`linear_logps`, and what its gradient leaves out: None if it is exact, or there is none."""
     label_sets = labels if isinstance(labels, tuple) else (labels,)
+    low_rank = options.low_rank
     validate(hidden, weight, label_sets, bias, low_rank)
-    if gradient not in GRADIENTS:
-        raise NotImplementedError(f"gradient={gradient!r} is not available; use one of {GRADIENTS}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}; None means no cap")
+    options.validate(label_sets[0])
     refuse_forward_mode(hidden, weight, bias, *(low_rank or ()))
     device = weight.device
     moved = hidden.to(device)
     hidden_r, weight_r = (None, None) if low_rank is None else (low_rank[0].to(device), low_rank[1])
     stacked = torch.stack([each.to(device, torch.int64) for each in label_sets])
+    dtype = choose_compute_dtype(hidden, weight, options.compute_dtype)
     grad = torch.is_grad_enabled()
-    logps, *_ = _linear_logps(
-        moved, weight, stacked, bias, hidden_r, weight_r, float(logit_scale), softcap, ignore_index,
-        choose_compute_dtype(hidden, weight, compute_dtype), workspace_bytes,
+    needs = (
         grad and (hidden.requires_grad or (hidden_r is not None and hidden_r.requires_grad)),
         grad and any(each is not None and each.requires_grad for each in (weight, bias, weight_r)),
-        True,
-    )  # fmt: skip
+    )
+    tensors = (moved, weight, stacked, bias, hidden_r, weight_r)
+    transform = (float(options.logit_scale), options.softcap)
+    last = (options.ignore_index, dtype, options.workspace_bytes, *needs, True)
+    certificate = None
+    if options.is_sparse(dtype) and any(needs):
+        groups = options.tail_groups
+        groups = None if groups is None else groups.to(device, torch.int64)
+        eps = float(options.eps)
+        logps, fields, *_ = sparse_linear_logps(*tensors, groups, *transform, eps, *last)
+        certificate = Certificate(*fields.unbind())
+    else:
+        logps, *_ = _linear_logps(*tensors, *transform, *last)
     logps = logps.to(hidden.device)
-    return (logps[0], logps[1]) if isinstance(labels, tuple) else logps[0]
+    return (logps[0], logps[1]) if isinstance(labels, tuple) else logps[0], certificate
 
 
 @torch.library.custom_op("orpo_kernels::linear_logps", mutates_args=())
@@ -209,42 +251,6 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return outputs[0].new_empty(labels.shape), *outputs
 
 
-@torch.library.custom_op("orpo_kernels::linear_logps_dhidden_", mutates_args=("g", "g_r"))
-def _linear_logps_dhidden_(  # noqa: PLR0913 - a schema has no dataclasses
-    g: Tensor,
-    g_r: Tensor,
-    dlogps: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weight_r: Tensor | None,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int | None,
-) -> None:
-    """Turns g into dhidden in place: a (1 - p) g, plus the entries of two differing labels."""
-    with torch.amp.autocast(weight.device.type, enabled=False):
-        scored = score(labels, ignore_index)
-        a = scored.coefficients(dlogps)
-        columns = Columns((weight,) if weight_r is None else (weight, weight_r), compute_dtype)
-        shares = None
-        if scored.labels.second is not None:
-            distinct = scored.labels.second >= 0
-            shares = [torch.where(distinct, share, 0.0) for share in label_shares(statistics, a)]
-        factor = a.total * statistics[2]
-        # Widened rows, label entries and their cast; a few MiB are as fast as more.
-        row_bytes = (g.shape[1] + g_r.shape[1]) * factor.element_size() * 4
-        budget = min(workspace_budget(workspace_bytes, weight.device), 2**24)
-        for start, stop in spans(g.shape[0], max(1, budget // max(1, row_bytes))):
-            wide = factor[start:stop, None] * torch.cat((g[start:stop], g_r[start:stop]), 1)
-            if shares is not None:
-                for each, share in zip(present(list(scored.labels)), shares, strict=True):
-                    rows = columns.rows(each[start:stop], wide.dtype)
-                    wide.addcmul_(rows, share[start:stop, None])
-            g[start:stop] = wide[:, : g.shape[1]]
-            g_r[start:stop] = wide[:, g.shape[1] :]
-
-
 @torch.library.custom_op("orpo_kernels::linear_logps_dweight", mutates_args=())
 def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
     dlogps: Tensor,
@@ -265,7 +271,7 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight (V, H), bias (V,) and weight_r (V, r); empty where `needs` says no."""
     with torch.amp.autocast(weight.device.type, enabled=False):
-        results = _empty_weight_gradients(weight, bias, weight_r, needs)
+        results = empty_weight_gradients(weight, bias, weight_r, needs)
         scored = score(labels, ignore_index)
         options = (logit_scale, softcap, compute_dtype)
         chosen = select((hidden, hidden_r), (weight, weight_r), bias, scored, options)
@@ -291,19 +297,9 @@ def _linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
         return results
 
 
-def _empty_weight_gradients(
-    weight: Tensor, bias: Tensor | None, weight_r: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    def empty(tensor: Tensor | None, need: bool) -> Tensor:
-        like = weight if tensor is None else tensor
-        return like.new_empty(like.shape if need and tensor is not None else (0,))
-
-    return empty(weight, needs[0]), empty(bias, needs[1]), empty(weight_r, needs[2])
-
-
 @_linear_logps_dweight.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_weight_gradients(args[4], args[6], args[8], args[14])
+    return empty_weight_gradients(args[4], args[6], args[8], args[14])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -320,21 +316,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, labels, bias, hidden_r, weight_r, statistics, g, g_r, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "second derivatives of linear_logps are not available: backward with create_graph=False"
-        )
+    refuse_second_derivatives()
     last = (ctx.ignore_index, ctx.compute_dtype, ctx.workspace_bytes)
     dhidden: Tensor | None = None
     dhidden_r: Tensor | None = None
     if needs[0] or needs[4]:
-        if not ctx.had_gradient:
-            raise RuntimeError("the op was called with needs_dhidden=False; call linear_logps")
-        kept_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        # Traced (a subclass stands for g), what is mutated must not be an output of the forward.
-        if kept_graph or not ctx.consume_g or type(g) is not Tensor:
-            g, g_r = g.clone(), g_r.clone()
-        _linear_logps_dhidden_(g, g_r, dlogps, statistics, weight, labels, weight_r, *last)
+        g, g_r = consumable(g, g_r, ctx.had_gradient, ctx.consume_g)
+        linear_logps_dhidden_(g, g_r, dlogps, statistics, weight, labels, weight_r, *last)
         dhidden = g.view(hidden.shape) if needs[0] else None
         dhidden_r = g_r.view(hidden_r.shape) if needs[4] else None
     wanted = [needs[1], needs[3], needs[5]]

@@ -1,10 +1,67 @@
-"""What `linear_logps` accepts, and the dtype its GEMMs run in."""
+"""What `linear_logps` accepts, the strategy it takes, and the dtype its GEMMs run in."""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GRADIENTS = ("exact", "sparse", "auto")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of `linear_logps`, which documents them."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = IGNORE_INDEX
+    gradient: str = "exact"
+    eps: float = DEFAULT_EPS
+    tail_groups: Tensor | None = None
+    compute_dtype: torch.dtype | None = None
+    workspace_bytes: int | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def validate(self, labels: Tensor) -> None:
+        """Refuse values out of range, and groups that do not belong to `labels`."""
+        if self.gradient not in GRADIENTS:
+            raise NotImplementedError(
+                f"gradient={self.gradient!r} is not available; use one of {GRADIENTS}"
+            )
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(
+                f"softcap must be positive and finite, got {self.softcap}; None means no cap"
+            )
+        if not 0 <= self.eps <= 1:
+            raise ValueError(f"eps must be a probability, from 0 to 1, got {self.eps}")
+        if self.gradient == "sparse" and not self.logit_scale > 0:
+            raise ValueError(
+                f"gradient='sparse' needs a positive logit_scale, got {self.logit_scale}; "
+                "use gradient='exact'"
+            )
+        if self.tail_groups is not None:
+            _validate_groups(self.tail_groups, labels)
+
+    def is_sparse(self, dtype: torch.dtype) -> bool:
+        """Whether the sparse strategy is taken with GEMMs in `dtype`."""
+        if self.gradient == "auto":
+            return dtype.itemsize == 2 and self.logit_scale > 0
+        return self.gradient == "sparse"
+
+
+def _validate_groups(groups: Tensor, labels: Tensor) -> None:
+    if groups.is_floating_point() or groups.is_complex():
+        raise TypeError(f"tail_groups must be integer, 0 or 1, got {groups.dtype}")
+    if groups.shape != labels.shape:
+        raise ValueError(
+            f"tail_groups must have the shape of labels, {tuple(labels.shape)}, got "
+            f"{tuple(groups.shape)}"
+        )
 
 
 def validate(

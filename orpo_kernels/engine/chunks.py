@@ -10,6 +10,7 @@ Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -141,6 +142,29 @@ def plan_forward(sizes: Sizes, budget: int, *, with_gradient: bool) -> Plan:
     return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_COLUMNS)
 
 
+def plan_sparse(sizes: Sizes, budget: int, reserved: tuple[int, int], entry_share: float) -> Plan:
+    """Shape of the sparse forward: that of the exact one, and the entries kept of a tile.
+
+    Args:
+        sizes: of the problem.
+        budget: bytes.
+        reserved: bytes of it that are taken, whatever the shape, and for each vocabulary block.
+        entry_share: entries kept of a tile, at most, as a share of it.
+
+    Returns:
+        The plan.
+    """
+    entry_bytes = entry_share * (4 + sizes.wide_bytes)
+    if entry_bytes * _CPU_COLUMNS[0] <= sizes.list_bytes:
+        entry_bytes = 0.0  # a tile has kept entries, or done the exact way the list of large ones
+    per_cell = sizes.product_dtype.itemsize + entry_bytes
+    if sizes.widens:
+        per_cell += sizes.compute_dtype.itemsize
+    per_row, per_column = _forward_units(sizes, with_gradient=True)
+    units = (per_row + 128, per_column, per_cell)
+    return _first_fit(sizes, budget, units, _CPU_COLUMNS, reserved)
+
+
 def kept_rows(sizes: Sizes, budget: int) -> int:
     """How many rows of E `(N, V)` fit beside the workspace; does not depend on `sizes.rows`."""
     reserve = _kept_forward_bytes(sizes, _KEPT_ROWS)
@@ -171,7 +195,9 @@ def _kept_forward_bytes(sizes: Sizes, rows: int) -> int:
     return tile + sizes.vocabulary * per_column + strip_bytes(sizes.device)
 
 
-def plan_backward(sizes: Sizes, budget: int, gradient_columns: int, *, recompute: bool) -> Plan:
+def plan_backward(
+    sizes: Sizes, budget: int, gradient_columns: int, *, recompute: bool, reserved: int = 0
+) -> Plan:
     """Shape of the weight gradient: a float32 block of it, and the recomputed tile.
 
     Args:
@@ -179,12 +205,13 @@ def plan_backward(sizes: Sizes, budget: int, gradient_columns: int, *, recompute
         budget: bytes.
         gradient_columns: columns of the weight parts that need a gradient (0: the bias only).
         recompute: whether a tile of logits is needed (E was not kept).
+        reserved: bytes of the budget that are taken, whatever the shape.
 
     Returns:
         The plan.
     """
     units = _backward_units(sizes, gradient_columns, recompute)
-    return _first_fit(sizes, budget, units, _CPU_BACKWARD_COLUMNS)
+    return _first_fit(sizes, budget, units, _CPU_BACKWARD_COLUMNS, (reserved, 0))
 
 
 def plan_direct(
@@ -235,7 +262,11 @@ def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
 
 
 def _first_fit(
-    sizes: Sizes, budget: int, unit_bytes: tuple[int, int, int], cpu_columns: tuple[int, ...]
+    sizes: Sizes,
+    budget: int,
+    unit_bytes: tuple[int, int, float],
+    cpu_columns: tuple[int, ...],
+    reserved: tuple[int, int] = (0, 0),
 ) -> Plan:
     shapes = [(rows, columns) for rows in _CPU_ROWS for columns in cpu_columns]
     if sizes.device.type != "cpu":
@@ -243,7 +274,9 @@ def _first_fit(
         shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
     for rows, columns in (*shapes, *_SMALL):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
-        if (need := _bytes(sizes, unit_bytes, rows, columns)) <= budget:
+        need = _bytes(sizes, unit_bytes, rows, columns)
+        need += reserved[0] + reserved[1] * -(-sizes.vocabulary // columns)
+        if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
             return Plan(even, columns, need)
     raise ValueError(
@@ -253,11 +286,11 @@ def _first_fit(
     )
 
 
-def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, int], rows: int, columns: int) -> int:
+def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, float], rows: int, columns: int) -> int:
     per_row, per_column, per_cell = unit_bytes
     scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
     cells = rows * row_pitch(columns, sizes.device)
-    return rows * per_row + columns * per_column + cells * per_cell + scratch
+    return rows * per_row + columns * per_column + math.ceil(cells * per_cell) + scratch
 
 
 def row_pitch(columns: int, device: torch.device) -> int:

@@ -100,7 +100,7 @@ class Coefficients(NamedTuple):
         return self.first if self.second is None else self.first + self.second
 
 
-_Arguments = tuple[Tensor, Tensor | None, Tensor, int]  # tile, bias, labels and first column
+Arguments = tuple[Tensor, Tensor | None, Tensor, int]  # tile, bias, labels and first column
 
 
 class Forward:
@@ -148,23 +148,33 @@ class Forward:
             tile, narrow = self._tiles(stop - start, v1 - v0, kept)
             matmul_into(tile, hidden, weight.t())
             arguments = (tile, self.head.block_bias(v0, v1), labels, v0)
-            sums = (row_max, sum_exp)
-            entries: Entries | None = None
-            if self.sizes.on_cpu:
-                others = label_terms.z
-                rescale, entries = self._collect(arguments, sums, others, hidden, weight)
-            else:
-                rescale = self._separate(arguments, sums, narrow)
-            if accumulator is not None:
-                self._accumulate(accumulator, rescale if v0 > 0 else None, narrow, weight)
-                if entries is not None:
-                    csr_matmul_(accumulator, *entries, weight)
+            sums, operands = (row_max, sum_exp), (hidden, weight)
+            _, entries = self._add_tile(
+                arguments, sums, label_terms.z, operands, narrow, accumulator
+            )
             if kept is not None and entries is not None:
                 restore(narrow, entries)
         return self._finish(label_terms, row_max, sum_exp, accumulator)
 
+    def _add_tile(
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], others: Tensor,
+        operands: tuple[Tensor, Tensor], narrow: Tensor, accumulator: Tensor | None,
+    ) -> tuple[Tensor, Entries | None]:  # fmt: skip
+        """Takes a tile in; what all before it was rescaled by, and its entries that are apart."""
+        entries: Entries | None = None
+        if self.sizes.on_cpu:
+            rescale, entries = self._collect(arguments, sums, others, *operands)
+        else:
+            rescale = self._separate(arguments, sums, narrow)
+        if accumulator is not None:
+            weight = operands[1]
+            self._accumulate(accumulator, rescale if arguments[3] > 0 else None, narrow, weight)
+            if entries is not None:
+                csr_matmul_(accumulator, *entries, weight)
+        return rescale, entries
+
     def _collect(
-        self, arguments: _Arguments, sums: tuple[Tensor, Tensor], others: Tensor, hidden: Tensor,
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], others: Tensor, hidden: Tensor,
         weight: Tensor,
     ) -> tuple[Tensor, Entries | None]:  # fmt: skip
         """One look at the tile; where a 16-bit GEMM rounded it, the large entries apart."""
@@ -177,7 +187,7 @@ class Forward:
         return rescale, (entries[0], entries[1], entries[2]) if refines else None
 
     def _separate(
-        self, arguments: _Arguments, sums: tuple[Tensor, Tensor], narrow: Tensor
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], narrow: Tensor
     ) -> Tensor:
         """Two looks: on a GPU a row is split over programs, which meet in between."""
         (row_max, sum_exp), options = sums, (self.head.logit_scale, self.head.softcap)
@@ -211,7 +221,7 @@ class Forward:
             accumulator.mul_(rescale[:, None])
         accumulator.addmm_(probs, weight)
 
-    def _label_terms(self, hidden: Tensor, labels: Tensor) -> "_LabelTerms":
+    def _label_terms(self, hidden: Tensor, labels: Tensor) -> "LabelTerms":
         """Label logits from float32 dots of the operands: a confident token loses no digits."""
         rows = self.head.columns.rows(labels[0], self.wide)
         dots = [_dots(hidden, rows)]
@@ -219,8 +229,8 @@ class Forward:
             dots.append(_dots(hidden, self.head.columns.rows(labels[1], self.wide)))
         return self._terms(rows, dots, labels)
 
-    def _terms(self, rows: Tensor, dots: list[Tensor], labels: Tensor) -> "_LabelTerms":
-        terms = _LabelTerms(rows, *self.head.transform(dots[0], labels[0]))
+    def _terms(self, rows: Tensor, dots: list[Tensor], labels: Tensor) -> "LabelTerms":
+        terms = LabelTerms(rows, *self.head.transform(dots[0], labels[0]))
         if self.labels.second is None:
             return terms
         second, second_slope = self.head.transform(dots[1], labels[1])
@@ -228,7 +238,7 @@ class Forward:
 
     def _finish(
         self,
-        label: "_LabelTerms",
+        label: "LabelTerms",
         row_max: Tensor,
         sum_exp: Tensor,
         accumulator: Tensor | None,
@@ -256,7 +266,7 @@ class Forward:
         return torch.stack((*per_row, label.slope, second_slope)), accumulator
 
 
-class _LabelTerms(NamedTuple):
+class LabelTerms(NamedTuple):
     """Of the first label: entry (R, H), logit, slope; of a second: logit, slope, if it differs."""
 
     rows: Tensor

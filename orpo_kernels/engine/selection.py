@@ -45,6 +45,15 @@ def refuse_out_of_range(labels: Tensor, ignore_index: int, vocabulary: int) -> N
         )
 
 
+def refuse_other_groups(groups: Tensor) -> None:
+    """Refuse tail groups but 0 and 1; an error or an assertion, as for ids out of range."""
+    known = ((groups == 0) | (groups == 1)).all()
+    if groups.device.type != "cpu":
+        torch._assert_async(known, "orpo_kernels: a tail group is neither 0 nor 1")
+    elif not bool(known):
+        raise ValueError("tail_groups must be 0 or 1 everywhere")
+
+
 def score(labels: Tensor, ignore_index: int) -> Scored:
     """Labels (K, ...) to one or two distinct labels per position."""
     flat = labels.reshape(labels.shape[0], -1)
@@ -83,7 +92,7 @@ def select(
     is_scored = scored.labels.first >= 0
     index: Tensor | None = None
     labels, count = scored.labels, is_scored.shape[0]
-    capturing = _is_capturing(is_scored.device)
+    capturing = is_capturing(is_scored.device)
     if not capturing:
         index = is_scored.nonzero()[:, 0]
     if index is not None and index.shape[0] < count:
@@ -99,7 +108,8 @@ def select(
     return Selection(rows, head, labels, sizes, index)
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, in which nothing may wait for the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

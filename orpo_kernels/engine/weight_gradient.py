@@ -92,17 +92,30 @@ class WeightGradient:
                 if dbias is not None:
                     bias_block -= column_sums(probs, self.softmax[slice(*rows)])
                 self._add(block, probs, buffers["partial"], rows)
-            if self.direct is None:
-                block.mul_(self.unit)
-            bias_block.mul_(self.unit)
-            for rows in spans(self.sizes.rows, plan.rows):
-                self._add_labels(block, bias_block, (v0, v1), rows)
-            if self.direct is None:
-                pieces = torch.split(block, widths, 1)
-                for dweight, piece in zip(present(dweights), pieces, strict=False):
-                    dweight[v0:v1].copy_(piece)
-            if dbias is not None:
-                dbias[v0:v1].copy_(bias_block)
+            self._write(block, bias_block, (v0, v1), dweights, dbias, plan.rows)
+
+    def _write(
+        self,
+        block: Tensor,
+        bias_block: Tensor,
+        columns: tuple[int, int],
+        dweights: list[Tensor | None],
+        dbias: Tensor | None,
+        step: int,
+    ) -> None:
+        """Adds the labels' entries, `step` rows at a time, and rounds a block into the results."""
+        if self.direct is None:
+            block.mul_(self.unit)
+        bias_block.mul_(self.unit)
+        for rows in spans(self.sizes.rows, step):
+            self._add_labels(block, bias_block, columns, rows)
+        if self.direct is None:
+            widths = [each.shape[1] for each in present(dweights)]
+            pieces = torch.split(block, widths, 1)
+            for dweight, piece in zip(present(dweights), pieces, strict=False):
+                dweight[slice(*columns)].copy_(piece)
+        if dbias is not None:
+            dbias[slice(*columns)].copy_(bias_block)
 
     def _can_be_written(self, dweights: list[Tensor]) -> bool:
         """Whether a GEMM could write the gradient: one part, in its dtype, on a CPU."""

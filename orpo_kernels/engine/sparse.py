@@ -1,0 +1,265 @@
+"""The sparse strategy: the probabilities over eps as they are, the others by their average.
+
+    u_tv = E_tv e^m / e^lse          the entry of the softmax gradient; E, m as in `exact`
+    K_t  contains every v with u_tv > eps;  k_tv = u_tv as the backend rounds it
+    m_t  = sum_v u_tv - sum_{K_t} k_tv                       the mass that is dropped
+    q_g  = the dropped u_tv, summed over the rows of group g and normalised
+    dhidden_t = a_t (share W[y] - sum_{K_t} k_tv W_v - m_t q_g W)
+    dW_v = sum_t (a_t share 1[v = y_t] - a_t k_tv) h_t - sum_g q_gv sum_{t in g} a_t m_t h_t
+
+One pass over the logits and no second GEMM. What is dropped is given back, so that the gradient's
+error sums to 0 over the rows of a group: groups are rows whose a_t share a sign. u <= eps where
+dropped, hence the root of the sum of dropped u^2 is at most sqrt(eps m_t): the certificate.
+
+Forward as in `exact`, row chunks x vocabulary blocks. K_t is chosen by the sum that is known so far
+(the label's exponential in it from the start), which is at most the final one: a superset. A tile
+with more live entries than pay off is done the exact way, as is the rest of its chunk; that too is
+a superset. Between forward and backward of a trainable head the kept entries of each tile stay in a
+store of fixed size. The backward recomputes, the exact way, the tiles that are not in it.
+
+Row 7 of `statistics` (8, N) is m_t over the mass beside the labels; 0 to 6 as in `exact`.
+`blocks` (vocabulary blocks, 2, N): the m that E of this block refers to, and the E dropped in it.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.chunks import (
+    Columns,
+    Plan,
+    Rows,
+    Sizes,
+    matmul_into,
+    plan_backward,
+    plan_sparse,
+    spans,
+)
+from orpo_kernels.engine.compact import compact_matmul, compact_pack, refine, softmax_compact
+from orpo_kernels.engine.exact import Arguments, Forward, Head, Labels, LabelTerms
+from orpo_kernels.engine.tiles import column_sums, softmax_stats
+
+_STORE_SHARE = 8  # of the budget; a row keeps about 50 entries, 400 bytes
+_STORE_ROW_BYTES = 2**15  # no more than this for a row: short batches take less
+_MAX_EXPONENT = 80.0  # exp of it is finite in float32
+_MANY_ROWS = 8192  # more than any chunk has
+
+
+class Certificate(NamedTuple):
+    """What the sparse gradient left out, over the scored rows. 0-dim float32 tensors, no graph.
+
+    Attributes:
+        kept_share: kept entries, of rows x vocabulary.
+        tail_mass: mean over rows of m_t, the probability mass given back by its average.
+        tail_mass_max: its maximum.
+        residual_rms: mean over rows of sqrt(eps m_t), a bound of the root of the sum of squares of
+            the probabilities that are not kept.
+        residual_rms_max: its maximum.
+    """
+
+    kept_share: Tensor
+    tail_mass: Tensor
+    tail_mass_max: Tensor
+    residual_rms: Tensor
+    residual_rms_max: Tensor
+
+
+class Sizing(NamedTuple):
+    """How the budget is divided: nothing here depends on which rows are scored, it can be traced.
+
+    `reserved_bytes` are taken beside a tile, in the forward and in the backward.
+    """
+
+    plan: Plan
+    blocks: int
+    items: int  # tiles, at most
+    store_bytes: int
+    reserved_bytes: int
+
+
+def sizing(sizes: Sizes, groups: int, budget: int, *, trainable: bool) -> Sizing:
+    """The shapes of `sizes.rows` rows, scored or not, in `groups` groups.
+
+    A trainable head whose kept entries have no room is left a store of 0 bytes: its backward
+    recomputes every tile.
+
+    Raises:
+        ValueError: the budget is too small for one tile, forward or backward.
+    """
+    store = 0
+    if trainable:
+        store = min(budget // _STORE_SHARE, sizes.rows * _STORE_ROW_BYTES) // 16 * 16
+    if store > 0:
+        with contextlib.suppress(ValueError):
+            return _sizing(sizes, groups, budget, store, trainable)
+    return _sizing(sizes, groups, budget, 0, trainable)
+
+
+def _sizing(sizes: Sizes, groups: int, budget: int, store: int, trainable: bool) -> Sizing:
+    many = replace(sizes, rows=_MANY_ROWS)
+    # Sums of the tail, and those of one tile at most once more.
+    reserved = 2 * groups * (sizes.vocabulary + sizes.hidden_columns) * sizes.wide_bytes + store
+    record = 2 * sizes.rows * sizes.wide_bytes if store > 0 else 0
+    plan = plan_sparse(many, budget, (reserved, record), live_share(sizes.device))
+    blocks = -(-sizes.vocabulary // plan.columns)
+    if trainable:
+        reserved += blocks * record
+        reserved += plan.rows * sizes.hidden_columns * sizes.compute_dtype.itemsize
+        plan_backward(many, budget, sizes.hidden_columns, recompute=True, reserved=reserved)
+    return Sizing(plan, blocks, blocks * -(-sizes.rows // plan.rows), store, reserved)
+
+
+def even_plan(plan: Plan, rows: int) -> Plan:
+    """For `rows` rows, in chunks of one size."""
+    chunks = max(1, -(-rows // plan.rows))
+    return replace(plan, rows=max(1, -(-rows // chunks)))
+
+
+def live_share(device: torch.device) -> float:
+    """Kept entries of a tile, at most, as a share of it; over it the exact way is faster.
+
+    A CPU adds kept entries one by one, at a sixteenth of the rate of a 16-bit GEMM.
+    """
+    return 1 / 16 if device.type == "cpu" else 1 / 4
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is dropped: entries up to `eps`, and their sums by group."""
+
+    eps: float
+    groups: Tensor  # (M,) int64, of the scored rows
+    sums: Tensor  # (G, V)
+
+    def mean(self) -> Tensor:
+        """The vectors q (G, V): each sums to 1, or is 0 where nothing was dropped."""
+        total = self.sums.sum(1, keepdim=True)
+        return self.sums * torch.where(total > 0, 1.0 / total, 0.0)
+
+    def product(self, columns: Columns, step: int) -> Tensor:
+        """The rows q W (G, H), from entries of the head that are not rounded."""
+        parts = [self.sums.new_zeros((self.sums.shape[0], w.shape[1])) for w in columns.parts]
+        for v0, v1 in spans(self.sums.shape[1], step):  # a block is in the cache for the 2nd group
+            for total, weight in zip(parts, columns.parts, strict=True):
+                for row, sums in zip(total, self.sums[:, v0:v1], strict=True):
+                    row += column_sums(weight[v0:v1], sums)
+        mass = self.sums.sum(1, keepdim=True)
+        return torch.cat(parts, 1) * torch.where(mass > 0, 1.0 / mass, 0.0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The kept entries between forward and backward, by tile: chunk x block, block the faster."""
+
+    store: Tensor  # (bytes,) uint8
+    table: Tensor  # (items, 2) int64
+    blocks: Tensor  # (blocks, 2, N)
+
+
+class SparseForward(Forward):
+    """The forward over the scored rows: statistics, g without its tail, and what is kept."""
+
+    def __init__(
+        self, rows: Rows, head: Head, labels: Labels, sizes: Sizes, plan: Plan, tail: Tail, *,
+        with_gradient: bool, dense: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(rows, head, labels, sizes, plan, with_gradient=with_gradient, keep=False)
+        self.tail, self.dense = tail, dense
+        self.kept_entries = labels.first.new_zeros(1)
+
+    def sparse_chunk(
+        self, start: int, stop: int, packed: Packed | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows `start` to `stop`.
+
+        Args:
+            start: first row.
+            stop: one past the last.
+            packed: receives the kept entries, for a trainable head.
+
+        Returns:
+            statistics (8, R); g (R, H) or None, without the tail, `statistics[7] * q_g W`; with
+            `packed` this chunk's rows (blocks, 2, R) of `packed.blocks`.
+        """
+        hidden, labels = self.rows.take(start, stop), self.labels.stacked(start, stop)
+        label_terms = self._label_terms(hidden, labels)
+        label_lse = _label_lse(label_terms, labels)
+        row_max = hidden.new_full((stop - start,), torch.finfo(self.wide).min, dtype=self.wide)
+        sums = (row_max, torch.zeros_like(row_max))
+        all_dropped, none_dropped = torch.zeros_like(row_max), torch.zeros_like(row_max)
+        accumulator, dense = None, self.dense
+        record: list[Tensor] = []
+        if self.with_gradient:
+            accumulator = torch.zeros_like(hidden, dtype=self.wide)
+        for v0, v1 in spans(self.sizes.vocabulary, self.plan.columns):
+            weight = self.head.columns.block(v0, v1)
+            tile, narrow = self._tiles(stop - start, v1 - v0, None)
+            matmul_into(tile, hidden, weight.t())
+            arguments = (tile, self.head.block_bias(v0, v1), labels, v0)
+            kept: list[Tensor] = []
+            if not dense:
+                rescale, dropped, kept = self._compact(
+                    arguments, sums, label_lse, self.tail.groups[start:stop], (hidden, weight)
+                )
+                dense = not kept
+            if dense:
+                dropped, operands = none_dropped, (hidden, weight)
+                rescale, _ = self._add_tile(
+                    arguments, sums, label_terms.z, operands, narrow, accumulator
+                )
+            elif accumulator is not None:
+                if v0 > 0:
+                    accumulator.mul_(rescale[:, None])
+                compact_matmul(accumulator, kept, weight)
+            self.kept_entries += tile.numel() if dense else kept[2]
+            all_dropped.mul_(rescale).add_(dropped)
+            if packed is not None:
+                item = start // self.plan.rows * packed.blocks.shape[0] + len(record)
+                compact_pack(kept, packed.store, packed.table, item)
+                record.append(torch.stack((row_max, dropped)))
+        statistics, g = self._finish(label_terms, *sums, accumulator)
+        share = torch.where(sums[1] > 0, all_dropped / sums[1], 0.0)
+        blocks = torch.stack(record) if packed is not None else None
+        return torch.cat((statistics, share[None])), g, blocks
+
+    def _compact(
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], label_lse: Tensor,
+        groups: Tensor, operands: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        """Takes a tile in: what all before it is rescaled by, its dropped E, its kept entries.
+
+        A tile with too many of these, of which none are returned, is left for the exact way.
+        """
+        (row_max, sum_exp), (tile, bias, _, first_column) = sums, arguments
+        scale, softcap = self.head.logit_scale, self.head.softcap
+        block_max, block_sum, _ = softmax_stats(*arguments, scale, softcap)
+        new_max = torch.maximum(row_max, block_max)
+        rescale = torch.exp(row_max - new_max)
+        block_sum = block_sum * torch.exp(block_max - new_max)
+        new_sum = sum_exp * rescale + block_sum
+        beside = torch.exp((label_lse - new_max).clamp(max=_MAX_EXPONENT))
+        kept = softmax_compact(
+            *arguments, new_max, new_sum + beside, self.tail.eps, scale, softcap, groups,
+            self.tail.sums[:, first_column : first_column + tile.shape[1]],
+            int(tile.numel() * live_share(tile.device)),
+        )  # fmt: skip
+        if not kept:
+            return rescale, block_sum, kept
+        row_max.copy_(new_max)
+        sum_exp.copy_(new_sum)
+        if self.sizes.refines:
+            sum_exp.add_(refine(kept, tile, bias, new_max, scale, softcap, *operands))
+        all_of_it = block_sum * scale if softcap is None else kept[1]
+        return rescale, all_of_it - kept[0], kept
+
+
+def _label_lse(label: LabelTerms, labels: Tensor) -> Tensor:
+    """Log of the sum of the labels' exponentials, -inf for a row without."""
+    lse = torch.where(labels[0] >= 0, label.z, -torch.inf)
+    if label.second is None:
+        return lse
+    z, _, distinct = label.second
+    return torch.logaddexp(lse, torch.where(distinct, z, -torch.inf))
