@@ -62,7 +62,10 @@ def test_passes_here(passed: SelfTestReport) -> None:
 
 def test_covers_every_registered_operation(passed: SelfTestReport) -> None:
     # A backward is checked with its forward.
-    parts = {"linear_logps_dhidden_", "linear_logps_dweight", "odds_ratio_backward"}
+    parts = {
+        "linear_logps_dhidden_", "linear_logps_dweight", "sparse_linear_logps_dweight",
+        "odds_ratio_backward",
+    }  # fmt: skip
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("orpo_kernels::")}
     assert registered - parts <= {check.op for check in passed.checks}

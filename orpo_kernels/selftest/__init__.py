@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from orpo_kernels.selftest import logps, losses, model, tiles
+from orpo_kernels.selftest import logps, losses, model, sparse, tiles
 from orpo_kernels.selftest.figures import Case, Setting
 from orpo_kernels.selftest.report import (
     DTYPES,
@@ -112,6 +112,7 @@ def _cases(device: torch.device, threads: int, *, with_model: bool) -> Iterator[
         yield from tiles.cases(setting)
         yield from losses.cases(setting)
         yield from logps.cases(setting)
+        yield from sparse.cases(setting)
         if with_model:
             yield from model.cases(setting)
 

@@ -117,13 +117,14 @@ def problem(setting: Setting, variant: Variant) -> Problem:
     )
 
 
-def _definition(
+def definition(
     hidden: Tensor, weight: Tensor, labels: Sequence[Tensor], bias: Tensor | None, **options: Any
 ) -> tuple[Tensor, ...]:
+    """Log-probs of each label set, as `reference` has them."""
     return tuple(reference.linear_logps(hidden, weight, each, bias, **options) for each in labels)
 
 
-def _materialised(
+def materialised(
     hidden: Tensor, weight: Tensor, labels: Sequence[Tensor], bias: Tensor | None, **options: Any
 ) -> tuple[Tensor, ...]:
     """What a training loop does without this package: GEMM in the dtype, log_softmax in float32."""
@@ -132,9 +133,10 @@ def _materialised(
     return tuple(x * (each != IGNORE_INDEX) for x, each in zip(picked, labels, strict=True))
 
 
-def _ours(
+def ours(
     hidden: Tensor, weight: Tensor, labels: tuple[Tensor, ...], *rest: Any, **options: Any
 ) -> tuple[Tensor, ...]:
+    """Log-probs of each label set, from `linear_logps`."""
     if len(labels) == 2:
         return tuple(linear_logps(hidden, weight, (labels[0], labels[1]), *rest, **options))
     logps = linear_logps(hidden, weight, labels[0], *rest, **options)
@@ -143,11 +145,11 @@ def _ours(
 
 def _results(here: Problem, variant: Variant) -> dict[str, Tensor]:
     if not variant.small_workspace:
-        return here.evaluate(_ours)
+        return here.evaluate(ours)
     # The smallest power of two that is enough: as many tiles as there can be.
     for exponent in range(14, 30):
         try:
-            return here.evaluate(_ours, workspace_bytes=2**exponent)
+            return here.evaluate(ours, workspace_bytes=2**exponent)
         except ValueError as error:
             if "workspace_bytes" not in str(error):
                 raise
@@ -156,8 +158,8 @@ def _results(here: Problem, variant: Variant) -> dict[str, Tensor]:
 
 def _linear_logps(setting: Setting, variant: Variant) -> Iterator[Figure]:
     here = problem(setting, variant)
-    truth = here.true().evaluate(_definition)
-    eager = here.evaluate(_materialised)
+    truth = here.true().evaluate(definition)
+    eager = here.evaluate(materialised)
     for what, actual in _results(here, variant).items():
         yield like_torch(what, actual, truth[what], eager[what], setting.dtype)
 
@@ -166,7 +168,7 @@ def _sums(setting: Setting) -> Iterator[Figure]:
     here = problem(setting, Variant("", bias=True))
     with torch.no_grad():
         here.leaves["weight"][:, 0] = 1.0  # then dhidden[:, 0] = a_t sum_v dz_tv = 0
-    results = here.evaluate(_ours)
+    results = here.evaluate(ours)
     yield Figure("largest log-prob", max(0.0, float(results["log-probs 1"].amax())), 0.0)
     # Each probability is rounded by itself; measured 1.1 eps (bf16, fp16) and 5e-7 (float32).
     dhidden, dbias = exact(results["dhidden"]), exact(results["dbias"])

@@ -1,0 +1,207 @@
+"""Checks of the sparse gradient: its tile operations, and the op against its definition."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels import reference
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.engine.compact import (
+    compact_matmul,
+    compact_pack,
+    compact_weight_gradient,
+    softmax_compact,
+)
+from orpo_kernels.selftest import logps
+from orpo_kernels.selftest.figures import (
+    EPS32,
+    Case,
+    Figure,
+    Setting,
+    exact,
+    largest,
+    like_torch,
+    rounded_once,
+)
+from orpo_kernels.selftest.tiles import TRANSFORMS, Transform
+
+# 67 rows, a prime; 520 columns, 65 vectors of 16 bytes. Of the entries about one in fifty is kept.
+ROWS, COLUMNS, FIRST_COLUMN, WIDTH = 67, 520, 1000, 33
+EPS = 2.0**-8
+
+VARIANTS = (
+    logps.Variant("frozen head", trains=(True, False)),
+    logps.Variant("trainable head", bias=True),
+    logps.Variant("all of it", label_sets=2, softcap=4.0, logit_scale=0.7, bias=True, rank=4),
+)
+
+
+class Compacted(NamedTuple):
+    """A tile's kept entries as the backend has them, and as a matrix; true E, total; the tail."""
+
+    kept: list[Tensor]
+    entries: Tensor  # (R, C) float64, 0 where dropped
+    E: Tensor
+    total: Tensor
+    groups: Tensor
+    tail: Tensor
+    rounded: float
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """The sparse gradient, in one dtype."""
+    for transform in TRANSFORMS:
+        yield Case("softmax_compact", transform.name, setting, _compact, (transform,))
+    yield Case("compact_matmul", "float32 += kept entries", setting, _matmul)
+    yield Case("compact_pack", "in order, and out of room", setting, _pack)
+    yield Case("compact_weight_gradient", "some columns of a tile", setting, _weight_gradient)
+    for variant in VARIANTS:
+        yield Case("sparse_linear_logps", variant.name, setting, _linear_logps, (variant,))
+
+
+def _compacted(setting: Setting, transform: Transform) -> Compacted:
+    generator = setting.generator()
+    logits = setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator))
+    bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
+    labels = torch.randint(0, 2500, (2, ROWS), generator=generator)
+    labels[:, ::7] = -1
+    groups = torch.randint(0, 2, (ROWS,), generator=generator)
+    options = (transform.logit_scale, transform.softcap)
+    wide = None if bias is None else bias.double()
+    z, slope = reference.tile_logits(exact(logits), wide, labels, FIRST_COLUMN, *options)
+    rounded = 0.0 if wide is None else largest(exact(logits) + wide)
+    level = (z.amax(1) + 0.25).float()  # the maximum may lie in an earlier tile
+    E = reference.softmax_grad(z, slope, level.double())
+    total = (torch.exp(z - level.double()[:, None]).sum(1) + 0.25).float()
+    tail = torch.zeros(2, COLUMNS, device=setting.device)
+    with setting.all_threads():
+        kept = softmax_compact(
+            logits, None if bias is None else bias.to(setting.device), labels.to(setting.device),
+            FIRST_COLUMN, level.to(setting.device), total.to(setting.device), EPS, *options,
+            groups.to(setting.device), tail, ROWS * COLUMNS,
+        )  # fmt: skip
+        entries = torch.zeros(ROWS, COLUMNS, device=setting.device)
+        compact_matmul(entries, kept, setting.put(torch.eye(COLUMNS)))
+    return Compacted(kept, exact(entries), E, total.double(), groups, tail, rounded)
+
+
+def _compact(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    tile = _compacted(setting, transform)
+    kept, entries = tile.kept, tile.entries
+    live, share = entries != 0, tile.E / tile.total[:, None]
+    # Rounding decides about an entry this close to eps.
+    lost = ~live & (share > EPS * (1 + (64 + tile.rounded) * EPS32))
+    yield Figure("entries over eps that are dropped", float(lost.sum()), 0.0)
+    yield Figure("kept entries not counted", float((exact(kept[2]) - live.sum()).abs().sum()), 0.0)
+    yield _kept_entries(setting, tile)
+    yield rounded_once("sum of the kept", kept[0], entries.sum(1))
+    if transform.softcap is not None:
+        yield rounded_once("sum of all", kept[1], tile.E.sum(1), tile.rounded)
+    dropped = torch.where(live, 0.0, share)
+    truth = torch.stack([dropped[tile.groups == group].sum(0) for group in (0, 1)])
+    yield rounded_once("tail", tile.tail, truth, tile.rounded + 16)
+
+
+def _kept_entries(setting: Setting, tile: Compacted) -> Figure:
+    error = (tile.entries / tile.E - 1.0)[tile.entries != 0]
+    return Figure("kept entries", largest(error), setting.eps + (64 + tile.rounded) * EPS32)
+
+
+def _matmul(setting: Setting) -> Iterator[Figure]:
+    tile, generator = _compacted(setting, TRANSFORMS[0]), setting.generator()
+    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator))
+    before = torch.randn(ROWS, WIDTH, generator=generator)
+    sums = before.to(setting.device, copy=True)
+    with setting.all_threads():
+        compact_matmul(sums, tile.kept, weight)
+    yield _kept_entries(setting, tile)
+    yield rounded_once("sums", sums, before.double() + tile.entries @ exact(weight))
+
+
+def _pack(setting: Setting) -> Iterator[Figure]:
+    kept = _compacted(setting, TRANSFORMS[0]).kept
+    store, table = _store(setting)
+    compact_pack(kept, store, table, 0)
+    compact_pack([], store, table, 1)
+    compact_pack(kept, store, table, 2)
+    first, size = (int(each) for each in table[2])
+    compact_pack(kept, store[: first + size + 8], table, 3)
+    found = table.tolist()
+    yield Figure("packed over another", float(found[2][0] < found[0][0] + found[0][1]), 0.0)
+    yield Figure("refused with room", float(found[0][1] <= 0) + float(size <= 0), 0.0)
+    yield Figure("empty, and not refused", float(found[1][1] >= 0), 0.0)
+    yield Figure("without room, and not refused", float(found[3][1] >= 0), 0.0)
+
+
+def _store(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Room for three tiles and more in any form, and a table of four."""
+    store = torch.empty(64 * ROWS * COLUMNS, dtype=torch.uint8, device=setting.device)
+    return store, torch.zeros(4, 2, dtype=torch.int64, device=setting.device)
+
+
+def _weight_gradient(setting: Setting) -> Iterator[Figure]:
+    """From the second packed tile, which does not begin at the start of the store."""
+    generator = setting.generator()
+    hidden = setting.put(torch.randn(ROWS, WIDTH, generator=generator))
+    coefficients = torch.randn(ROWS, generator=generator)
+    store, table = _store(setting)
+    tiles = [_compacted(setting, transform) for transform in TRANSFORMS[:2]]
+    for item, tile in enumerate(tiles):
+        compact_pack(tile.kept, store, table, item)
+    before = torch.randn(300, WIDTH, generator=generator)
+    block = before.to(setting.device, copy=True)
+    with setting.all_threads():
+        compact_weight_gradient(
+            block, store, table, 1, 50, coefficients.to(setting.device), hidden
+        )  # fmt: skip
+    scaled = coefficients.double()[:, None] * exact(hidden)
+    truth = before.double() - tiles[1].entries[:, 50:350].t() @ scaled
+    yield rounded_once("block", block, truth, 16)
+
+
+def _linear_logps(setting: Setting, variant: logps.Variant) -> Iterator[Figure]:
+    """Against its definition; what torch rounds is measured at the exact gradient."""
+    here = logps.problem(setting, variant)
+    true, eager = here.true(), here.evaluate(logps.materialised)
+    groups = torch.randint(0, 2, (logps.ROWS,), generator=setting.generator())
+    found = here.evaluate(logps.ours, gradient="sparse", eps=EPS, tail_groups=groups)
+    truth = true.evaluate(logps.definition)
+    changed = truth | _definition(true, groups)
+    for what, actual in found.items():
+        rounded = changed[what] + (exact(eager[what]) - truth[what])
+        yield like_torch(what, actual, changed[what], rounded, setting.dtype)
+
+
+def _definition(true: logps.Problem, groups: Tensor) -> dict[str, Tensor]:
+    """Its gradients: entries up to eps are replaced by their average over a group's rows."""
+    leaves = {name: leaf.detach() for name, leaf in true.leaves.items()}
+    low_rank = (leaves["hidden_r"], leaves["weight_r"]) if "hidden_r" in leaves else None
+    raw = reference.logits(
+        leaves["hidden"], leaves["weight"], leaves.get("bias"), low_rank=low_rank
+    )
+    z, slope = reference.transform(raw, true.options["logit_scale"], true.options["softcap"])
+    target, is_label = torch.zeros_like(z), torch.zeros_like(z, dtype=torch.bool)
+    total, rows = z.new_zeros(z.shape[0]), torch.arange(z.shape[0])
+    for labels, a in zip(true.labels, true.coefficients, strict=True):
+        scored = labels != IGNORE_INDEX
+        at = (rows[scored], labels[scored])
+        target.index_put_(at, a[scored], accumulate=True)
+        is_label[at] = True
+        total += torch.where(scored, a, 0.0)
+    u = torch.softmax(z, 1) * slope * is_label.any(1, keepdim=True)
+    small = torch.where((u <= EPS) & ~is_label, u, 0.0)
+    means = torch.stack([small[groups == group].sum(0) for group in (0, 1)])
+    means /= means.sum(1, keepdim=True)
+    replaced = u - small + small.sum(1, keepdim=True) * means[groups]
+    dlogits = target * slope - total[:, None] * replaced
+    gradients = {
+        "dhidden": dlogits @ leaves["weight"],
+        "dweight": dlogits.t() @ leaves["hidden"],
+        "dbias": dlogits.sum(0),
+    }
+    if low_rank is not None:
+        gradients["dhidden_r"] = dlogits @ low_rank[1]
+        gradients["dweight_r"] = dlogits.t() @ low_rank[0]
+    return gradients

@@ -1,0 +1,81 @@
+"""The self-test finds and names what is broken on purpose in the sparse gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine import sparse, sparse_weight
+from orpo_kernels.engine.compact import (
+    compact_matmul,
+    compact_pack,
+    compact_weight_gradient,
+    softmax_compact,
+)
+from tests.csrc.forms import plain
+from tests.test_selftest import kernel, run
+
+
+def _drops_what_is_live(*arguments: Any) -> Any:
+    return plain(softmax_compact, *arguments[:6], 2 * arguments[6], *arguments[7:])
+
+
+def _loses_a_row_of_the_tail(*arguments: Any) -> Any:
+    groups = arguments[9].clone()
+    groups[3] = -1
+    return plain(softmax_compact, *arguments[:9], groups, *arguments[10:])
+
+
+def _adds_twice(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> None:
+    for _ in range(2):
+        plain(compact_matmul, accumulator, kept, weight)
+
+
+def _never_refuses(kept: list[Tensor], store: Tensor, table: Tensor, item: int) -> None:
+    plain(compact_pack, kept, store, table, item)
+    table[item, 1].clamp_(min=0)
+
+
+def _forgets_the_first_column(*arguments: Any) -> None:
+    plain(compact_weight_gradient, *arguments[:4], 0, *arguments[5:])
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "cases"),
+    [
+        ("softmax_compact", _drops_what_is_live, 9),
+        ("softmax_compact", _loses_a_row_of_the_tail, 9),
+        ("compact_matmul", _adds_twice, 3),
+        ("compact_pack", _never_refuses, 3),
+        ("compact_weight_gradient", _forgets_the_first_column, 3),
+    ],
+)
+def test_finds_a_wrong_kernel(name: str, function: Callable[..., Any], cases: int) -> None:
+    with kernel(name, function):
+        failed = run(name)
+    assert [check.op for check in failed] == [name] * cases
+    assert all("is off by" in check.message for check in failed)
+
+
+def test_finds_a_tail_that_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sparse.Tail.product
+    monkeypatch.setattr(sparse.Tail, "product", lambda *given: torch.zeros_like(right(*given)))
+    failed = run("sparse_linear_logps", "softmax_compact", "linear_logps")
+    assert {check.op for check in failed} == {"sparse_linear_logps"}
+    assert len(failed) == 9
+    assert all("dhidden" in check.message for check in failed)
+
+
+def test_finds_one_tail_for_both_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(self: Any, *given: Any) -> Tensor:
+        rows = right(self, *given)
+        return rows.sum(0, keepdim=True).expand_as(rows)
+
+    right = sparse_weight.SparseWeightGradient._tail_rows
+    monkeypatch.setattr(sparse_weight.SparseWeightGradient, "_tail_rows", together)
+    failed = run("sparse_linear_logps")
+    assert {check.case for check in failed} == {"trainable head", "all of it"}
