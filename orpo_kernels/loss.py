@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
-from orpo_kernels.linear_logps import linear_logps
+from orpo_kernels.engine.arguments import Options
+from orpo_kernels.engine.sparse import Certificate
+from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.sequence_mean import sequence_mean
 
@@ -37,6 +39,7 @@ class ORPOOutput(NamedTuple):
         clamped_logps: int64, mean log-probs above `MAX_MEAN_LOGP`, evaluated at it.
         pair_mask: (P,) bool, the pairs that count.
         num_nll_tokens: int64, tokens in the NLL of this batch.
+        sparse: what the sparse gradient left out; None if the gradient is exact, or there is none.
     """
 
     loss: Tensor
@@ -49,6 +52,7 @@ class ORPOOutput(NamedTuple):
     clamped_logps: Tensor
     pair_mask: Tensor
     num_nll_tokens: Tensor
+    sparse: Certificate | None = None
 
 
 class Preset(NamedTuple):
@@ -98,8 +102,8 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         num_nll_tokens: what the NLL is divided by, default this batch's count. Give the count over
             all micro-batches (see `count_terms`) and their gradients sum to the large batch's.
         num_pairs: the same for the pair term, and for the NLL when `nll_reduction="pair"`.
-        **options: of `linear_logps`: logit_scale, softcap, ignore_index, gradient, compute_dtype,
-            workspace_bytes, low_rank.
+        **options: of `linear_logps`: logit_scale, softcap, ignore_index, gradient, eps,
+            tail_groups (default: chosen, rejected), compute_dtype, workspace_bytes, low_rank.
 
     Returns:
         `ORPOOutput`.
@@ -123,14 +127,15 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         "sequence_ids": sequence_ids, "num_sequences": count,
         "num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs,
     }  # fmt: skip
+    scoring = Options(**{"tail_groups": tail_groups(labels, sequence_ids, count), **options})
     if nll_labels is None or nll_labels is labels:
-        token_logps = cast(Tensor, linear_logps(hidden, weight, labels, bias, **options))
-        return orpo_loss_from_logps(token_logps, labels, **keywords)
+        token_logps, certificate = certified_logps(hidden, weight, labels, bias, scoring)
+        output = orpo_loss_from_logps(cast(Tensor, token_logps), labels, **keywords)
+        return output._replace(sparse=certificate)
     nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
-    token_logps, nll_token_logps = linear_logps(
-        hidden, weight, (labels, nll_labels), bias, **options
-    )
-    return orpo_loss_from_logps(token_logps, labels, nll_token_logps, nll_labels, **keywords)
+    both, certificate = certified_logps(hidden, weight, (labels, nll_labels), bias, scoring)
+    output = orpo_loss_from_logps(both[0], labels, both[1], nll_labels, **keywords)
+    return output._replace(sparse=certificate)
 
 
 def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
@@ -209,6 +214,18 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         pair_mask=pair_mask,
         num_nll_tokens=nll_tokens.sum().to(torch.int64),
     )
+
+
+def tail_groups(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
+    """0 for the tokens of chosen sequences, 1 for those of rejected ones, in the shape of `labels`.
+
+    The loss raises the log-probs of the first and lowers those of the second: see `linear_logps`.
+    """
+    pairs = num_sequences // 2
+    if sequence_ids is not None:
+        return (sequence_ids >= pairs).to(torch.int64)
+    rows = torch.arange(num_sequences, device=labels.device) >= pairs
+    return rows.to(torch.int64)[:, None].expand(labels.shape)
 
 
 def count_terms(

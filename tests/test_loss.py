@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from orpo_kernels import PRESETS, ORPOLoss, linear_logps, orpo_loss, reference
+from orpo_kernels.engine import sparse
 from orpo_kernels.loss import count_terms, orpo_loss_from_logps
 
 P, T, H, V = 3, 11, 16, 50  # three pairs: one may be empty, two remain
@@ -56,7 +57,7 @@ def test_definition(reduction, nll, empty):
     compare(found, true, (hidden, weight))
     assert found.skipped_pairs == true.skipped_pairs == {0: 0, 6: P}.get(len(empty), 1)
     assert found.loss == found.nll_loss + 0.1 * found.or_loss
-    assert not any(each.requires_grad for each in found[1:])
+    assert not any(each.requires_grad for each in found[1:] if each is not None)
 
 
 @pytest.mark.parametrize("reduction", ["token", "pair"])
@@ -230,6 +231,45 @@ def test_compiles():
     torch.testing.assert_close(
         compiled(hidden, weight, labels, nll), step(hidden, weight, labels, nll)
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("two_sets", [False, True])
+def test_sparse_averages_chosen_and_rejected_apart(two_sets, packed, monkeypatch):
+    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)  # a toy head is flat
+    hidden, weight, labels = batch()
+    nll_labels = other_labels(labels) if two_sets else None
+    options = {"gradient": "sparse", "eps": 0.02}
+    sides = torch.tensor([0] * P + [1] * P)[:, None].expand(labels.shape)
+    if packed:
+        kept = (labels != -100).view(-1)
+        if two_sets:
+            kept |= (nll_labels != -100).view(-1)
+            nll_labels = nll_labels.view(-1)[kept]
+        ids = torch.arange(2 * P).repeat_interleave(T)[kept]
+        hidden = hidden.detach().reshape(-1, H)[kept].requires_grad_()
+        labels, sides = labels.view(-1)[kept], sides.reshape(-1)[kept]
+        options |= {"sequence_ids": ids, "num_sequences": 2 * P}
+    found = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, **options)
+    by_hand = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, tail_groups=sides, **options)
+    together = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, tail_groups=None, **options)
+    exact = orpo_loss(
+        hidden, weight, labels, nll_labels=nll_labels, **{**options, "gradient": "exact"}
+    )
+    torch.testing.assert_close(found.loss, exact.loss, rtol=1e-13, atol=0)
+    assert exact.sparse is None
+    ours, same, other, true = (
+        torch.autograd.grad(each.loss, hidden)[0] for each in (found, by_hand, together, exact)
+    )
+    assert torch.equal(ours, same)
+    assert not torch.equal(ours, other)
+    assert 0 < (ours - true).norm() < 0.3 * true.norm()
+    certificate = found.sparse
+    assert 0 < certificate.kept_share < 1
+    assert 0 < certificate.tail_mass < certificate.tail_mass_max < 1
+    expected = (0.02 * certificate.tail_mass_max).sqrt()
+    torch.testing.assert_close(certificate.residual_rms_max, expected)
+    assert certificate.residual_rms < certificate.residual_rms_max
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.engine import arguments
 from orpo_kernels.engine.mean_logits import mean_logits
+from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.integrations.head import Head, HeadTerms, LogitTransform
 from orpo_kernels.integrations.selfcheck import SelfCheck
-from orpo_kernels.linear_logps import linear_logps
-from orpo_kernels.loss import ORPOLoss
+from orpo_kernels.linear_logps import certified_logps
+from orpo_kernels.loss import ORPOLoss, tail_groups
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -24,6 +26,7 @@ class Options:
     loss: ORPOLoss | None
     workspace_bytes: int | None
     gradient: str
+    eps: float
     compute_dtype: torch.dtype | None
     mean_logits: bool
     check: bool
@@ -43,6 +46,7 @@ class HeadCall:
         self.head = head
         self.labels, self.nll_labels = labels, nll_labels  # (B, T) shifted
         self.results: dict[str, Tensor] = {}
+        self.certificate: Certificate | None = None
         self.readings: list[LogitTransform] = []  # to be checked
         self.check: SelfCheck | None = None
         self.own_forward: Callable[..., Tensor]
@@ -54,7 +58,12 @@ class HeadCall:
         hidden = hidden.to(self.head.linear.weight.device)
         terms, target = self.head.terms(hidden), self.labels.device
         sets = self.labels if self.nll_labels is None else (self.labels, self.nll_labels)
-        logps = self._score(hidden, terms, sets, self._transform, self._options.compute_dtype)
+        groups = None
+        if self._options.loss is not None:  # which takes chosen sequences first
+            groups = tail_groups(self.labels, None, self.labels.shape[0])
+        logps, self.certificate = self._score(
+            hidden, terms, sets, self._transform, self._options.compute_dtype, groups
+        )
         if isinstance(logps, tuple):
             self.results["nll_token_logps"], logps = logps[1].to(target), logps[0]
         self.results["token_logps"] = logps.to(target)
@@ -105,22 +114,22 @@ class HeadCall:
         labels: Tensor | tuple[Tensor, Tensor],
         transform: LogitTransform,
         compute_dtype: torch.dtype | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return linear_logps(
-            hidden,
-            terms.weight,
-            labels,
-            terms.bias,
+        groups: Tensor | None,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Certificate | None]:
+        options = arguments.Options(
             low_rank=terms.low_rank,
             gradient=self._options.gradient,
+            eps=self._options.eps,
+            tail_groups=groups,
             compute_dtype=compute_dtype,
             workspace_bytes=self._options.workspace_bytes,
             **transform._asdict(),
         )
+        return certified_logps(hidden, terms.weight, labels, terms.bias, options)
 
     def _score_rows(self, hidden: Tensor, labels: Tensor, transform: LogitTransform) -> Tensor:
         # In the head's own dtype: the check is about the transform, not about a chosen rounding.
-        logps = self._score(hidden, self.head.terms(hidden), labels, transform, None)
+        logps, _ = self._score(hidden, self.head.terms(hidden), labels, transform, None, None)
         return logps if isinstance(logps, Tensor) else logps[0]
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
 from orpo_kernels.integrations import peft
 from orpo_kernels.integrations.call import HeadCall, Options
 from orpo_kernels.integrations.head import LogitTransform, logit_transforms, resolve_head
@@ -41,6 +41,7 @@ def fuse_head(
     loss: ORPOLoss | None = None,
     workspace_bytes: int | None = None,
     gradient: str = "exact",
+    eps: float = DEFAULT_EPS,
     compute_dtype: torch.dtype | None = None,
     mean_logits: bool = False,
     check: bool = True,
@@ -64,8 +65,9 @@ def fuse_head(
     Args:
         model: a causal LM of transformers, also inside `PeftModel`, DDP or FSDP.
         loss: computes `out.loss` from the log-probs.
-        workspace_bytes: as in `linear_logps`, like `gradient` and `compute_dtype`.
-        gradient: "exact".
+        workspace_bytes: as in `linear_logps`, like `gradient`, `eps` and `compute_dtype`.
+        gradient: "exact", "sparse" or "auto".
+        eps: of the sparse gradient, 0 to 1.
         compute_dtype: dtype of the GEMMs; default: autocast's, else that of hidden and weight.
         mean_logits: also report the mean logit of each row.
         check: compare two tokens with the model's own logits in the first call, and refuse on
@@ -86,7 +88,7 @@ def fuse_head(
         rebinding it and cannot be used; use DDP.
     """
     causal_lm = _causal_lm(model)
-    options = Options(loss, workspace_bytes, gradient, compute_dtype, mean_logits, check)
+    options = Options(loss, workspace_bytes, gradient, eps, compute_dtype, mean_logits, check)
     if loss is not None and loss.options:
         raise ValueError(
             f"loss has the options {sorted(loss.options)}, which the fused head would ignore: give "
@@ -265,7 +267,7 @@ class FusedHead:
                 call.results.get("nll_token_logps"),
                 call.nll_labels,
                 **counts,
-            )
+            )._replace(sparse=call.certificate)
             fields["orpo"], fields["loss"] = orpo, orpo.loss
             aux_loss = fields.get("aux_loss")
             if isinstance(aux_loss, Tensor):
