@@ -10,6 +10,8 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from orpo_kernels.constants import DEFAULT_EPS
+from orpo_kernels.engine.arguments import GRADIENTS
 from orpo_kernels.loss import PRESETS
 
 DEFAULT_MAX_LENGTH = 512
@@ -48,7 +50,11 @@ class ORPOConfig(TrainingArguments):
             not depend on how the step was cut up. The two agree when there is one micro-batch,
             and when all have equally many NLL tokens and scored pairs.
         workspace_bytes: cap of the memory of vocabulary-sized work; the package's default if None.
-        gradient: strategy of the vocabulary-sized work, see `linear_logps`.
+        gradient: strategy of the vocabulary-sized work, "exact", "sparse" or "auto", see
+            `linear_logps`. What a sparse one leaves out is logged: `sparse/kept_share`,
+            `sparse/tail_mass`, `sparse/residual_rms`.
+        sparse_eps: probabilities over it enter a sparse gradient one by one; `eps` of
+            `linear_logps`.
         compute_dtype: dtype of its matrix products, see `linear_logps`; e.g. "bfloat16".
         log_mean_logits: log `logits/chosen` and `logits/rejected`. Free, but for models with a
             logit softcap, where it costs one more pass over the vocabulary.
@@ -136,8 +142,16 @@ class ORPOConfig(TrainingArguments):
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Cap of the memory of vocabulary-sized work, in bytes."}
     )
-    gradient: str = field(
-        default="exact", metadata={"help": "Strategy of the vocabulary-sized work."}
+    gradient: Literal["exact", "sparse", "auto"] = field(
+        default="exact",
+        metadata={
+            "help": "Vocabulary-sized work: exact, sparse (for the price of the forward), or auto "
+            "(sparse where its matrix products are 16-bit)."
+        },
+    )
+    sparse_eps: float = field(
+        default=DEFAULT_EPS,
+        metadata={"help": "Probabilities over it enter a sparse gradient one by one."},
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "dtype of the matrix products with the vocabulary."}
@@ -190,12 +204,15 @@ class ORPOConfig(TrainingArguments):
         _check_choice("nll_scope", self.nll_scope, (None, "prompt+completion", "completion"))
         _check_choice("nll_reduction", self.nll_reduction, (None, "token", "pair"))
         _check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
+        _check_choice("gradient", self.gradient, GRADIENTS)
         _check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
         if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta < 0:
             raise ValueError(
                 f"beta must be a finite number >= 0, got {self.beta!r}; 0.1 is the usual value, "
                 "0 trains on the chosen answers alone"
             )
+        if not 0 <= self.sparse_eps <= 1:
+            raise ValueError(f"sparse_eps must be a probability, got {self.sparse_eps}")
         _check_positive("max_length", self.max_length)
         _check_positive("workspace_bytes", self.workspace_bytes)
         if self.max_length is None:

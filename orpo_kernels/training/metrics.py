@@ -32,7 +32,10 @@ PAIR_METRICS = (
 ROW_METRICS = ("logits/chosen", "logits/rejected")
 """Means over all pairs, of the mean logit over vocabulary and positions (padding included)."""
 
-BATCH_METRICS = ("nll_loss", "aux_loss")
+SPARSE_METRICS = ("sparse/kept_share", "sparse/tail_mass", "sparse/residual_rms")
+"""Means over the rows of a batch, of `ORPOOutput.sparse`; only with a sparse gradient."""
+
+BATCH_METRICS = ("nll_loss", "aux_loss", *SPARSE_METRICS)
 """Means over batches, weighted as the loss weights them."""
 
 COUNTS = ("skipped_pairs", "clamped_logps")
@@ -78,6 +81,10 @@ def pair_table(
     nll = orpo.nll_loss if weight is None else orpo.nll_loss / pairs
     share = chosen.new_ones(()) if weight is None else chosen.new_ones(()) * weight / pairs
     aux = absent if aux_loss is None else aux_loss * share
+    sparse = [absent] * len(SPARSE_METRICS)
+    if orpo.sparse is not None:
+        names = (name.removeprefix("sparse/") for name in SPARSE_METRICS)
+        sparse = [getattr(orpo.sparse, name).to(share) * share for name in names]
     columns = [
         *(torch.where(scored, value, 0.0) for value in per_pair),
         scored,
@@ -85,6 +92,7 @@ def pair_table(
         chosen.new_ones(()),
         nll,
         aux,
+        *sparse,
         share,
         ~scored,
         orpo.clamped_logps / pairs,
@@ -138,7 +146,7 @@ def _means(sums: Sequence[float]) -> dict[str, float]:
         totals, weight = take(names), next(values)
         for name, total in totals.items():
             # What no batch reported was summed as NaN.
-            absent = math.isnan(total) and name in (*ROW_METRICS, "aux_loss")
+            absent = math.isnan(total) and name in (*ROW_METRICS, "aux_loss", *SPARSE_METRICS)
             if not absent:
                 means[name] = total / weight if weight else math.nan
     # A count enters the table divided by the number of rows, so its sum is rounded.

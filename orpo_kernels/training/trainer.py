@@ -300,6 +300,7 @@ class ORPOTrainer(Trainer):
             loss=ORPOLoss(args.beta, args.resolved_nll_reduction),
             workspace_bytes=args.workspace_bytes,
             gradient=args.gradient,
+            eps=args.sparse_eps,
             compute_dtype=compute_dtype,
             mean_logits=args.log_mean_logits,
         )

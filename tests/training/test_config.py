@@ -61,6 +61,8 @@ def test_max_length_none_is_trl_default() -> None:
         ({"preset": "unsloth"}, ValueError, "preset must be one of .*'trl'.* got 'unsloth'"),
         ({"nll_scope": "prompt"}, ValueError, "nll_scope must be one of"),
         ({"loss_normalization": "mean"}, ValueError, "loss_normalization must be one of"),
+        ({"gradient": "dense"}, ValueError, "gradient must be one of .*'sparse'.* got 'dense'"),
+        ({"sparse_eps": 2.0}, ValueError, "sparse_eps must be a probability"),
         ({"compute_dtype": "fp16"}, ValueError, "compute_dtype must be one of .*'float16'"),
         ({"max_length": 0}, ValueError, "max_length must be a positive integer or None, got 0"),
         ({"workspace_bytes": 0.5}, ValueError, "workspace_bytes must be a positive integer"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from tests.training.runs import make
@@ -55,6 +56,21 @@ def test_every_row_weighs_one_in_evaluation() -> None:
     assert means["aux_loss"] == pytest.approx(7)
     assert means["logits/chosen"] == pytest.approx((0 + 1 + 0) / 3)
     assert means["logits/rejected"] == pytest.approx((2 + 3 + 1) / 3)
+
+
+def test_what_the_sparse_gradient_leaves_out() -> None:
+    sums = MetricSums()
+    for share, weight in ((0.02, 1.0), (0.05, 3.0)):
+        fields = [torch.tensor(share * factor) for factor in (1.0, 2.0, 3.0, 4.0, 5.0)]
+        orpo = output([-1.0, -2.0], [-2.0, -1.5])._replace(sparse=Certificate(*fields))
+        sums.add(pair_table(orpo, 0.5, weight=weight))
+    means = sums.pop()
+    mean = (0.02 + 3 * 0.05) / 4
+    assert means["sparse/kept_share"] == pytest.approx(mean)
+    assert means["sparse/tail_mass"] == pytest.approx(2 * mean)
+    assert means["sparse/residual_rms"] == pytest.approx(4 * mean)
+    sums.add(pair_table(output([-1.0], [-2.0]), 0.5))
+    assert not [name for name in sums.pop() if name.startswith("sparse")]
 
 
 def test_skipped_and_clamped_pairs_are_counted() -> None:
