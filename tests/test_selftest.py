@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orpo_kernels import cli, loss, odds_ratio, selftest
+from orpo_kernels import loss, odds_ratio, selftest
 from orpo_kernels import sequence_mean as sequence_mean_module
 from orpo_kernels.engine import exact, selection, weight_gradient
 from orpo_kernels.engine.tiles import OPERATIONS, csr_matmul_, softmax_collect_
-from orpo_kernels.selftest import Check, SelfTestReport, logps, report
+from orpo_kernels.selftest import Check, SelfTestReport, logps
 from orpo_kernels.selftest.figures import EPS32, Setting, like_torch, rounded_once
 from tests.csrc.forms import plain
 
@@ -83,7 +83,7 @@ def test_text_has_every_figure_in_a_column_of_its_own(passed: SelfTestReport) ->
 def test_json_parses_and_has_no_nan(
     capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "_cases", _only("column_sums"))
+    monkeypatch.setattr(selftest, "_cases", only("column_sums"))
     with kernel("column_sums", lambda tile, a: a.new_full(tile.shape[1:], torch.nan)):
         assert selftest.main(["--json", "--device", "cpu"]) == 1
     content = json.loads(capsys.readouterr().out, parse_constant=_refuse)
@@ -98,7 +98,8 @@ def _refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def _only(op: str) -> Callable[..., Iterator[Any]]:
+def only(op: str) -> Callable[..., Iterator[Any]]:
+    """The cases of this op."""
     cases = selftest._cases
     return lambda *args, **options: (each for each in cases(*args, **options) if each.op == op)
 
@@ -344,47 +345,6 @@ def test_finds_a_loss_that_does_not_fall(monkeypatch: MonkeyPatch) -> None:
     failed = run("fuse_head", model=True)
     assert len(failed) == 2  # float32 and bf16
     assert "loss after" in failed[0].message
-
-
-# The report.
-
-
-def test_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch) -> None:
-    def wrong_in_bf16(tile: Tensor, coefficients: Tensor) -> Tensor:
-        return _sums(tile, coefficients) * (1.1 if tile.dtype == torch.bfloat16 else 1)
-
-    monkeypatch.setattr(selftest, "_cases", _only("column_sums"))
-    monkeypatch.setattr(report.native, "cpu_backend", lambda: "c++")
-    with kernel("column_sums", wrong_in_bf16):
-        assert cli.main(["selftest", "--device", "cpu"]) == 1
-    text = capsys.readouterr().out
-    assert "FAILED: column_sums, strided tile, bfloat16: sums is off by" in text
-    assert "column_sums in bfloat16" in text
-    assert "compute_dtype=torch.float32" in text
-    assert "ORPO_KERNELS_CPU_BACKEND=torch" in text
-    assert text.splitlines()[-1].endswith("1 failed")
-
-
-def test_exit_status_without_a_failure(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_cases", _only("column_sums"))
-    assert cli.main(["selftest", "--device", "cpu"]) == 0
-
-
-@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
-def test_rejects_a_device_that_is_not_there(
-    device: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert selftest.main(["--device", device]) == 2
-    assert f"got {device}" in capsys.readouterr().err
-
-
-def test_says_that_transformers_is_missing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selftest, "find_spec", lambda name: None)
-    monkeypatch.setattr(selftest, "_cases", lambda *_, with_model: iter([][with_model:]))
-    assert selftest.self_test("cpu").skipped == ("fuse_head: transformers is not installed",)
-    assert "skipped: fuse_head" in capsys.readouterr().out
 
 
 # The measuring itself.
