@@ -15,6 +15,7 @@ from torch import Tensor
 from orpo_kernels import loss, odds_ratio, selftest
 from orpo_kernels import sequence_mean as sequence_mean_module
 from orpo_kernels.engine import exact, selection, weight_gradient
+from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.engine.tiles import OPERATIONS, csr_matmul_, softmax_collect_
 from orpo_kernels.selftest import Check, SelfTestReport, logps
 from orpo_kernels.selftest.figures import EPS32, Setting, like_torch, rounded_once
@@ -172,6 +173,17 @@ def _logit_sum_without_labels(
     return row_max, sum_exp, logit_sum - of_labels if options[2:] else logit_sum
 
 
+def _lse_of_one_label_set(*arguments: Any) -> Any:
+    one_set = arguments[3].clone()
+    one_set[1] = -1
+    return plain(linear_lse, *arguments[:3], one_set, *arguments[4:])
+
+
+def _lse_with_half_the_sum(*arguments: Any) -> tuple[Tensor, ...]:
+    *rest, logit_sum = plain(linear_lse, *arguments)
+    return *rest, logit_sum / 2
+
+
 def _misses_an_entry(*arguments: Any) -> Any:
     return plain(softmax_collect_, *arguments[:10], 3, *arguments[11:])
 
@@ -219,6 +231,8 @@ def _raises(*_: Any) -> Tensor:
         ("softmax_collect_", _misses_an_entry, 9),
         ("softmax_collect_", _redoes_nothing, 6),  # in float32 there is nothing to redo
         ("csr_matmul_", _ends_a_row_early, 3),
+        ("linear_lse", _lse_of_one_label_set, 6),
+        ("linear_lse", _lse_with_half_the_sum, 6),
         ("column_sums", _ignores_strides, 3),
         ("accumulate_", _never_rescales, 3),
     ],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
+from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.engine.tiles import (
     accumulate_,
     column_sums,
@@ -67,6 +68,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     for transform in TRANSFORMS:
         yield Case("softmax_collect_", transform.name, setting, _collect, (transform,))
     yield Case("csr_matmul_", "lists of 0 to 8 entries", setting, _csr_matmul)
+    for width, what in ((48, "rows on 16 bytes"), (WIDTH, "rows on any byte")):
+        yield Case("linear_lse", what, setting, _lse, (TRANSFORMS[-1], width))
     yield Case("column_sums", "strided tile", setting, _column_sums)
     yield Case("accumulate_", "float32 += tile", setting, _accumulate)
 
@@ -193,6 +196,29 @@ def _csr_matmul(setting: Setting) -> Iterator[Figure]:
     rows = torch.arange(ROWS).repeat_interleave(counts)
     terms = values.double()[:, None] * exact(weight)[columns]
     yield rounded_once("sums", sums, before.double().index_add_(0, rows, terms))
+
+
+def _lse(setting: Setting, transform: Transform, width: int) -> Iterator[Figure]:
+    """Statistics of a head; a 16-bit GEMM of a CPU rounds its logits: in sums that averages out."""
+    generator = setting.generator()
+    hidden = setting.put(torch.randn(ROWS, width, generator=generator))
+    weight = setting.put(torch.randn(COLUMNS, width, generator=generator) / 2)
+    bias = torch.randn(COLUMNS, generator=generator)
+    labels = torch.randint(-1, COLUMNS, (2, ROWS), generator=generator)
+    options = (transform.logit_scale, transform.softcap)
+    with setting.all_threads():
+        row_max, sum_exp, dots, logit_sum = linear_lse(
+            hidden, weight, bias.to(setting.device), labels.to(setting.device), *options, True
+        )
+    true = reference.linear_lse(exact(hidden), exact(weight), bias.double(), labels, *options)
+    # The slope of a logit is at most the scale.
+    size = transform.logit_scale * largest(exact(hidden) @ exact(weight).t())
+    yield Figure("max", largest(exact(row_max) - true[0]) / size, setting.eps)
+    error = exact(row_max) + exact(sum_exp).log() - true[0] - true[1].log()
+    yield Figure("log-sum-exp", largest(error) / size, setting.eps / 8)
+    yield Figure("dots", largest(exact(dots) - true[2]) / largest(true[2]), 16 * EPS32)
+    error = exact(logit_sum) - true[3]
+    yield Figure("sum of z", largest(error) / (size * COLUMNS), setting.eps / 64)
 
 
 def _column_sums(setting: Setting) -> Iterator[Figure]:
