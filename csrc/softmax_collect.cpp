@@ -31,10 +31,17 @@ ORPO_CLONES Real<T> exponentiate(T* x, int64_t n, Real<T> reference) {
     return total;
 }
 
+// The same sum, to the bit, without writing.
 template <class T>
-ORPO_CLONES Real<T> sum_of_exponentials(const T* x, int64_t n, Real<T> reference) {
-    using R = Real<T>;
-    return sum(x, n, [reference](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - reference); });
+Real<T> sum_of_exponentials(const T* x, int64_t n, Real<T> reference) {
+    Real<T> total = 0;
+    T copy[kChunk];
+    for (int64_t first = 0; first < n; first += kChunk) {
+        const int64_t count = std::min(kChunk, n - first);
+        std::copy_n(x + first, count, copy);
+        total += exponentiate(copy, count, reference);
+    }
+    return total;
 }
 
 template <class T>
@@ -215,9 +222,10 @@ struct Collector {
                               : sum_of_exponentials(x, tile.columns, reference);
         const R limit = share * (online ? known + total : known);
         if (!(limit < std::numeric_limits<R>::infinity())) return total;
-        const R level = store ? limit : reference + std::log(limit);
+        // Without writing, logits are compared: a little below the limit, `choose` does the rest.
+        const R level = store ? limit : reference + std::log(limit) - R(0.01);
         for_each_above(x, tile.columns, level, [&](int64_t i, R value) {
-            const R e = store ? value : orpo::exp(value - reference);
+            const R e = store ? value : widen_one(narrow_one<T>(orpo::exp(value - reference)));
             entries->push_back({static_cast<int32_t>(i), e, e});
         });
         return total;

@@ -18,5 +18,6 @@ COMPACT_ROWS = 64
 
 COMPACT_COLUMNS = 128
 """Vocabulary columns whose kept entries are stored over their own logits, on a GPU."""
+
 DEFAULT_EPS = 2.0**-12
 """Default of `eps`: probabilities over it enter the sparse gradient one by one."""

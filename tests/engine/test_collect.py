@@ -146,7 +146,7 @@ def test_tiles_in_turn_are_one_row(form, store):
     z, _ = reference.tile_logits(tile.double(), None, labels, FIRST_COLUMN, 1.0, None)
     true_max, true_sum = reference.softmax_stats(z)
     torch.testing.assert_close(row_max.double(), true_max)
-    torch.testing.assert_close(sum_exp.double(), true_sum, rtol=1e-3 if store else 2e-6, atol=0)
+    torch.testing.assert_close(sum_exp.double(), true_sum, rtol=1e-3, atol=0)
     if store:
         torch.testing.assert_close(sums[:, 0], sum_exp, rtol=1e-3, atol=0)
 
@@ -258,3 +258,21 @@ def test_refuses_what_does_not_fit():
                 torch.zeros(1, 8), torch.tensor([0, 1]), torch.tensor([10], dtype=torch.int32),
                 torch.ones(1), weight,
             )  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_evaluation_has_the_bits_of_training(dtype):
+    case = Case("not written", (40, 5001, 24), dtype)
+    hidden, weight, tile, _, labels = problem(case)
+    states = []
+    for store in (True, False):
+        row_max, sum_exp = fresh(case)
+        for v0 in (0, 2500):
+            block = tile[:, v0 : v0 + 2500].clone()
+            collect(
+                lambda op, *args: op(*args), case, block, None, labels - v0,
+                (row_max, sum_exp, None), (hidden, weight[v0 : v0 + 2500]), store=store,
+            )  # fmt: skip
+        states.append((row_max, sum_exp))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
