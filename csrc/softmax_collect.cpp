@@ -5,7 +5,6 @@
 // lists are put together in the order of the rows, so the result does not depend on their number.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "tile.h"
@@ -21,27 +20,8 @@ constexpr int64_t kBlock = 128;  // is looked through only where its maximum is 
 template <class T>
 ORPO_CLONES Real<T> exponentiate(T* x, int64_t n, Real<T> reference) {
     using R = Real<T>;
-    R total = 0;
-    for (int64_t first = 0; first < n; first += kChunk) {
-        const int64_t count = n - first < kChunk ? n - first : kChunk;
-        map(x + first, count,
-            [reference](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - reference); });
-        total += sum(x + first, count, [](R e) ORPO_INLINE_LAMBDA { return e; });
-    }
-    return total;
-}
-
-// The same sum, to the bit, without writing.
-template <class T>
-Real<T> sum_of_exponentials(const T* x, int64_t n, Real<T> reference) {
-    Real<T> total = 0;
-    T copy[kChunk];
-    for (int64_t first = 0; first < n; first += kChunk) {
-        const int64_t count = std::min(kChunk, n - first);
-        std::copy_n(x + first, count, copy);
-        total += exponentiate(copy, count, reference);
-    }
-    return total;
+    map(x, n, [reference](R z) ORPO_INLINE_LAMBDA { return orpo::exp(z - reference); });
+    return sum(x, n, [](R e) ORPO_INLINE_LAMBDA { return e; });
 }
 
 template <class T>
@@ -216,18 +196,21 @@ struct Collector {
         if (!transform.bias.empty()) add(transform.bias.data() + begin, n, z);
     }
 
-    // The tile without transform: what is summed is what is stored, rounded.
+    // The tile without transform: what is summed is what is stored, rounded, and not stored it is
+    // the same to the bit. The limit grows with the sum; what it leaves behind is dropped later.
     R exponentials(T* x, R reference, R known, std::vector<Entry<R>>* entries) const {
-        const R total = store ? exponentiate(x, tile.columns, reference)
-                              : sum_of_exponentials(x, tile.columns, reference);
-        const R limit = share * (online ? known + total : known);
-        if (!(limit < std::numeric_limits<R>::infinity())) return total;
-        // Without writing, logits are compared: a little below the limit, `choose` does the rest.
-        const R level = store ? limit : reference + std::log(limit) - R(0.01);
-        for_each_above(x, tile.columns, level, [&](int64_t i, R value) {
-            const R e = store ? value : widen_one(narrow_one<T>(orpo::exp(value - reference)));
-            entries->push_back({static_cast<int32_t>(i), e, e});
-        });
+        R total = 0;
+        T copy[kChunk];
+        for (int64_t begin = 0; begin < tile.columns; begin += kChunk) {
+            const int64_t n = std::min(kChunk, tile.columns - begin);
+            T* part = store ? x + begin : std::copy_n(x + begin, n, copy) - n;
+            total += exponentiate(part, n, reference);
+            const R limit = share * (online ? known + total : known);
+            if (!(limit < std::numeric_limits<R>::infinity())) continue;
+            for_each_above(part, n, limit, [&](int64_t i, R e) {
+                entries->push_back({static_cast<int32_t>(begin + i), e, e});
+            });
+        }
         return total;
     }
 
