@@ -122,7 +122,7 @@ def test_presets_change_the_loss(tmp_path: Path) -> None:
 
 
 def test_workspace_and_dtype_reach_the_head(tmp_path: Path) -> None:
-    options = {"workspace_bytes": 200_000, "compute_dtype": "bfloat16", "log_mean_logits": False}
+    options = {"workspace_bytes": 256_000, "compute_dtype": "bfloat16", "log_mean_logits": False}
     log = history(make(tmp_path, max_steps=1, **options))[0]
     reference = history(make(tmp_path, max_steps=1))[0]
     assert "logits/chosen" not in log
