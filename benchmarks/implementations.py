@@ -50,12 +50,6 @@ class Implementation:
     around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-def gradients_available() -> tuple[str, ...]:
-    """The values of `gradient=` that this version of the package takes."""
-    module = importlib.import_module("orpo_kernels.linear_logps")
-    return tuple(getattr(module, "GRADIENTS", ("exact",)))
-
-
 def _ours(gradient: str, *, keep: bool = False) -> Callable[[Workload], Forward]:
     def prepare(workload: Workload) -> Forward:
         from orpo_kernels import orpo_loss
@@ -79,16 +73,6 @@ def kept_workspace(workload: Workload) -> int:
     """Bytes that hold P for all scored rows, in the dtype of the weight, and one tile beside it."""
     entries = workload.labels.numel() * workload.weight.shape[0]
     return entries * workload.weight.element_size() + KEPT_SLACK
-
-
-def _ours_missing(gradient: str) -> Callable[[Workload, str], str | None]:
-    def missing(workload: Workload, device: str) -> str | None:
-        del workload, device
-        if gradient in gradients_available():
-            return None
-        return f"gradient={gradient!r} is not in this version of orpo_kernels"
-
-    return missing
 
 
 @contextmanager
@@ -120,6 +104,10 @@ def _plain_forms() -> dict[str, Callable[..., Any]]:
     }
 
 
+def _never_missing(workload: Workload, device: str) -> None:
+    del workload, device
+
+
 def _plain_missing(workload: Workload, device: str) -> str | None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if any(has(f"orpo_kernels::{name}", device.upper()) for name in _plain_forms()):
@@ -131,19 +119,19 @@ IMPLEMENTATIONS = {
     each.name: each
     for each in (
         Implementation(
-            "ours-exact", "orpo_kernels, exact", _ours("exact"), _ours_missing("exact"),
+            "ours-exact", "orpo_kernels, exact", _ours("exact"), _never_missing,
             peer=False, reads_logits=True,
         ),
         Implementation(
             "ours-exact-kept", "orpo_kernels, exact, P kept", _ours("exact", keep=True),
-            _ours_missing("exact"), peer=False, reads_logits=True, modes=("trainable",),
+            _never_missing, peer=False, reads_logits=True, modes=("trainable",),
         ),
         Implementation(
             "ours-exact-torch", "orpo_kernels, exact, tiles in plain torch", _ours("exact"),
             _plain_missing, peer=False, modes=("frozen",), around=plain_torch_tiles,
         ),
         Implementation(
-            "ours-sparse", "orpo_kernels, sparse", _ours("sparse"), _ours_missing("sparse"),
+            "ours-sparse", "orpo_kernels, sparse", _ours("sparse"), _never_missing,
             peer=False, reads_logits=True, modes=("frozen", "trainable"),
         ),
         Implementation("eager", "plain torch, all logits", peers.eager, peers.always_there),

@@ -71,16 +71,23 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def commit() -> str:
+# What a run and its report write: with them changed the code is still that of the commit.
+_WRITTEN = (":!README.md", ":!docs", ":!benchmarks/results")
+
+
+def commit(root: Path = Path(__file__).parent.parent) -> str:
     """Short hash of the working tree's commit, "+" when it has changes, "" outside git."""
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-        )  # fmt: skip
+        found = _git(root, "rev-parse", "--short=10", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--", ".", *_WRITTEN)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()
+    return found + ("+" if changes else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    ran = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=root)
+    return ran.stdout.strip()
 
 
 def _cpuinfo() -> dict[str, str]:

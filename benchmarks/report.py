@@ -97,6 +97,9 @@ def _machine(run: Run) -> str:
         + (", AMX" if about.get("amx") else "")
         + ".",
     ]
+    commits = [each["commit"] for each in run.results if "commit" in each]
+    for commit in dict.fromkeys(commits):
+        lines.append(f"{commits.count(commit)} rows were measured at commit `{commit}`.")
     if missing:
         lines.append(f"Not run, for lack of time: {len(missing)} rows.")
     return "\n\n".join(lines)

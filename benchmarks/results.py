@@ -71,13 +71,14 @@ def latest_runs(folder: Path = FOLDER) -> list[Run]:
     """The newest full run of every machine, GPUs first."""
     runs = []
     for machine in sorted(folder.iterdir()) if folder.exists() else []:
-        files = sorted(path for path in machine.glob("*.json") if _is_full(path))
+        files = sorted(path for path in machine.glob("*.json") if is_full(path))
         if files:
             runs.append(load_run(files[-1]))
     return sorted(runs, key=lambda run: (run.device != "cuda", run.slug))
 
 
-def _is_full(path: Path) -> bool:
+def is_full(path: Path) -> bool:
+    """Whether a JSON is of a whole run, and not of something else that is kept beside it."""
     return not path.stem.endswith(("-tiny", ".header", "pair-memory", "sparse-parity"))
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.run                              # this machine, within 15 minutes
     python -m benchmarks.run --device cuda --minutes 9    # make bench-gpu
+    python -m benchmarks.run --again ours-sparse          # the peers stay as they were measured
     python -m benchmarks.run --plan cuda --device cpu --tiny --results DIR    # a dry run of it
 
 Every result is written to a record as it comes. A run that is stopped, by its own deadline or by
 anything else, goes on where it was when the same command is given again, until the commit or a
-version changes; `--groups` runs part of the plan (a pytest -k expression). The JSON is written in
-any case and names what is missing.
+version changes; `--groups` runs part of the plan (a pytest -k expression). `--again` starts from
+the newest JSON and measures some implementations anew: every other result keeps the commit it was
+measured at. The JSON is written in any case and names what is missing.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from typing import Any
 
 from benchmarks import machine, settings
 from benchmarks.cases import label, memory_sweep, planned
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.results import is_full, load_run
 
 ROOT = Path(__file__).parent
 # On a CPU the memory sweep takes two minutes of fifteen and comes first, so that it is not what a
@@ -43,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     header = _header(device, options)
     record = folder / ("tiny.jsonl" if options.tiny else f"{device}.jsonl")
     if options.fresh or options.tiny or not _continues(record, header):
-        record.write_text("")
+        kept = _others(folder, header, options.again) if options.again else []
+        record.write_text("".join(json.dumps(each) + "\n" for each in kept))
         _header_path(record).write_text(json.dumps(header))
     code = _pytest(device, options, record)
     results = [json.loads(line) for line in record.read_text().splitlines() if line]
@@ -67,6 +72,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=15.0, help="start nothing new after this")
     parser.add_argument("--groups", help="pytest -k expression, e.g. 'llama-3-8b and frozen'")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that it runs")
+    parser.add_argument(
+        "--again", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME", default=[],
+        help="implementations to measure anew; the others come from the newest JSON",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what a stopped run has done")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where <machine>/ is made")
     return parser.parse_args(arguments)
@@ -84,6 +93,7 @@ def _header(device: str, options: argparse.Namespace) -> dict[str, Any]:
     ]
     words += ["--tiny"] if options.tiny else []
     words += ["--groups", options.groups] if options.groups else []
+    words += ["--again", *options.again] if options.again else []
     return {
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -106,6 +116,23 @@ def _continues(record: Path, header: dict[str, Any]) -> bool:
         return False
     before = json.loads(_header_path(record).read_text())
     return all(before.get(key) == header[key] for key in ("commit", "versions", "machine", "sizes"))
+
+
+def _others(folder: Path, header: dict[str, Any], again: list[str]) -> list[dict[str, Any]]:
+    """Results of the newest JSON of this device but those of `again`, with their commits."""
+    runs = [load_run(path) for path in sorted(folder.glob("*.json")) if is_full(path)]
+    runs = [run for run in runs if run.device == header["device"]]
+    if not runs:
+        raise SystemExit(f"--again needs a JSON to start from, and {folder} has none")
+    before = runs[-1].header
+    changed = [key for key in ("versions", "machine", "sizes") if before[key] != header[key]]
+    if changed:
+        raise SystemExit(f"--again: {', '.join(changed)} changed since {runs[-1].path.name}")
+    return [
+        {**each, "commit": each.get("commit", before["commit"])}
+        for each in runs[-1].results
+        if each["implementation"] not in again
+    ]
 
 
 def _pytest(device: str, options: argparse.Namespace, record: Path) -> int:
