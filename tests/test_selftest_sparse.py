@@ -13,9 +13,9 @@ from orpo_kernels.engine import sparse, sparse_weight
 from orpo_kernels.engine.compact import (
     compact_matmul,
     compact_pack,
-    compact_weight_gradient,
     softmax_compact,
 )
+from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
 from tests.csrc.forms import plain
 from tests.test_selftest import kernel, run
 
@@ -28,6 +28,18 @@ def _loses_a_row_of_the_tail(*arguments: Any) -> Any:
     groups = arguments[9].clone()
     groups[3] = -1
     return plain(softmax_compact, *arguments[:9], groups, *arguments[10:])
+
+
+def _drops_more(*arguments: Any) -> Any:
+    return plain(softmax_compact_online_, *arguments[:9], 2 * arguments[9], *arguments[10:])
+
+
+def _mixes_the_groups(*arguments: Any) -> Any:
+    return plain(softmax_compact_online_, *arguments[:14], 1 - arguments[14], *arguments[15:])
+
+
+def _refuses_nothing(*arguments: Any) -> Any:
+    return plain(softmax_compact_online_, *arguments[:16], 10**6)
 
 
 def _adds_twice(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> None:
@@ -49,6 +61,9 @@ def _forgets_the_first_column(*arguments: Any) -> None:
     [
         ("softmax_compact", _drops_what_is_live, 9),
         ("softmax_compact", _loses_a_row_of_the_tail, 9),
+        ("softmax_compact_online_", _drops_more, 9),
+        ("softmax_compact_online_", _mixes_the_groups, 9),
+        ("softmax_compact_online_", _refuses_nothing, 9),
         ("compact_matmul", _adds_twice, 3),
         ("compact_pack", _never_refuses, 3),
         ("compact_weight_gradient", _forgets_the_first_column, 3),

@@ -155,14 +155,16 @@ def plan_sparse(sizes: Sizes, budget: int, reserved: tuple[int, int], entry_shar
         The plan.
     """
     entry_bytes = entry_share * (4 + sizes.wide_bytes)
-    if entry_bytes * _CPU_COLUMNS[0] <= sizes.list_bytes:
-        entry_bytes = 0.0  # a tile has kept entries, or done the exact way the list of large ones
-    per_cell = sizes.product_dtype.itemsize + entry_bytes
+    if sizes.on_cpu:
+        # Lists that grow, of entries with both E; and column sums of 64 rows, in up to two groups.
+        entry_bytes += entry_share * 2 * (4 + 2 * sizes.wide_bytes) + sizes.wide_bytes / 32
+    per_cell = sizes.product_dtype.itemsize
     if sizes.widens:
         per_cell += sizes.compute_dtype.itemsize
     per_row, per_column = _forward_units(sizes, with_gradient=True)
-    units = (per_row + 128, per_column, per_cell)
-    return _first_fit(sizes, budget, units, _CPU_COLUMNS, reserved)
+    units = (per_row - sizes.list_bytes + 128, per_column, per_cell)
+    lists = (sizes.list_bytes, entry_bytes)  # of kept entries, or in the exact way of large ones
+    return _first_fit(sizes, budget, units, _CPU_COLUMNS, reserved, lists)
 
 
 def kept_rows(sizes: Sizes, budget: int) -> int:
@@ -264,10 +266,12 @@ def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
 def _first_fit(
     sizes: Sizes,
     budget: int,
-    unit_bytes: tuple[int, int, float],
+    unit_bytes: tuple[int, int, int],
     cpu_columns: tuple[int, ...],
     reserved: tuple[int, int] = (0, 0),
+    either: tuple[int, float] = (0, 0.0),
 ) -> Plan:
+    """`either`: bytes per row or per cell, whichever is more."""
     shapes = [(rows, columns) for rows in _CPU_ROWS for columns in cpu_columns]
     if sizes.device.type != "cpu":
         shapes = [(rows, sizes.vocabulary) for rows in _ROWS]
@@ -276,6 +280,7 @@ def _first_fit(
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
         need = _bytes(sizes, unit_bytes, rows, columns)
         need += reserved[0] + reserved[1] * -(-sizes.vocabulary // columns)
+        need += rows * max(either[0], math.ceil(columns * either[1]))
         if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
             return Plan(even, columns, need)
@@ -286,11 +291,11 @@ def _first_fit(
     )
 
 
-def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, float], rows: int, columns: int) -> int:
+def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, int], rows: int, columns: int) -> int:
     per_row, per_column, per_cell = unit_bytes
     scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
     cells = rows * row_pitch(columns, sizes.device)
-    return rows * per_row + columns * per_column + math.ceil(cells * per_cell) + scratch
+    return rows * per_row + columns * per_column + cells * per_cell + scratch
 
 
 def row_pitch(columns: int, device: torch.device) -> int:

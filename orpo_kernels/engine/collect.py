@@ -14,6 +14,12 @@ says which entries are large, the `most` largest at most. Without `online` they 
 and stay. E = exp(z - row_max) dz/dtile replaces the tile if `store`, 0 for the entries in the list.
 The values of the list are E too, from `hidden` and `weight` where they are given. Returned first:
 exp(row_max before - row_max), what the sums of the tiles before are multiplied by.
+
+`softmax_compact_online_` is the same step of the sparse gradient: in the list is every entry over
+`eps` times what is known, and `tail` (G, C) receives E / known of all the others, by the `groups`
+(R,) of the rows in [0, G). Returned last: their sums per row, (R,). Where more than `capacity`
+entries a row, on average over 64 rows, would be in the list, it does what `softmax_collect_` does
+with `share` and `most`, online and stored; `tail` stays as it was, and (0,) is returned last.
 """
 
 import torch
@@ -23,6 +29,7 @@ from orpo_kernels.engine.tiles import exponentials, softmax_stats, strip_bytes, 
 
 LARGE = 2.0**-10  # about 40 entries of a row of a trained model; the rest rounds to 4e-5
 MOST = 256  # of a row of a tile; a row with more has none that matters alone
+_TASK_ROWS = 64
 
 Entries = tuple[Tensor, Tensor, Tensor]
 
@@ -38,7 +45,6 @@ def _rows(offsets: Tensor) -> Tensor:
     return index.repeat_interleave(offsets.diff())
 
 
-@torch.library.impl("orpo_kernels::softmax_collect_", "CompositeExplicitAutograd")
 def _softmax_collect_(  # noqa: PLR0913 - as the schema
     logits: Tensor,
     bias: Tensor | None,
@@ -90,6 +96,56 @@ def _softmax_collect_(  # noqa: PLR0913 - as the schema
     offsets = torch.cat([labels.new_zeros(1), *counts]).cumsum(0)
     columns, values = (torch.cat(each) for each in zip(*lists, strict=True))
     return rescale, offsets, columns, values
+
+
+torch.library.impl("orpo_kernels::softmax_collect_", "CompositeExplicitAutograd", _softmax_collect_)
+
+
+@torch.library.impl("orpo_kernels::softmax_compact_online_", "CompositeExplicitAutograd")
+def _softmax_compact_online_(  # noqa: PLR0913 - as the schema
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    first_column: int,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    others: Tensor | None,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    share: float,
+    most: int,
+    logit_scale: float,
+    softcap: float | None,
+    groups: Tensor,
+    tail: Tensor,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tile, options = (logits, bias, labels, first_column), (logit_scale, softcap)
+    block_max, total, _ = softmax_stats(*tile, *options)
+    reference = torch.maximum(row_max, block_max)
+    known = sum_exp * torch.exp(row_max - reference) + total * torch.exp(block_max - reference)
+    if others is not None:
+        known = known + torch.exp((others - reference).clamp(max=60.0))
+    counts = torch.zeros_like(groups)
+    for i, j, e, slope in exponentials(*tile, reference, *options):
+        entry = e if slope is None else e * slope
+        counts[i:j] = (entry > (eps * known[i:j])[:, None]).sum(1)
+    tasks = torch.split(counts, _TASK_ROWS)
+    full = any(int(rows.sum()) > capacity * rows.shape[0] for rows in tasks)
+    limits = (share, most) if full else (eps, logits.shape[1])
+    lists = _softmax_collect_(
+        *tile, row_max, sum_exp, others, hidden, weight, *limits, *options, True, True
+    )
+    dropped = row_max.new_empty(0 if full else row_max.shape[0])
+    of_group = groups == torch.arange(tail.shape[0], device=groups.device)[:, None]
+    shares = torch.where(of_group & (known > 0), 1.0 / known, 0.0)
+    for start in range(0, dropped.shape[0], _TASK_ROWS):
+        rows = slice(start, start + _TASK_ROWS)
+        rest = logits[rows].to(dropped.dtype)
+        dropped[rows] = rest.sum(1)
+        tail.addmm_(shares[:, rows], rest)
+    return *lists, dropped
 
 
 def _large(entry: Tensor, limit: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
     softmax_compact          keeps the entries E > eps * total, sums the others by column   1 read
     compact_matmul           accumulator <- accumulator + kept E @ weight
     compact_pack             kept entries -> a byte buffer that lives until the backward
-    compact_weight_gradient  block <- block - kept E^T (coefficients * hidden)
+    compact_weight_gradient  block <- block - kept E^T (coefficients * hidden)  (C++ on a CPU)
 
 What `softmax_compact` returns is the backend's own form of the kept entries, but for the first
 three tensors: the sum of the kept E of each row, as rounded, (R,); with a softcap the sum of all E
@@ -20,16 +20,18 @@ of a tile with more it returns the empty list, and leaves the tile and `tail` as
 bytes it takes, negative where the rest of the store is too small or `kept` is the empty list. Items
 are packed in order, one call each, 0 first. `compact_weight_gradient` reads one that is there, for
 the columns `first_column` on of its tile; `coefficients` (R,) and `hidden` (R, H) are of its rows.
+With `tail` (G, C) and `tail_rows` (G, H) the block, of any floating dtype, is not added to but
+written: `tail^T tail_rows` takes the place of what it held.
 
 The plain form keeps compressed rows: offsets (R + 1) and columns, int32, and values in the dtype
 of the arithmetic. It looks at counts on the host, which waits for a device that is not the CPU.
-`refine` redoes its values where a GEMM rounded the logits, as `engine/collect.py` does.
+What a CPU keeps of a tile, `softmax_compact_online_` (`engine/collect.py`), is in this form.
 """
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.tiles import accumulation_dtype, softmax_grad_, strip_bytes, transformed
+from orpo_kernels.engine.tiles import accumulation_dtype, softmax_grad_, strip_bytes
 
 _ALIGNMENT = 16
 _ENTRIES = 2**16  # looked at together where only their columns and rows are
@@ -47,16 +49,10 @@ torch.library.define(
     "orpo_kernels::compact_pack",
     "(Tensor[] kept, Tensor(a!) store, Tensor(b!) table, int item) -> ()",
 )
-torch.library.define(
-    "orpo_kernels::compact_weight_gradient",
-    "(Tensor(a!) block, Tensor store, Tensor table, int item, int first_column, "
-    "Tensor coefficients, Tensor hidden) -> ()",
-)
 
 softmax_compact = torch.ops.orpo_kernels.softmax_compact
 compact_matmul = torch.ops.orpo_kernels.compact_matmul
 compact_pack = torch.ops.orpo_kernels.compact_pack
-compact_weight_gradient = torch.ops.orpo_kernels.compact_weight_gradient
 
 
 @torch.library.impl("orpo_kernels::softmax_compact", "CompositeExplicitAutograd")
@@ -113,46 +109,6 @@ def _softmax_compact(  # noqa: PLR0913 - as its schema
     return [kept_sum, row_sum, count, offsets, columns[:filled], values[:filled]]
 
 
-def refine(
-    kept: list[Tensor],
-    logits: Tensor,
-    bias: Tensor | None,
-    reference: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    hidden: Tensor,
-    weight: Tensor,
-) -> Tensor:
-    """Redoes the values of the plain form in float32, from the operands of the GEMM.
-
-    Args:
-        kept: what `softmax_compact` kept of the tile; its values are replaced.
-        logits: (R, C) the tile.
-        bias: (C,) or None.
-        reference: (R,) as given to `softmax_compact`.
-        logit_scale: as given to it.
-        softcap: as given to it.
-        hidden: (R, H).
-        weight: (C, H).
-
-    Returns:
-        What this adds to the sum of exp(z - reference) of each row, (R,).
-    """
-    offsets, columns, values = kept[3:]
-    added = torch.zeros_like(reference)
-    step = _gathered_entries(weight)
-    for i in range(0, columns.shape[0], step):
-        entries = slice(i, min(i + step, columns.shape[0]))
-        r, c = _rows_of(offsets, entries), columns[entries].to(torch.int64)
-        dots = (hidden[r].to(values.dtype) * weight[c].to(values.dtype)).sum(1)
-        rounded, _ = transformed(logits[r, c].to(values.dtype), bias, c, logit_scale, softcap)
-        z, slope = transformed(dots, bias, c, logit_scale, softcap)
-        e = torch.exp(z - reference[r])
-        values[entries] = e * slope
-        added.index_add_(0, r, e - torch.exp(rounded - reference[r]))
-    return added
-
-
 @torch.library.impl("orpo_kernels::compact_matmul", "CompositeExplicitAutograd")
 def _compact_matmul(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> None:
     offsets, columns, values = kept[3:]
@@ -183,7 +139,7 @@ def _compact_pack(kept: list[Tensor], store: Tensor, table: Tensor, item: int) -
 
 
 @torch.library.impl("orpo_kernels::compact_weight_gradient", "CompositeExplicitAutograd")
-def _compact_weight_gradient(
+def _compact_weight_gradient(  # noqa: PLR0913 - as its schema
     block: Tensor,
     store: Tensor,
     table: Tensor,
@@ -191,7 +147,12 @@ def _compact_weight_gradient(
     first_column: int,
     coefficients: Tensor,
     hidden: Tensor,
+    tail: Tensor | None = None,
+    tail_rows: Tensor | None = None,
 ) -> None:
+    out = block
+    if tail is not None and tail_rows is not None:
+        block = torch.mm(tail.t(), tail_rows)
     offsets, columns, values = _unpack(store, table, item, coefficients)
     step = _gathered_entries(hidden)
     for first in range(0, columns.shape[0], _ENTRIES):
@@ -204,6 +165,8 @@ def _compact_weight_gradient(
             products = hidden.index_select(0, rows[i : i + step]).to(block.dtype)
             products *= -factors[i : i + step, None]
             _add_rows(block, inside[chosen[i : i + step]].to(torch.int64), products)
+    if tail is not None:
+        out.copy_(block)
 
 
 def _unpack(

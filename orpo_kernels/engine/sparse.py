@@ -22,6 +22,7 @@ Row 7 of `statistics` (8, N) is m_t over the mass beside the labels; 0 to 6 as i
 """
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -38,12 +39,19 @@ from orpo_kernels.engine.chunks import (
     plan_sparse,
     spans,
 )
-from orpo_kernels.engine.compact import compact_matmul, compact_pack, refine, softmax_compact
+from orpo_kernels.engine.collect import LARGE, MOST
+from orpo_kernels.engine.compact import compact_matmul, compact_pack, softmax_compact
 from orpo_kernels.engine.exact import Arguments, Forward, Head, Labels, LabelTerms
-from orpo_kernels.engine.tiles import column_sums, softmax_stats
+from orpo_kernels.engine.tiles import (
+    column_sums,
+    csr_matmul_,
+    softmax_compact_online_,
+    softmax_stats,
+)
 
-_STORE_SHARE = 8  # of the budget; a row keeps about 50 entries, 400 bytes
+_STORE_SHARE = 8  # of the budget
 _STORE_ROW_BYTES = 2**15  # no more than this for a row: short batches take less
+_STORE_ROW_BYTES_CPU = 2**11  # entries, not blocks of them: a row keeps about 50, 400 bytes
 _MAX_EXPONENT = 80.0  # exp of it is finite in float32
 _MANY_ROWS = 8192  # more than any chunk has
 
@@ -91,7 +99,8 @@ def sizing(sizes: Sizes, groups: int, budget: int, *, trainable: bool) -> Sizing
     """
     store = 0
     if trainable:
-        store = min(budget // _STORE_SHARE, sizes.rows * _STORE_ROW_BYTES) // 16 * 16
+        row_bytes = _STORE_ROW_BYTES_CPU if sizes.on_cpu else _STORE_ROW_BYTES
+        store = min(budget // _STORE_SHARE, sizes.rows * row_bytes) // 16 * 16
     if store > 0:
         with contextlib.suppress(ValueError):
             return _sizing(sizes, groups, budget, store, trainable)
@@ -121,9 +130,9 @@ def even_plan(plan: Plan, rows: int) -> Plan:
 def live_share(device: torch.device) -> float:
     """Kept entries of a tile, at most, as a share of it; over it the exact way is faster.
 
-    A CPU adds kept entries one by one, at a sixteenth of the rate of a 16-bit GEMM.
+    A CPU adds kept entries one by one, at a twentieth of the rate of a 16-bit GEMM.
     """
-    return 1 / 16 if device.type == "cpu" else 1 / 4
+    return 1 / 32 if device.type == "cpu" else 1 / 4
 
 
 @dataclass(frozen=True)
@@ -142,10 +151,9 @@ class Tail:
     def product(self, columns: Columns, step: int) -> Tensor:
         """The rows q W (G, H), from entries of the head that are not rounded."""
         parts = [self.sums.new_zeros((self.sums.shape[0], w.shape[1])) for w in columns.parts]
-        for v0, v1 in spans(self.sums.shape[1], step):  # a block is in the cache for the 2nd group
+        for v0, v1 in spans(self.sums.shape[1], step):
             for total, weight in zip(parts, columns.parts, strict=True):
-                for row, sums in zip(total, self.sums[:, v0:v1], strict=True):
-                    row += column_sums(weight[v0:v1], sums)
+                total += column_sums(weight[v0:v1], self.sums[:, v0:v1])
         mass = self.sums.sum(1, keepdim=True)
         return torch.cat(parts, 1) * torch.where(mass > 0, 1.0 / mass, 0.0)
 
@@ -189,7 +197,7 @@ class SparseForward(Forward):
         label_lse = _label_lse(label_terms, labels)
         row_max = hidden.new_full((stop - start,), torch.finfo(self.wide).min, dtype=self.wide)
         sums = (row_max, torch.zeros_like(row_max))
-        all_dropped, none_dropped = torch.zeros_like(row_max), torch.zeros_like(row_max)
+        all_dropped = torch.zeros_like(row_max)
         accumulator, dense = None, self.dense
         record: list[Tensor] = []
         if self.with_gradient:
@@ -199,21 +207,12 @@ class SparseForward(Forward):
             tile, narrow = self._tiles(stop - start, v1 - v0, None)
             matmul_into(tile, hidden, weight.t())
             arguments = (tile, self.head.block_bias(v0, v1), labels, v0)
-            kept: list[Tensor] = []
-            if not dense:
-                rescale, dropped, kept = self._compact(
-                    arguments, sums, label_lse, self.tail.groups[start:stop], (hidden, weight)
-                )
-                dense = not kept
-            if dense:
-                dropped, operands = none_dropped, (hidden, weight)
-                rescale, _ = self._add_tile(
-                    arguments, sums, label_terms.z, operands, narrow, accumulator
-                )
-            elif accumulator is not None:
-                if v0 > 0:
-                    accumulator.mul_(rescale[:, None])
-                compact_matmul(accumulator, kept, weight)
+            operands, groups = (hidden, weight), self.tail.groups[start:stop]
+            rescale, dropped, kept = self._take(
+                arguments, sums, (label_terms.z, label_lse), groups, operands, narrow, accumulator,
+                dense=dense,
+            )  # fmt: skip
+            dense = not kept
             self.kept_entries += tile.numel() if dense else kept[2]
             all_dropped.mul_(rescale).add_(dropped)
             if packed is not None:
@@ -225,15 +224,60 @@ class SparseForward(Forward):
         blocks = torch.stack(record) if packed is not None else None
         return torch.cat((statistics, share[None])), g, blocks
 
-    def _compact(
-        self, arguments: Arguments, sums: tuple[Tensor, Tensor], label_lse: Tensor,
-        groups: Tensor, operands: tuple[Tensor, Tensor],
+    def _take(
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], label: tuple[Tensor, Tensor],
+        groups: Tensor, operands: tuple[Tensor, Tensor], narrow: Tensor,
+        accumulator: Tensor | None, *, dense: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """Takes a tile in: what all before it is rescaled by, its dropped E, its kept entries.
 
-        A tile with too many of these, of which none are returned, is left for the exact way.
+        Of a tile with too many of these, taken in the exact way as is a `dense` one, none are
+        returned and nothing is dropped. `label`: logit of the first, log-sum-exp of both.
         """
-        (row_max, sum_exp), (tile, bias, _, first_column) = sums, arguments
+        if not dense and self.sizes.on_cpu:
+            return self._compact_online(arguments, sums, label[1], groups, operands, accumulator)
+        if not dense:
+            rescale, dropped, kept = self._compact(arguments, sums, label[1], groups)
+            if kept:
+                if accumulator is not None:
+                    accumulator.mul_(rescale[:, None])
+                    compact_matmul(accumulator, kept, operands[1])
+                return rescale, dropped, kept
+        rescale, _ = self._add_tile(arguments, sums, label[0], operands, narrow, accumulator)
+        return rescale, torch.zeros_like(rescale), []
+
+    def _compact_online(
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], label_lse: Tensor,
+        groups: Tensor, operands: tuple[Tensor, Tensor], accumulator: Tensor | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        """One look at the tile, which decides the form, on a CPU."""
+        tile, _, _, first_column = arguments
+        refines = self.sizes.refines
+        rescale, *entries, dropped = softmax_compact_online_(
+            *arguments, *sums, label_lse, *(operands if refines else (None, None)), self.tail.eps,
+            LARGE if refines else math.inf, MOST, self.head.logit_scale, self.head.softcap, groups,
+            self.tail.sums[:, first_column : first_column + tile.shape[1]],
+            max(1, int(tile.shape[1] * live_share(tile.device))),
+        )  # fmt: skip
+        dense = dropped.numel() < rescale.numel()
+        if accumulator is not None:
+            if dense:
+                before = rescale if first_column > 0 else None
+                self._accumulate(accumulator, before, tile, operands[1])
+            elif first_column > 0:
+                accumulator.mul_(rescale[:, None])
+            csr_matmul_(accumulator, *entries, operands[1])
+        if dense:
+            return rescale, torch.zeros_like(rescale), []
+        offsets, columns, values = entries
+        count = torch.full((1,), values.numel(), dtype=torch.int64)
+        return rescale, dropped, [dropped, dropped[:0], count, offsets.int(), columns, values]
+
+    def _compact(
+        self, arguments: Arguments, sums: tuple[Tensor, Tensor], label_lse: Tensor, groups: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Two looks at the tile, elsewhere; without kept entries it is as it was."""
+        (row_max, sum_exp), (tile, _, _, first_column) = sums, arguments
         scale, softcap = self.head.logit_scale, self.head.softcap
         block_max, block_sum, _ = softmax_stats(*arguments, scale, softcap)
         new_max = torch.maximum(row_max, block_max)
@@ -246,14 +290,12 @@ class SparseForward(Forward):
             self.tail.sums[:, first_column : first_column + tile.shape[1]],
             int(tile.numel() * live_share(tile.device)),
         )  # fmt: skip
-        if not kept:
-            return rescale, block_sum, kept
-        row_max.copy_(new_max)
-        sum_exp.copy_(new_sum)
-        if self.sizes.refines:
-            sum_exp.add_(refine(kept, tile, bias, new_max, scale, softcap, *operands))
-        all_of_it = block_sum * scale if softcap is None else kept[1]
-        return rescale, all_of_it - kept[0], kept
+        if kept:
+            row_max.copy_(new_max)
+            sum_exp.copy_(new_sum)
+            all_of_it = block_sum * scale if softcap is None else kept[1]
+            block_sum = all_of_it - kept[0]
+        return rescale, block_sum, kept
 
 
 def _label_lse(label: LabelTerms, labels: Tensor) -> Tensor:

@@ -2,18 +2,18 @@
 
 One vocabulary block at a time, summed in float32: the tail's rank-1 term first, then the kept
 entries of every row chunk, or where these are not in the store the recomputed tile, whose rows have
-no tail in this block; the labels' entries last.
+no tail in this block; the labels' entries last. On a CPU, where one chunk has all rows, a row of
+the gradient is summed in cache and written once.
 """
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.engine.chunks import plan_backward, shaped, spans
-from orpo_kernels.engine.compact import compact_weight_gradient
 from orpo_kernels.engine.selection import is_capturing
 from orpo_kernels.engine.sparse import Packed, Sizing, Tail, even_plan
-from orpo_kernels.engine.tiles import column_sums
-from orpo_kernels.engine.weight_gradient import WeightGradient
+from orpo_kernels.engine.tiles import column_sums, compact_weight_gradient
+from orpo_kernels.engine.weight_gradient import WeightGradient, present
 
 _BLOCK_BYTES_CPU = 2**23  # a float32 block of dW that stays in cache from its first to last term
 
@@ -52,7 +52,16 @@ class SparseWeightGradient(WeightGradient):
         stored = _stored(packed, len(chunks), sized.blocks)
         factors = self.softmax * torch.exp(packed.blocks[:, 0] - self.statistics[0])
         q, u = tail.mean(), self._tail_rows(packed, stored, tail, factors, chunks)
+        results = present(dweights)
+        once = self.sizes.on_cpu and len(chunks) == len(results) == 1
         for b, (b0, b1) in enumerate(spans(self.sizes.vocabulary, sized.plan.columns)):
+            self.direct = results[0] if once and stored[0][b] else None
+            if self.direct is not None:
+                bias_block = self._write_kept(
+                    self.direct[b0:b1], packed, b, factors[b], (q[:, b0:b1], u)
+                )
+                self._write(self.direct[b0:b1], bias_block, (b0, b1), dweights, dbias, plan.rows)
+                continue
             step = plan.columns
             if all(each[b] for each in stored) and self.sizes.device.type == "cpu":
                 step = max(64, min(step, _BLOCK_BYTES_CPU // (4 * max(1, sum(widths)))))
@@ -91,6 +100,27 @@ class SparseWeightGradient(WeightGradient):
                 if hidden is not None:
                     row[1:] -= column_sums(hidden, of_group)
         return sums
+
+    def _write_kept(
+        self,
+        out: Tensor,
+        packed: Packed,
+        item: int,
+        factors: Tensor,
+        tail: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The entries of the only chunk, all in the store, and the tail; the block of the bias."""
+        q, u = tail
+        entries = (packed.store, packed.table, item, 0)
+        compact_weight_gradient(
+            out, *entries, factors * self.unit, self._rows_of(0, self.sizes.rows), q,
+            u[:, 1:] * self.unit,
+        )  # fmt: skip
+        bias_block = torch.mv(q.t(), u[:, 0])
+        if self.head.bias is not None:
+            ones = torch.ones_like(factors)[:, None]
+            compact_weight_gradient(bias_block[:, None], *entries, factors, ones)
+        return bias_block
 
     def _add_kept(
         self,

@@ -5,7 +5,7 @@ on. The transform is part of the operation: `z = softcap(scale * (tile + bias))`
 
     softmax_stats   max, sum of exp(z - max) and, on request, sum of z, per row 1 read
     softmax_grad_   tile <- exp(z - reference) * d, label columns 0             1 read + 1 write
-    column_sums     coefficients^T tile                                         1 read
+    column_sums     coefficients^T tile, of one row of them or several          1 read
     accumulate_     accumulator <- rescale * accumulator + alpha * partial      1 read + 1 update
 
 and those of a CPU, where a 16-bit GEMM rounds its logits (`engine/collect.py`):
@@ -13,6 +13,8 @@ and those of a CPU, where a 16-bit GEMM rounds its logits (`engine/collect.py`):
     softmax_collect_  one step of an online softmax, E in place; large entries apart, redone in
                       float32 from the inputs, as a list per row                1 read + 1 write
     csr_matmul_     accumulator += that list @ weight                           a row per entry
+    softmax_compact_online_  the same step for the sparse gradient: what is not in the list is
+                      summed by column                                          1 read + 1 write
 
 `labels` is (K, R) int64, K label sets, -1 where a row has none. Label columns take no part in the
 maximum and the sum of exponentials and are zeroed in the gradient: the engine handles them in
@@ -65,6 +67,18 @@ torch.library.define(
     "orpo_kernels::csr_matmul_",
     "(Tensor(a!) accumulator, Tensor offsets, Tensor columns, Tensor values, Tensor weight) -> ()",
 )
+torch.library.define(
+    "orpo_kernels::softmax_compact_online_",
+    "(Tensor(a!) logits, Tensor? bias, Tensor labels, int first_column, Tensor(b!) row_max, "
+    "Tensor(c!) sum_exp, Tensor? others, Tensor? hidden, Tensor? weight, float eps, float share, "
+    "int most, float logit_scale, float? softcap, Tensor groups, Tensor(d!) tail, int capacity) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "orpo_kernels::compact_weight_gradient",
+    "(Tensor(a!) block, Tensor store, Tensor table, int item, int first_column, "
+    "Tensor coefficients, Tensor hidden, Tensor? tail=None, Tensor? tail_rows=None) -> ()",
+)
 
 softmax_stats = torch.ops.orpo_kernels.softmax_stats
 softmax_grad_ = torch.ops.orpo_kernels.softmax_grad_
@@ -72,10 +86,12 @@ column_sums = torch.ops.orpo_kernels.column_sums
 accumulate_ = torch.ops.orpo_kernels.accumulate_
 softmax_collect_ = torch.ops.orpo_kernels.softmax_collect_
 csr_matmul_ = torch.ops.orpo_kernels.csr_matmul_
+softmax_compact_online_ = torch.ops.orpo_kernels.softmax_compact_online_
+compact_weight_gradient = torch.ops.orpo_kernels.compact_weight_gradient
 
 OPERATIONS = (
     "softmax_stats", "softmax_grad_", "column_sums", "accumulate_", "softmax_collect_",
-    "csr_matmul_",
+    "csr_matmul_", "softmax_compact_online_", "compact_weight_gradient",
 )  # fmt: skip
 native.load(f"orpo_kernels::{name}" for name in OPERATIONS)
 
@@ -209,9 +225,9 @@ def _softmax_grad_(
 
 
 def _column_sums(tile: Tensor, coefficients: Tensor) -> Tensor:
-    sums = tile.new_zeros(tile.shape[1], dtype=coefficients.dtype)
+    sums = coefficients.new_zeros((*coefficients.shape[:-1], tile.shape[1]))
     for i, j in _strips(tile):
-        sums.addmv_(tile[i:j].to(sums.dtype).t(), coefficients[i:j])
+        sums += coefficients[..., i:j] @ tile[i:j].to(sums.dtype)
     return sums
 
 
@@ -243,7 +259,7 @@ def _softmax_stats_fake(
 
 @torch.library.register_fake("orpo_kernels::column_sums")  # type: ignore[untyped-decorator]
 def _column_sums_fake(tile: Tensor, coefficients: Tensor) -> Tensor:
-    return tile.new_empty(tile.shape[1], dtype=coefficients.dtype)
+    return coefficients.new_empty((*coefficients.shape[:-1], tile.shape[1]))
 
 
 @torch.library.register_fake("orpo_kernels::softmax_grad_")  # type: ignore[untyped-decorator]

@@ -53,9 +53,11 @@ def _column_sums_kernel(
 
 def column_sums(
     tile: Tensor,  # (R, C)
-    coefficients: Tensor,  # (R,) float32
+    coefficients: Tensor,  # (R,) or (G, R) float32
 ) -> Tensor:
-    """Launches the sums: (C,) float32."""
+    """Launches the sums: (C,) or (G, C) float32, a launch for each row of coefficients."""
+    if coefficients.ndim == 2:
+        return torch.stack([column_sums(tile, each) for each in coefficients])
     coefficients = coefficients.contiguous()
 
     def run(row: Row, device: Device) -> Tensor:

@@ -11,9 +11,9 @@ from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.compact import (
     compact_matmul,
     compact_pack,
-    compact_weight_gradient,
     softmax_compact,
 )
+from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
 from orpo_kernels.selftest import logps
 from orpo_kernels.selftest.figures import (
     EPS32,
@@ -54,6 +54,9 @@ def cases(setting: Setting) -> Iterator[Case]:
     """The sparse gradient, in one dtype."""
     for transform in TRANSFORMS:
         yield Case("softmax_compact", transform.name, setting, _compact, (transform,))
+    for transform in TRANSFORMS:
+        name = "softmax_compact_online_"
+        yield Case(name, transform.name, setting, _compact_online, (transform,))
     yield Case("compact_matmul", "float32 += kept entries", setting, _matmul)
     yield Case("compact_pack", "in order, and out of room", setting, _pack)
     yield Case("compact_weight_gradient", "some columns of a tile", setting, _weight_gradient)
@@ -102,6 +105,52 @@ def _compact(setting: Setting, transform: Transform) -> Iterator[Figure]:
     dropped = torch.where(live, 0.0, share)
     truth = torch.stack([dropped[tile.groups == group].sum(0) for group in (0, 1)])
     yield rounded_once("tail", tile.tail, truth, tile.rounded + 16)
+
+
+def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    """One tile at a look: its list, what is summed instead, and the tile with too many entries."""
+    generator = setting.generator()
+    logits = setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator))
+    bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
+    labels = torch.randint(0, 2500, (2, ROWS), generator=generator)
+    groups = torch.randint(0, 2, (ROWS,), generator=generator)
+    options = (transform.logit_scale, transform.softcap)
+    wide = None if bias is None else bias.double()
+    z, slope = reference.tile_logits(exact(logits), wide, labels, FIRST_COLUMN, *options)
+    rounded = 0.0 if wide is None else largest(exact(logits) + wide)
+    level = z.amax(1)
+    e = torch.exp(z - level[:, None])
+    share = e * slope / e.sum(1)[:, None]
+    for capacity in (COLUMNS, 0):
+        row_max = torch.full((ROWS,), torch.finfo(torch.float32).min, device=setting.device)
+        sum_exp, tail = torch.zeros_like(row_max), torch.zeros(2, COLUMNS, device=setting.device)
+        with setting.all_threads():
+            _, offsets, columns, values, dropped = softmax_compact_online_(
+                logits.clone(), None if bias is None else bias.to(setting.device),
+                labels.to(setting.device), FIRST_COLUMN, row_max, sum_exp, None, None, None, EPS,
+                torch.inf, ROWS, *options, groups.to(setting.device), tail, capacity,
+            )  # fmt: skip
+        yield rounded_once("max", row_max, level)
+        yield Figure("sum", largest(exact(sum_exp) / e.sum(1) - 1.0), setting.eps / 8 + 64 * EPS32)
+        if capacity == 0:
+            refused = not tail.any() and dropped.numel() == columns.numel() == 0
+            yield Figure("over the capacity, and not refused", float(not refused), 0.0)
+            continue
+        rows = torch.arange(ROWS).repeat_interleave(offsets.cpu().diff())
+        entries = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+        entries[rows, columns.cpu().long()] = exact(values)
+        live = entries != 0
+        # Rounding decides about an entry this close to eps.
+        sure = (share / EPS - 1).abs() > 2 * setting.eps
+        wrong = (live != (share > EPS)) & sure
+        yield Figure("entries chosen wrongly", float(wrong.sum()), 0.0)
+        rest = torch.where(live, 0.0, share)
+        truth = torch.stack([rest[groups == group].sum(0) for group in (0, 1)])
+        limit = setting.eps + (64 + rounded) * EPS32
+        yield Figure("values", largest((entries / (e * slope) - 1.0)[live]), limit)
+        yield Figure("tail", largest(exact(tail) - truth) / largest(truth), limit)
+        error = exact(dropped) - rest.sum(1) * e.sum(1)
+        yield Figure("dropped", largest(error) / largest(e.sum(1)), limit)
 
 
 def _kept_entries(setting: Setting, tile: Compacted) -> Figure:

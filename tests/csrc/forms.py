@@ -17,6 +17,12 @@ def plain(operation, *args):
     return operation.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
 
 
+FORMS = [
+    pytest.param(lambda operation, *args: operation(*args), id="dispatched", marks=needs_extension),
+    pytest.param(plain, id="plain torch"),
+]
+
+
 def no_labels(rows):
     return torch.full((1, rows), -1)
 

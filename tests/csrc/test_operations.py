@@ -155,6 +155,7 @@ COLUMN_SUMS = [
     ("no columns", (3, 0), BF16, F32, 0),
     ("one more row than a partial sum has", (65, 33), BF16, F32, 0),
     ("many rows, and a last chunk of one column", (300, 2049), F16, F32, 0),
+    ("more rows than a task takes", (2100, 33), BF16, F32, 0),
     ("a slice of a kept E: rows apart, odd start", (70, 1003), BF16, F32, 3),
     ("float64 throughout", (70, 1003), F64, F64, 0),
     ("a float32 tile summed in float64", (70, 1003), F32, F64, 1),
@@ -179,6 +180,13 @@ def test_column_sums(shape, dtype, wide, offset, stride):
     other = plain(tiles.column_sums, tile, coefficients)
     limit = 2 * accuracy * terms.abs().sum(0)
     assert ((found.double() - other.double()).abs() <= limit).all()
+    # Several rows of coefficients, of a wider matrix: each as it would be alone.
+    several = torch.randn(3, shape[0] * stride + 1).to(wide)[:2, : shape[0] * stride : stride]
+    alone = torch.stack([tiles.column_sums(tile, each) for each in several])
+    assert torch.equal(tiles.column_sums(tile, several), alone)
+    torch.testing.assert_close(
+        plain(tiles.column_sums, tile, several), alone, rtol=1e-4, atol=1e-5 * shape[0] ** 0.5
+    )
 
 
 ACCUMULATE = [

@@ -12,13 +12,9 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.engine.collect import restore
-from tests.csrc.forms import needs_extension, plain
+from tests.csrc.forms import FORMS, needs_extension
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-FORMS = [
-    pytest.param(lambda op, *args: op(*args), id="dispatched", marks=needs_extension),
-    pytest.param(plain, id="plain torch"),
-]
 FIRST_COLUMN, SHARE = 11, 2.0**-6
 
 

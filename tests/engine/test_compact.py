@@ -5,6 +5,7 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine import compact, tiles
+from tests.csrc.forms import FORMS, needs_extension
 from tests.helpers import peak_bytes
 
 OPTIONS = [(1.0, None), (0.3, None), (1.7, 5.0)]
@@ -98,38 +99,9 @@ def test_matmul_adds(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "softcap"), OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_refined_entries_are_those_of_logits_that_are_not_rounded(dtype, scale, softcap):
-    # Several lists of gathered rows: H is wide, and some 800 to 3,000 entries are kept.
-    R, C, H = 40, 300, 3000
-    hidden, weight = torch.randn(R, H).to(dtype), (torch.randn(C, H) * 4 / H**0.5).to(dtype)
-    raw = hidden.double() @ weight.double().t()
-    logits, bias, labels = raw.to(dtype), torch.randn(C).to(dtype), torch.full((1, R), -1)
-    row_max, sum_exp, _ = tiles.softmax_stats(logits, bias, labels, 0, scale, softcap)
-    kept = compact.softmax_compact(
-        logits, bias, labels, 0, row_max, sum_exp, 2.0**-9, scale, softcap,
-        torch.zeros(R, dtype=torch.int64), torch.zeros(1, C), R * C,
-    )  # fmt: skip
-    live = dense(kept, (R, C)) != 0
-    assert live.sum() > 500
-    operands = (hidden, weight)
-    added = compact.refine(kept, logits, bias, row_max, scale, softcap, *operands)
-    options = (bias.double(), labels, 0, scale, softcap)
-    z, slope = reference.tile_logits(raw, *options)
-    true = reference.softmax_grad(z, slope, row_max.double())
-    torch.testing.assert_close(
-        dense(kept, (R, C)), torch.where(live, true, 0.0), rtol=5e-5, atol=1e-9
-    )
-    rounded, _ = reference.tile_logits(logits.double(), *options)
-    level = row_max.double()[:, None]
-    expected = torch.where(live, torch.exp(z - level) - torch.exp(rounded - level), 0.0).sum(1)
-    torch.testing.assert_close(added.double(), expected, rtol=1e-4, atol=1e-5)
-    assert expected.abs().amax() > 1e-3  # there was something to redo
-
-
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_entries_come_back_as_a_weight_gradient(dtype):
+def test_packed_entries_come_back_as_a_weight_gradient(dtype, form):
     shape = (40, 300)
     store = torch.empty(200_000, dtype=torch.uint8)
     table = torch.zeros(4, 2, dtype=torch.int64)
@@ -145,9 +117,62 @@ def test_packed_entries_come_back_as_a_weight_gradient(dtype):
     for item, kept in ((0, tiles_kept[0]), (2, tiles_kept[1])):
         block = torch.randn(100, 24, dtype=wide)
         scaled = coefficients.double()[:, None] * hidden.double()
-        expected = block.double() - dense(kept, shape)[:, 50:150].t() @ scaled
-        compact.compact_weight_gradient(block, store, table, item, 50, coefficients, hidden)
+        change = dense(kept, shape)[:, 50:150].t() @ scaled
+        expected = block.double() - change
+        entries = (store, table, item, 50, coefficients, hidden)
+        form(tiles.compact_weight_gradient, block, *entries)
         torch.testing.assert_close(block.double(), expected, rtol=1e-5, atol=1e-5)
+        # With a tail the block is written, in any dtype, whatever was in it; of a wider matrix.
+        for groups, out_dtype in ((1, wide), (2, dtype)):
+            tail = torch.randn(groups, 300, dtype=wide)[:, 50:150]
+            tail_rows = torch.randn(groups, 25, dtype=wide)[:, 1:]
+            out = torch.full((100, 30), torch.nan, dtype=out_dtype)
+            form(tiles.compact_weight_gradient, out[:, 3:27], *entries, tail, tail_rows)
+            expected = tail.double().t() @ tail_rows.double() - change
+            eps = max(torch.finfo(out_dtype).eps, 1e-6)
+            torch.testing.assert_close(out[:, 3:27].double(), expected, rtol=eps, atol=10 * eps)
+            assert bool(out[:, 27:].isnan().all())
+
+
+@needs_extension
+def test_a_weight_gradient_is_of_what_is_in_the_store():
+    kept, _ = run((40, 300), torch.float32, eps=2.0**-6)
+    store, table = torch.empty(200_000, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+    compact.compact_pack(kept, store, table, 0)
+    compact.compact_pack([], store, table, 1)
+    rest = (torch.ones(40), torch.ones(40, 8))
+    for item, arguments in ((1, (store, table)), (2, (store, table)), (0, (store[:64], table))):
+        with pytest.raises(RuntimeError, match=r"not in the store|have row 2"):
+            tiles.compact_weight_gradient(torch.zeros(300, 8), *arguments, item, 0, *rest)
+    with pytest.raises(RuntimeError, match="go together"):
+        tiles.compact_weight_gradient(
+            torch.zeros(300, 8), store, table, 0, 0, *rest, torch.ones(1, 300)
+        )
+    with pytest.raises(RuntimeError, match=r"tail must be \(G, C\)"):
+        tiles.compact_weight_gradient(
+            torch.zeros(300, 8), store, table, 0, 0, *rest, torch.ones(1, 299), torch.ones(1, 8)
+        )
+
+
+@needs_extension
+def test_the_number_of_threads_does_not_matter():
+    kept, _ = run((200, 3000), torch.float32, eps=2.0**-9)
+    store, table = torch.empty(2**21, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int64)
+    compact.compact_pack(kept, store, table, 0)
+    assert table[0, 1] > 0
+    entries = (store, table, 0, 0, torch.randn(200), torch.randn(200, 64))
+    tail = (torch.randn(2, 3000), torch.randn(2, 64))
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            block = torch.empty(3000, 64, dtype=torch.bfloat16)
+            tiles.compact_weight_gradient(block, *entries, *tail)
+            results.append(block)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_a_row_without_a_total_keeps_and_drops_nothing():

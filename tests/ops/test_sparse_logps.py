@@ -18,8 +18,9 @@ EPS = 2.0**-8  # of 100 to 5,000 entries: many on either side of it
 
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch):
-    # The toy heads here are flat: their tiles would go the exact way.
+    # The toy heads here are flat: their tiles would go the exact way, or out of the store.
     monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
+    monkeypatch.setattr(sparse, "_STORE_ROW_BYTES_CPU", 2**15)
 
 
 def sparse_call(case, inputs, labels, **options):
@@ -113,7 +114,7 @@ def test_extreme_eps(eps):
 
 
 def store_of(monkeypatch, row_bytes):
-    monkeypatch.setattr(sparse, "_STORE_ROW_BYTES", row_bytes)
+    monkeypatch.setattr(sparse, "_STORE_ROW_BYTES_CPU", row_bytes)
 
 
 @pytest.mark.parametrize("name", ["blocks", "two sets, all"])
@@ -175,27 +176,28 @@ def test_a_dense_tile_goes_the_exact_way(monkeypatch):
     inputs, labels = make(case, torch.bfloat16)
     with torch.no_grad():
         inputs["hidden"] *= 1e-2
-    looked, multiplied = count_calls(monkeypatch)
+    kept = kept_tiles(monkeypatch)
     upstream = [torch.randn(case.shape) for _ in labels]
     found = gradients(sparse_call(case, inputs, labels), upstream, inputs)
     exact = call(linear_logps, case, inputs, labels, workspace_bytes=case.workspace_bytes)
     for ours, true in zip(found, gradients(exact, upstream, inputs), strict=True):
         assert (ours.double() - true.double()).norm() <= 1e-2 * true.double().norm()
-    assert multiplied == []
-    chunks = len(looked)
+    chunks = len(kept)
     assert 0 < chunks < 10
+    assert not any(kept)
 
 
-def count_calls(monkeypatch):
-    looked, multiplied = [], []
-    compact, matmul = sparse.softmax_compact, sparse.compact_matmul
-    monkeypatch.setattr(
-        sparse, "softmax_compact", lambda *args: (looked.append(1), compact(*args))[1]
-    )
-    monkeypatch.setattr(
-        sparse, "compact_matmul", lambda *args: (multiplied.append(1), matmul(*args))[1]
-    )
-    return looked, multiplied
+def kept_tiles(monkeypatch):
+    """Of every tile that is looked at, whether its entries are kept."""
+    kept, compact = [], sparse.softmax_compact_online_
+
+    def counted(*args):
+        results = compact(*args)
+        kept.append(results[-1].numel() > 0)
+        return results
+
+    monkeypatch.setattr(sparse, "softmax_compact_online_", counted)
+    return kept
 
 
 def test_a_sparse_step_has_one_matrix_product(monkeypatch):
@@ -258,7 +260,7 @@ def test_bias_alone_is_trained():
 
 
 def test_without_gradient_the_exact_op_runs(monkeypatch):
-    looked, _ = count_calls(monkeypatch)
+    looked = kept_tiles(monkeypatch)
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(12, 8)
     labels = torch.randint(0, 12, (6,))
     with torch.no_grad():
@@ -269,7 +271,7 @@ def test_without_gradient_the_exact_op_runs(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "sparse_calls"), [(torch.float32, 0), (torch.bfloat16, 1)])
 def test_auto_is_sparse_for_16_bit(dtype, sparse_calls, monkeypatch):
-    looked, _ = count_calls(monkeypatch)
+    looked = kept_tiles(monkeypatch)
     hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(12, 8)
     labels = torch.randint(0, 12, (6,))
     linear_logps(hidden, weight, labels, gradient="auto", compute_dtype=dtype)

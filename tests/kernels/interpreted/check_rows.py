@@ -101,6 +101,7 @@ def test_column_sums(dtype):
         found = tiles.column_sums(view, weights)
         truth = reference.column_sums(view.double(), weights.double())
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+        assert torch.equal(tiles.column_sums(view, torch.stack((weights, weights)))[1], found)
 
 
 def test_rows_beyond_2_31_elements():
