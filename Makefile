@@ -20,7 +20,7 @@ setup: .venv/.ready  ## the environment, from pinned versions
 build: setup  ## C++ in place; SAN=1: with address and undefined-behaviour sanitizers, and its tests
 	ORPO_KERNELS_EXTENSION=required $(BIN)/python setup.py -q build_ext --inplace --force
 ifeq ($(SAN),1)
-	$(SAN_ENV) $(BIN)/python -m pytest tests/csrc tests/engine/test_tiles.py -m "not slow" -p no:cacheprovider
+	$(SAN_ENV) $(BIN)/python -m pytest tests/csrc tests/engine/test_tiles.py tests/engine/test_co*.py -m "not slow" -p no:cacheprovider
 endif
 
 wheel: setup  ## one abi3 wheel for all supported Pythons and torch versions, in dist/
