@@ -15,7 +15,11 @@ def finished(tmp_path, monkeypatch):
     for kind, gradient, seed, folder in sparse_parity.runs(tmp_path):
         more = 0.5 if (kind, gradient) == ("full", "sparse") else 0.0
         metrics = dict.fromkeys(sparse_parity.METRICS, 2.0 * seed + more)
-        log = [{"step": 1, **metrics}, {"step": 1, **{f"eval_{k}": v for k, v in metrics.items()}}]
+        kept = {"sparse/kept_share": 0.1, "sparse/tail_mass": 0.2, "sparse/residual_rms": 0.3}
+        log = [
+            {"step": 1, **metrics, **kept},
+            {"step": 1, **{f"eval_{k}": v for k, v in metrics.items()}},
+        ]
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps({"eval_last": metrics}))
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
@@ -42,6 +46,17 @@ def test_finished_runs_are_compared_not_repeated(finished):
     assert rows["full", "loss"]["noise"] == pytest.approx(2.0)
     assert (finished / "p.png").read_bytes().startswith(b"\x89PNG")
     assert latest_runs(finished / "results") == []  # not a benchmark of times
+
+
+def test_everything_kept_is_no_comparison(finished):
+    for seed in sparse_parity.SEEDS:
+        path = finished / f"real-sparse-{seed}" / "trainer_state.json"
+        path.write_text(
+            path.read_text().replace('"sparse/kept_share": 0.1', '"sparse/kept_share": 1')
+        )
+    status, found = main(finished)
+    assert status == 1
+    assert [row["kept_share"] for row in found["left_out"]] == pytest.approx([0.1, 1.0, 0.1])
 
 
 def test_a_difference_over_the_noise_fails(finished):
