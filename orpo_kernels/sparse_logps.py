@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_kernels.engine.chunks import spans, workspace_budget
 from orpo_kernels.engine.guard import density_guard
+from orpo_kernels.engine.segments import Arriving, SegmentWeightGradient, SlotForward
 from orpo_kernels.engine.selection import (
     Scored,
     Selection,
@@ -25,6 +26,7 @@ from orpo_kernels.engine.selection import (
     score,
     select,
 )
+from orpo_kernels.engine.slots import KEPT_ROUNDING, takes_slots
 from orpo_kernels.engine.sparse import (
     Packed,
     Sizing,
@@ -87,10 +89,11 @@ def sparse_linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
             tail = Tail(eps, _groups_of(chosen, groups), _sums(sums, weight, groups, statistics))
             packed = Packed(store, table, blocks) if store.shape[0] > 0 else None
             gradients = (g, g_r) if needs_dhidden else None
-            entries = _forward(chosen, sized, tail, statistics, gradients, packed)
+            entries, rounding = _forward(chosen, sized, tail, statistics, gradients, packed)
             if needs_dhidden:
                 product.copy_(tail.product(chosen.head.columns, sized.plan.columns))
-            certificate.copy_(_certificate(scored, statistics, entries, eps, weight.shape[0]))
+            kept = entries[0] / weight.shape[0]
+            certificate.copy_(_certificate(scored, statistics, kept, eps, logit_scale, rounding))
         return (
             scored.logps(statistics).view(labels.shape), certificate, statistics, g, g_r, product,
             sums, store, table, blocks,
@@ -104,17 +107,22 @@ def _forward(
     statistics: Tensor,
     gradients: tuple[Tensor, Tensor] | None,
     packed: Packed | None,
-) -> Tensor:
-    """Fills what is given; how many entries were kept, (1,) int64."""
+) -> tuple[Tensor, float]:
+    """Fills what is given; how many entries were kept, (1,) int64, and how these are rounded."""
     sizes, weight = chosen.sizes, chosen.head.columns.parts[0]
     watched = sizes.device.type != "cpu" and not is_capturing(sizes.device)
     limit = live_share(sizes.device)
     dense = watched and not density_guard.allows(weight, limit)
-    plan = even_plan(sized.plan, sizes.rows)
-    forward = SparseForward(
-        chosen.rows, chosen.head, chosen.labels, sizes, plan, tail,
-        with_gradient=gradients is not None, dense=dense,
-    )  # fmt: skip
+    plan = even_plan(sized.dense if dense else sized.plan, sizes.rows)
+    inputs = (chosen.rows, chosen.head, chosen.labels, sizes, plan, tail)
+    in_slots, needs_g = sized.slots and not dense, gradients is not None
+    forward = (
+        SlotForward(*inputs, with_gradient=needs_g)
+        if in_slots
+        else SparseForward(*inputs, with_gradient=needs_g, dense=dense)
+    )
+    if sized.slots and dense:
+        packed = None  # the table says of every chunk that it is not in the store
     for start, stop in spans(sizes.rows, plan.rows):
         chunk, g, blocks = forward.sparse_chunk(start, stop, packed)
         rows = slice(start, stop) if chosen.scored is None else chosen.scored[start:stop]
@@ -126,21 +134,30 @@ def _forward(
             gradients[0][rows] = g[:, :width].to(gradients[0].dtype)
             if g.shape[1] > width:
                 gradients[1][rows] = g[:, width:].to(gradients[1].dtype)
+    if packed is not None and isinstance(forward, SlotForward):
+        forward.finish(packed)
     if watched and not dense:
         share = forward.kept_entries / (sizes.rows * sizes.vocabulary)
         density_guard.record(weight, share)
-    return forward.kept_entries
+    return forward.kept_entries, KEPT_ROUNDING if in_slots else 0.0
 
 
 def _certificate(
-    scored: Scored, statistics: Tensor, entries: Tensor, eps: float, vocabulary: int
+    scored: Scored, statistics: Tensor, kept: Tensor, eps: float, scale: float, rounding: float
 ) -> Tensor:
-    """The fields of `Certificate`, (5,) float32."""
+    """The fields of `Certificate`, (5,) float32; `kept`: entries over the vocabulary.
+
+    What was dropped may be as much more than m_t as the kept entries, `rounding` of each, were
+    rounded up by. Their sum is that of all, at most `scale` times the mass beside the labels (with
+    a softcap less), without m_t.
+    """
     is_scored = scored.labels.first >= 0
     rows = is_scored.sum().clamp(min=1)
     mass = torch.where(is_scored, statistics[7] * statistics[2], 0.0)
-    residual = (eps * mass.clamp(min=0.0)).sqrt()
-    share = entries[0] / (rows * vocabulary)
+    kept_sum = torch.where(is_scored, scale * statistics[2] - mass, 0.0).clamp(min=0.0)
+    dropped = mass + rounding / (1.0 - rounding) * kept_sum
+    residual = (eps * dropped.clamp(min=0.0)).sqrt()
+    share = kept / rows
     fields = (share, mass.sum() / rows, mass.amax(), residual.sum() / rows, residual.amax())
     return torch.stack([each.to(torch.float32) for each in fields])
 
@@ -182,7 +199,8 @@ def _sizing(  # noqa: PLR0913 - as the schema
         labels[0].numel(), (hidden, hidden_r), (weight, weight_r), labels.shape[0], compute_dtype
     )
     budget = workspace_budget(workspace_bytes, weight.device)
-    return sizing(sizes, _group_count(groups), budget, trainable=needs_dweight)
+    slots = takes_slots(sizes, (weight, weight_r))
+    return sizing(sizes, _group_count(groups), budget, trainable=needs_dweight, slots=slots)
 
 
 def _empty_outputs(  # noqa: PLR0913 - as the schema
@@ -208,7 +226,7 @@ def _empty_outputs(  # noqa: PLR0913 - as the schema
         new((G, H + r if needs_dhidden else 0), dtype=wide),
         new((G, weight.shape[0] if needs_dweight else 0), dtype=wide),
         hidden.new_empty(sized.store_bytes, dtype=torch.uint8),
-        new((sized.items if has_store else 0, 2), dtype=torch.int64),
+        hidden.new_full((sized.items if has_store else 0, 2), -1, dtype=torch.int64),
         new((sized.blocks if has_store else 0, 2, count), dtype=wide),
     )
 
@@ -255,6 +273,7 @@ def _sparse_linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
         results = empty_weight_gradients(weight, bias, weight_r, needs)
         scored = score(labels, ignore_index)
         options = (logit_scale, softcap, compute_dtype)
+        arriving = Arriving(table)  # before the host waits for the count of the scored rows
         chosen = select((hidden, hidden_r), (weight, weight_r), bias, scored, options)
         if chosen.sizes.rows == 0:
             for result in results:
@@ -271,12 +290,11 @@ def _sparse_linear_logps_dweight(  # noqa: PLR0913 - a schema has no dataclasses
         dweight, dbias, dweight_r = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
-        gradient = SparseWeightGradient(
-            chosen.rows, chosen.head, chosen.labels, chosen.sizes, statistics[:7], a
-        )
+        kind = SegmentWeightGradient if sized.slots else SparseWeightGradient
+        gradient = kind(chosen.rows, chosen.head, chosen.labels, chosen.sizes, statistics[:7], a)
         gradient.sparse_run(
             [dweight] if weight_r is None else [dweight, dweight_r], dbias,
-            Packed(store, table, blocks), tail, sized,
+            Packed(store, arriving.get(), blocks), tail, sized,
             workspace_budget(workspace_bytes, weight.device),
         )  # fmt: skip
         return results

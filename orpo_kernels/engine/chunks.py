@@ -11,7 +11,7 @@ Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,11 +110,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows per chunk, vocabulary columns per block, and the bytes this takes."""
+    """Rows per chunk, a multiple of `row_block`, columns per vocabulary block, bytes this takes."""
 
     rows: int
     columns: int
     workspace_bytes: int
+    row_block: int = 1
 
 
 def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
@@ -138,8 +139,8 @@ def plan_forward(sizes: Sizes, budget: int, *, with_gradient: bool) -> Plan:
     per_cell = sizes.product_dtype.itemsize
     if with_gradient and sizes.widens:
         per_cell += sizes.compute_dtype.itemsize
-    per_row, per_column = _forward_units(sizes, with_gradient)
-    return _first_fit(sizes, budget, (per_row, per_column, per_cell), _CPU_COLUMNS)
+    per_row, per_column = forward_units(sizes, with_gradient)
+    return first_fit(sizes, budget, (per_row, per_column, per_cell), shapes(sizes))
 
 
 def plan_sparse(sizes: Sizes, budget: int, reserved: tuple[int, int], entry_share: float) -> Plan:
@@ -161,10 +162,10 @@ def plan_sparse(sizes: Sizes, budget: int, reserved: tuple[int, int], entry_shar
     per_cell = sizes.product_dtype.itemsize
     if sizes.widens:
         per_cell += sizes.compute_dtype.itemsize
-    per_row, per_column = _forward_units(sizes, with_gradient=True)
+    per_row, per_column = forward_units(sizes, with_gradient=True)
     units = (per_row - sizes.list_bytes + 128, per_column, per_cell)
     lists = (sizes.list_bytes, entry_bytes)  # of kept entries, or in the exact way of large ones
-    return _first_fit(sizes, budget, units, _CPU_COLUMNS, reserved, lists)
+    return first_fit(sizes, budget, units, shapes(sizes), reserved, either=lists)
 
 
 def kept_rows(sizes: Sizes, budget: int) -> int:
@@ -191,7 +192,7 @@ def plan_kept(sizes: Sizes, capacity: int, budget: int) -> Plan:
 
 
 def _kept_forward_bytes(sizes: Sizes, rows: int) -> int:
-    per_row, per_column = _forward_units(sizes, with_gradient=True)
+    per_row, per_column = forward_units(sizes, with_gradient=True)
     per_cell = sizes.product_dtype.itemsize if sizes.widens else 0
     tile = rows * (per_row + sizes.vocabulary * per_cell)
     return tile + sizes.vocabulary * per_column + strip_bytes(sizes.device)
@@ -213,7 +214,7 @@ def plan_backward(
         The plan.
     """
     units = _backward_units(sizes, gradient_columns, recompute)
-    return _first_fit(sizes, budget, units, _CPU_BACKWARD_COLUMNS, (reserved, 0))
+    return first_fit(sizes, budget, units, shapes(sizes, _CPU_BACKWARD_COLUMNS), (reserved, 0))
 
 
 def plan_direct(
@@ -253,7 +254,7 @@ def _backward_units(sizes: Sizes, gradient_columns: int, recompute: bool) -> tup
     return per_row, per_column, per_cell
 
 
-def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
+def forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
     """Bytes per row (gathered, widened, label entries, product, accumulator) and per column."""
     narrow, wide = sizes.compute_dtype.itemsize, sizes.wide_bytes
     per_row = sizes.hidden_columns * (narrow + (2 + sizes.label_sets) * wide) + 128
@@ -263,27 +264,38 @@ def _forward_units(sizes: Sizes, with_gradient: bool) -> tuple[int, int]:
     return per_row, sizes.hidden_columns * narrow if sizes.weight_is_copied else 0
 
 
-def _first_fit(
+def shapes(sizes: Sizes, cpu_columns: tuple[int, ...] = _CPU_COLUMNS) -> Iterator[tuple[int, int]]:
+    """Rows and columns of a tile, in the order of preference, down to one of a few KiB."""
+    if sizes.on_cpu:
+        yield from ((rows, columns) for rows in _CPU_ROWS for columns in cpu_columns)
+    else:
+        yield from ((rows, sizes.vocabulary) for rows in _ROWS)
+        yield from ((rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS)
+    yield from _SMALL
+
+
+def first_fit(
     sizes: Sizes,
     budget: int,
     unit_bytes: tuple[int, int, int],
-    cpu_columns: tuple[int, ...],
+    shapes: Iterable[tuple[int, int]],
     reserved: tuple[int, int] = (0, 0),
+    row_block: int = 1,
     either: tuple[int, float] = (0, 0.0),
 ) -> Plan:
-    """`either`: bytes per row or per cell, whichever is more."""
-    shapes = [(rows, columns) for rows in _CPU_ROWS for columns in cpu_columns]
-    if sizes.device.type != "cpu":
-        shapes = [(rows, sizes.vocabulary) for rows in _ROWS]
-        shapes += [(rows, columns) for rows in _ROWS[3:] for columns in _COLUMNS]
-    for rows, columns in (*shapes, *_SMALL):
+    """The first shape, of whole blocks of rows, whose bytes per row, column and cell fit.
+
+    `either`: bytes per row or per cell, whichever is more.
+    """
+    need = 0
+    for rows, columns in (shape for shape in shapes if shape[0] >= row_block):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
         need = _bytes(sizes, unit_bytes, rows, columns)
         need += reserved[0] + reserved[1] * -(-sizes.vocabulary // columns)
         need += rows * max(either[0], math.ceil(columns * either[1]))
         if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
-            return Plan(even, columns, need)
+            return Plan(-(-even // row_block) * row_block, columns, need, row_block)
     raise ValueError(
         f"workspace_bytes={budget} is too small: the smallest tile of a head with H = "
         f"{sizes.hidden_columns} and V = {sizes.vocabulary} takes {need} bytes; "

@@ -10,8 +10,9 @@
 What `softmax_compact` returns is the backend's own form of the kept entries, but for the first
 three tensors: the sum of the kept E of each row, as rounded, (R,); with a softcap the sum of all E
 of each row, (R,), else empty; and how many entries are kept, (1,) int64. A backend may keep more
-than it has to. One that cannot hold `capacity` entries in the tile itself keeps at most that many:
-of a tile with more it returns the empty list, and leaves the tile and `tail` as they were.
+than it has to. At most `capacity` are kept: of a tile with more the empty list is returned, and the
+tile and `tail` stay as they were. None: however many there are; on a GPU with tensor cores they
+then go over the logits, as slots (`kernels/softmax_compact.py`), and the tile must have the room.
 
 `total` is what is known so far of the sum of exp(z - reference) over the vocabulary, and `tail`
 (G, C) receives the dropped E / total of the rows of each group, `groups` (R,) int64 in [0, G).
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.tiles import accumulation_dtype, softmax_grad_, strip_bytes
+from orpo_kernels.kernels import register_tile_operation
 
 _ALIGNMENT = 16
 _ENTRIES = 2**16  # looked at together where only their columns and rows are
@@ -40,7 +42,7 @@ torch.library.define(
     "orpo_kernels::softmax_compact",
     "(Tensor(a!) logits, Tensor? bias, Tensor labels, int first_column, Tensor reference, "
     "Tensor total, float eps, float logit_scale, float? softcap, Tensor groups, Tensor(b!) tail, "
-    "int capacity) -> Tensor[]",
+    "int? capacity) -> Tensor[]",
 )
 torch.library.define(
     "orpo_kernels::compact_matmul", "(Tensor(a!) accumulator, Tensor[] kept, Tensor weight) -> ()"
@@ -50,12 +52,14 @@ torch.library.define(
     "(Tensor[] kept, Tensor(a!) store, Tensor(b!) table, int item) -> ()",
 )
 
+OPERATIONS = ("softmax_compact", "compact_matmul")
+"""Those of a GPU's kernels, where kept entries are slots."""
+
 softmax_compact = torch.ops.orpo_kernels.softmax_compact
 compact_matmul = torch.ops.orpo_kernels.compact_matmul
 compact_pack = torch.ops.orpo_kernels.compact_pack
 
 
-@torch.library.impl("orpo_kernels::softmax_compact", "CompositeExplicitAutograd")
 def _softmax_compact(  # noqa: PLR0913 - as its schema
     logits: Tensor,
     bias: Tensor | None,
@@ -68,10 +72,10 @@ def _softmax_compact(  # noqa: PLR0913 - as its schema
     softcap: float | None,
     groups: Tensor,
     tail: Tensor,
-    capacity: int,
+    capacity: int | None,
 ) -> list[Tensor]:
     dtype, (R, C) = accumulation_dtype(logits.dtype), logits.shape
-    capacity = min(capacity, R * C)
+    capacity = R * C if capacity is None else min(capacity, R * C)
     columns = logits.new_empty(capacity, dtype=torch.int32)
     values = logits.new_empty(capacity, dtype=dtype)
     counts = torch.zeros(R + 1, dtype=torch.int32, device=logits.device)
@@ -109,7 +113,6 @@ def _softmax_compact(  # noqa: PLR0913 - as its schema
     return [kept_sum, row_sum, count, offsets, columns[:filled], values[:filled]]
 
 
-@torch.library.impl("orpo_kernels::compact_matmul", "CompositeExplicitAutograd")
 def _compact_matmul(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> None:
     offsets, columns, values = kept[3:]
     step = _gathered_entries(weight)
@@ -203,3 +206,8 @@ def _add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+for _name, _plain in (("softmax_compact", _softmax_compact), ("compact_matmul", _compact_matmul)):
+    torch.library.impl(f"orpo_kernels::{_name}", "CompositeExplicitAutograd", _plain)
+    register_tile_operation(_name, _plain)

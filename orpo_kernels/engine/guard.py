@@ -55,6 +55,10 @@ class DensityGuard:
         while len(self._last) > _HEADS:
             self._last.popitem(last=False)
 
+    def forget(self) -> None:
+        """As if no step had been."""
+        self._last.clear()
+
 
 def _key(weight: Tensor) -> tuple[object, ...]:
     return weight.device, weight.data_ptr(), tuple(weight.shape)

@@ -36,12 +36,14 @@ from orpo_kernels.engine.chunks import (
     Sizes,
     matmul_into,
     plan_backward,
+    plan_forward,
     plan_sparse,
     spans,
 )
 from orpo_kernels.engine.collect import LARGE, MOST
 from orpo_kernels.engine.compact import compact_matmul, compact_pack, softmax_compact
 from orpo_kernels.engine.exact import Arguments, Forward, Head, Labels, LabelTerms
+from orpo_kernels.engine.slots import plan_slots, segment_bytes
 from orpo_kernels.engine.tiles import (
     column_sums,
     csr_matmul_,
@@ -82,13 +84,17 @@ class Sizing(NamedTuple):
     """
 
     plan: Plan
+    dense: Plan  # of a step that goes the exact way from the start
     blocks: int
     items: int  # tiles, at most
     store_bytes: int
     reserved_bytes: int
+    slots: bool  # `engine/slots.py`
 
 
-def sizing(sizes: Sizes, groups: int, budget: int, *, trainable: bool) -> Sizing:
+def sizing(
+    sizes: Sizes, groups: int, budget: int, *, trainable: bool, slots: bool = False
+) -> Sizing:
     """The shapes of `sizes.rows` rows, scored or not, in `groups` groups.
 
     A trainable head whose kept entries have no room is left a store of 0 bytes: its backward
@@ -97,34 +103,46 @@ def sizing(sizes: Sizes, groups: int, budget: int, *, trainable: bool) -> Sizing
     Raises:
         ValueError: the budget is too small for one tile, forward or backward.
     """
-    store = 0
-    if trainable:
+    store, lists = 0, 0
+    if trainable and slots:
+        store, lists = segment_bytes(sizes, budget)
+    elif trainable:
         row_bytes = _STORE_ROW_BYTES_CPU if sizes.on_cpu else _STORE_ROW_BYTES
         store = min(budget // _STORE_SHARE, sizes.rows * row_bytes) // 16 * 16
     if store > 0:
         with contextlib.suppress(ValueError):
-            return _sizing(sizes, groups, budget, store, trainable)
-    return _sizing(sizes, groups, budget, 0, trainable)
+            return _sizing(sizes, groups, budget, (store, lists), trainable, slots)
+    return _sizing(sizes, groups, budget, (0, 0), trainable, slots)
 
 
-def _sizing(sizes: Sizes, groups: int, budget: int, store: int, trainable: bool) -> Sizing:
-    many = replace(sizes, rows=_MANY_ROWS)
+def _sizing(
+    sizes: Sizes, groups: int, budget: int, stored: tuple[int, int], trainable: bool, slots: bool
+) -> Sizing:
+    many, (store, lists) = replace(sizes, rows=_MANY_ROWS), stored
     # Sums of the tail, and those of one tile at most once more.
     reserved = 2 * groups * (sizes.vocabulary + sizes.hidden_columns) * sizes.wide_bytes + store
     record = 2 * sizes.rows * sizes.wide_bytes if store > 0 else 0
-    plan = plan_sparse(many, budget, (reserved, record), live_share(sizes.device))
+    if slots:
+        plan = plan_slots(many, budget, (reserved, record), groups, packs=store > 0)
+        dense = plan_forward(many, budget - reserved - record, with_gradient=True)
+    else:
+        plan = plan_sparse(many, budget, (reserved, record), live_share(sizes.device))
+        dense = plan
     blocks = -(-sizes.vocabulary // plan.columns)
     if trainable:
-        reserved += blocks * record
-        reserved += plan.rows * sizes.hidden_columns * sizes.compute_dtype.itemsize
+        reserved += blocks * record + lists
+        rows = plan.rows * (2 if slots else 1)  # of a chunk, and scaled
+        reserved += rows * sizes.hidden_columns * sizes.compute_dtype.itemsize
         plan_backward(many, budget, sizes.hidden_columns, recompute=True, reserved=reserved)
-    return Sizing(plan, blocks, blocks * -(-sizes.rows // plan.rows), store, reserved)
+    items = blocks * -(-sizes.rows // plan.rows)
+    return Sizing(plan, dense, blocks, items, store, reserved, slots)
 
 
 def even_plan(plan: Plan, rows: int) -> Plan:
     """For `rows` rows, in chunks of one size."""
     chunks = max(1, -(-rows // plan.rows))
-    return replace(plan, rows=max(1, -(-rows // chunks)))
+    even = max(1, -(-rows // chunks))
+    return replace(plan, rows=-(-even // plan.row_block) * plan.row_block)
 
 
 def live_share(device: torch.device) -> float:
@@ -201,7 +219,7 @@ class SparseForward(Forward):
         accumulator, dense = None, self.dense
         record: list[Tensor] = []
         if self.with_gradient:
-            accumulator = torch.zeros_like(hidden, dtype=self.wide)
+            accumulator = hidden.new_zeros(hidden.shape, dtype=self.wide)
         for v0, v1 in spans(self.sizes.vocabulary, self.plan.columns):
             weight = self.head.columns.block(v0, v1)
             tile, narrow = self._tiles(stop - start, v1 - v0, None)
@@ -217,8 +235,7 @@ class SparseForward(Forward):
             all_dropped.mul_(rescale).add_(dropped)
             if packed is not None:
                 item = start // self.plan.rows * packed.blocks.shape[0] + len(record)
-                compact_pack(kept, packed.store, packed.table, item)
-                record.append(torch.stack((row_max, dropped)))
+                record.append(torch.stack((row_max, self._pack(kept, packed, item, dropped))))
         statistics, g = self._finish(label_terms, *sums, accumulator)
         share = torch.where(sums[1] > 0, all_dropped / sums[1], 0.0)
         blocks = torch.stack(record) if packed is not None else None
@@ -287,8 +304,7 @@ class SparseForward(Forward):
         beside = torch.exp((label_lse - new_max).clamp(max=_MAX_EXPONENT))
         kept = softmax_compact(
             *arguments, new_max, new_sum + beside, self.tail.eps, scale, softcap, groups,
-            self.tail.sums[:, first_column : first_column + tile.shape[1]],
-            int(tile.numel() * live_share(tile.device)),
+            self.tail.sums[:, first_column : first_column + tile.shape[1]], self._capacity(tile),
         )  # fmt: skip
         if kept:
             row_max.copy_(new_max)
@@ -296,6 +312,15 @@ class SparseForward(Forward):
             all_of_it = block_sum * scale if softcap is None else kept[1]
             block_sum = all_of_it - kept[0]
         return rescale, block_sum, kept
+
+    def _capacity(self, tile: Tensor) -> int | None:
+        """How many entries of a tile may be kept."""
+        return int(tile.numel() * live_share(tile.device))
+
+    def _pack(self, kept: list[Tensor], packed: Packed, item: int, dropped: Tensor) -> Tensor:
+        """Stores the entries kept of a tile; the E that is dropped for who reads the store."""
+        compact_pack(kept, packed.store, packed.table, item)
+        return dropped
 
 
 def _label_lse(label: LabelTerms, labels: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class SparseWeightGradient(WeightGradient):
         )
         buffers = self._buffers(plan, sum(widths), None)
         chunks = list(spans(self.sizes.rows, even_plan(sized.plan, self.sizes.rows).rows))
-        stored = _stored(packed, len(chunks), sized.blocks)
+        stored = stored_tiles(packed, len(chunks), sized.blocks)
         factors = self.softmax * torch.exp(packed.blocks[:, 0] - self.statistics[0])
         q, u = tail.mean(), self._tail_rows(packed, stored, tail, factors, chunks)
         results = present(dweights)
@@ -91,8 +91,10 @@ class SparseWeightGradient(WeightGradient):
         sums = tail.sums.new_zeros((tail.sums.shape[0], 1 + width))
         for i, (start, stop) in enumerate(chunks if packed.store.shape[0] > 0 else []):
             dropped = packed.blocks[:, 1, start:stop] * factors[:, start:stop]
-            kept = torch.tensor(stored[i], device=dropped.device)[:, None]
-            mass = torch.where(kept, dropped, 0.0).sum(0)
+            mass = torch.zeros_like(factors[0, start:stop])
+            for there, each in zip(stored[i], dropped, strict=True):
+                if there:  # a mask would have to be copied to the device, which waits for it
+                    mass += each
             hidden = self.rows.take(start, stop, self.parts) if self.parts else None
             for group, row in enumerate(sums):
                 of_group = torch.where(tail.groups[start:stop] == group, mass, 0.0)
@@ -164,9 +166,9 @@ class SparseWeightGradient(WeightGradient):
             self._add(block, probs, buffers["partial"], (start, stop))
 
 
-def _stored(packed: Packed, chunks: int, blocks: int) -> list[list[bool]]:
+def stored_tiles(packed: Packed, chunks: int, blocks: int) -> list[list[bool]]:
     """By chunk and block, whether its kept entries are in the store; waits for the device."""
-    if packed.store.shape[0] == 0 or is_capturing(packed.table.device):
+    if packed.store.shape[0] == 0 or is_capturing(packed.store.device):
         return [[False] * blocks] * chunks
     fits: list[bool] = (packed.table[: chunks * blocks, 1] >= 0).tolist()
     return [fits[i * blocks : (i + 1) * blocks] for i in range(chunks)]

@@ -27,6 +27,8 @@ Function = Callable[..., Any]
 _MODULES = {
     "softmax_stats": "softmax_stats",
     "softmax_grad_": "softmax_grad",
+    "softmax_compact": "softmax_compact",
+    "compact_matmul": "gather_matmul",
     "linear_lse": "linear_lse",
     "column_sums": "column_sums",
     "sequence_mean": "sequence_mean",
@@ -76,7 +78,30 @@ def _has_gemm(hidden: Tensor, weight: Tensor, *others: Any) -> bool:
     return alike and _has_kernel(hidden, weight, *others) and has_tensor_cores(hidden.device)
 
 
-_TAKES = {"linear_lse": _has_gemm}
+def has_slots(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the sparse gradient keeps slots there, which its product takes on tensor cores."""
+    if device.type not in DEVICES or dtype not in DTYPES or gpu_backend() != "triton":
+        return False
+    # Without a card: a plan for a machine that has one.
+    planned = device.type == "cuda" and not torch.cuda.is_available()
+    return planned or has_tensor_cores(device)
+
+
+def _into_the_tile(logits: Tensor, *others: Any) -> bool:
+    """Whether `softmax_compact` was given no capacity: what is kept goes over the logits."""
+    return others[-1] is None and has_slots(logits.device, logits.dtype)
+
+
+def _are_slots(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> bool:
+    """Whether the kept entries are the kernel's, and not the compressed rows of the plain form."""
+    return kept[3].dtype == torch.bfloat16
+
+
+_TAKES: dict[str, Callable[..., bool]] = {
+    "linear_lse": _has_gemm,
+    "softmax_compact": _into_the_tile,
+    "compact_matmul": _are_slots,
+}
 
 
 def _chooser(name: str, plain: Function) -> Function:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.constants import COMPACT_ROWS, PARTIAL_SHARE
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 SLOT = tl.constexpr(COMPACT_ROWS)
@@ -33,10 +33,10 @@ _ADDED = 1024  # columns per program that adds partials
 def gathered_product(
     slots_ptr, addresses_ptr,  # bfloat16; (entries,) int32, units of 16 bytes
     rows_ptr, stride_rows, indices_ptr,  # (., H); (entries,) int32
-    begin, end, column, width,
-    SLOT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    begin, end, column, width, acc,
+    SLOT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sum over entries `begin` to `end`, (SLOT, BLOCK_H) float32, of the columns under `width`.
+    """`acc` (SLOT, BLOCK_H), plus the sum over entries `begin` to `end` of columns under `width`.
 
     The index and the address of the next step are carried in registers: loaded within the step they
     would take a stage of the pipeline each, of what the two operands are prefetched by.
@@ -46,7 +46,6 @@ def gathered_product(
     inside = entry < end
     address = tl.load(addresses_ptr + entry, mask=inside, other=0)
     index = tl.load(indices_ptr + entry, mask=inside, other=0)
-    acc = tl.zeros((SLOT, BLOCK_H), tl.float32)
     for _ in range(begin, end, BLOCK_K):
         a = tl.load(
             slots_ptr + address[:, None].to(tl.int64) * 8 + lane[None, :],
@@ -140,7 +139,7 @@ def _gather_matmul_kernel(
 
     acc = gathered_product(
         slots_ptr, addresses_ptr, weight_ptr, stride_weight, columns_ptr,
-        begin, end, column, width, SLOT, BLOCK_H, BLOCK_K,
+        begin, end, column, width, tl.zeros((SLOT, BLOCK_H), tl.float32), SLOT, BLOCK_K,
     )  # fmt: skip
 
     row = item.to(tl.int64) * SLOT + tl.arange(0, SLOT)
@@ -178,10 +177,15 @@ def _add_pieces_kernel(
     tl.store(out, acc, mask=column < H)
 
 
-def further_pieces(row_blocks: int, H: int, processors: int, block_columns: int) -> int:
-    """How many pieces beyond one per row block: pieces of half the mean, more to fill the device."""
+def further_pieces(
+    row_blocks: int, H: int, processors: int, block_columns: int, tile_bytes: int
+) -> int:
+    """How many pieces beyond one per row block: pieces of half the mean, more to fill the device.
+
+    Two per row block; or more, in partials of at most a 16th of the tile's own bytes.
+    """
     wanted = -(-4 * processors // -(-H // block_columns))
-    affordable = _PARTIAL_BYTES // (4 * COMPACT_ROWS * H)
+    affordable = min(_PARTIAL_BYTES, tile_bytes // PARTIAL_SHARE) // (4 * COMPACT_ROWS * H)
     return max(2 * row_blocks, min(wanted, affordable))
 
 
@@ -213,13 +217,14 @@ def compact_matmul(
     Raises:
         ValueError: columns of `weight` lie apart.
     """
-    _, _, slots, columns, addresses, ends, *_ = kept
+    _, _, _, slots, columns, addresses, ends, *_ = kept
     counts = ends[:, -1]
+    tile_bytes = slots.shape[0] * slots.stride(0) * slots.element_size()
 
     def run(row: Row, device: Device) -> None:
         R, H = accumulator.shape
         B, pitch = columns.shape
-        extras = further_pieces(B, H, device.processors, row.block)
+        extras = further_pieces(B, H, device.processors, row.block, tile_bytes)
         new = columns.new_empty
         items, piece_ends = new((2, B + extras)), new(B)
         partial = accumulator.new_empty((B + extras, COMPACT_ROWS, H))

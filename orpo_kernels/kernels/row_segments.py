@@ -14,37 +14,18 @@ N rows in NB blocks of 64 over all chunks, B of them in this one; W blocks of 64
 of capacity. No atomics; every order is fixed. Bytes: the slots twice, the segments once.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Store
 from orpo_kernels.kernels.softmax_compact import slot_offset
 from orpo_kernels.kernels.tuning import Device, Row, compile_options, launch
 
-SEGMENT_COLUMNS = 64  # columns of a segment
 # A slot is rounded: what was over eps before may be 2^-8 of itself under it after.
 _SLACK = tl.constexpr(1.0 - 2.0**-7)
-
-
-class Store(NamedTuple):
-    """Segments of all chunks, on the device.
-
-    segments (S, 64) bfloat16; live (NB, W) int64, a bit per row; starts and counts (NB, W) int32;
-    first_rows (NB,) int32, row of each block; used (chunks + 1,) int32, segments before each chunk;
-    overflow (chunks,) int32, 1 for a chunk that did not fit.
-    """
-
-    segments: Tensor
-    live: Tensor
-    starts: Tensor
-    counts: Tensor
-    first_rows: Tensor
-    used: Tensor
-    overflow: Tensor
 
 
 @triton.jit
@@ -145,36 +126,6 @@ def _pack_segments_kernel(
     tl.store(mass_ptr + (tl.program_id(0).to(tl.int64) * blocks + block) * ROWS + lane, mass)
 
 
-def segment_store(
-    rows: int, columns: int, chunks: int, capacity_bytes: int, device: torch.device
-) -> Store:
-    """An empty store.
-
-    Args:
-        rows: N, every chunk's rounded up to 64.
-        columns: V.
-        chunks: how many `compact_pack` will append.
-        capacity_bytes: of everything in it, tables too; what they leave holds segments.
-        device: of the store.
-
-    Returns:
-        The store, nothing in it.
-    """
-    blocks = triton.cdiv(rows, COMPACT_ROWS)
-    width = triton.cdiv(columns, COMPACT_COLUMNS) * (COMPACT_COLUMNS // SEGMENT_COLUMNS)
-    tables = blocks * width * 16
-    capacity = max(1, (capacity_bytes - tables) // (2 * SEGMENT_COLUMNS))
-
-    def ints(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    return Store(
-        torch.empty((capacity, SEGMENT_COLUMNS), dtype=torch.bfloat16, device=device),
-        torch.zeros((blocks, width), dtype=torch.int64, device=device),
-        ints(blocks, width), ints(blocks, width), ints(blocks), ints(chunks + 1), ints(chunks),
-    )  # fmt: skip
-
-
 def compact_pack(
     store: Store, kept: list[Tensor], chunk: int, block: int, first_row: int
 ) -> Tensor:
@@ -191,7 +142,7 @@ def compact_pack(
         (R,) float32 sum of the packed E per row: the mass of dW, whose rows keep a little less
         than those of dhidden. Meaningless for a chunk that did not fit.
     """
-    _, _, slots, columns, _, _, live, threshold = kept
+    _, _, _, slots, columns, _, _, live, threshold = kept
     B, T = columns.shape[0], columns.shape[1] // COMPACT_COLUMNS
     here = slice(block, block + B)
 

@@ -223,14 +223,15 @@ def softmax_compact(
     eps: float,
     logit_scale: float,
     softcap: float | None,
-    groups: Tensor,  # (R,) integers in [0, G)
+    groups: Tensor,  # (R,) integers in [0, G), or -1
     tail: Tensor,  # (G, C) float32, added to
+    capacity: None = None,
 ) -> list[Tensor]:
-    """Launches the compaction.
+    """Launches the compaction. A row of no group, -1, keeps and drops nothing.
 
     Returns:
         (R,) float32 sum of the kept E as rounded; (R,) float32 sum of all E with a softcap, else
-        empty; then for `compact_matmul` and `compact_pack`: the slots (bfloat16, the memory of
+        empty; (1,) int64 how many entries are kept; then for `compact_matmul` and `compact_pack`: the slots (bfloat16, the memory of
         `logits`), columns and addresses (B, 128 T) int32 of each row block's kept columns, ascending,
         how many of them lie up to each tile (B, T) int32, which are kept (B, 128 T) int8, and
         eps * total (R,) float32.
@@ -245,7 +246,7 @@ def softmax_compact(
         raise ValueError(f"tail must be (1, C) or (2, C), got {tuple(tail.shape)}")
     bias = None if bias is None else bias.contiguous()
     labels, groups = labels.contiguous(), groups.contiguous()
-    reference, total = reference.contiguous(), total.contiguous()
+    reference, total = reference.contiguous(), torch.where(groups >= 0, total, 0.0)
 
     def run(row: Row, device: Device) -> list[Tensor]:
         R, C = logits.shape
@@ -275,8 +276,9 @@ def softmax_compact(
             columns, addresses, sums, slots, slots.stride(0), live, ends, T,
             SLOTS=_SLOTS, VECTOR=VECTOR, num_warps=2, enable_fp_fusion=True, **options,
         )  # fmt: skip
-        mass = sums.sum(0)[:R]
-        return [mass, row_sums, slots, columns, addresses, ends, live, eps * total]
+        mass, rows = sums.sum(0)[:R], COMPACT_ROWS * B
+        entries = ends[:, -1].sum() * COMPACT_ROWS - ends[-1:, -1] * (rows - R)
+        return [mass, row_sums, entries, slots, columns, addresses, ends, live, eps * total]
 
     kernel = "softmax_compact" if softcap is None else "softmax_compact_softcap"
     return launch(kernel, logits.dtype, logits.device, run)

@@ -134,6 +134,8 @@ for _class, _stages, _limit in (
         if _class == "consumer" and _registers:
             _most = 2
         TABLE["weight_gradient", _class, _dtype] = (Row(256, 8, 32, _most, _registers), _small)
+        # Loading the accumulator takes an address per element: 256 columns would spill.
+        TABLE["weight_gradient_add", _class, _dtype] = (_small,)
         for _kernel in ("gather_matmul_odd", "weight_gradient_odd"):
             TABLE[_kernel, _class, _dtype] = (Row(64, 4, 32, 2),)
         # Tiles of 64 rows x 128 columns per program; a softcap takes twice the registers.

@@ -1,4 +1,4 @@
-"""dW of the sparse gradient, from the segments of `row_segments`, written once.
+"""dW of the sparse gradient, from the segments of `row_segments`, written once or added.
 
     dW_v = sum_t share_t 1[v = y_t] h_t - sum_t E_tv (a_t / total_t) h_t - sum_g q_gv r_g
 
@@ -6,11 +6,12 @@ V rows in W blocks of 64, N tokens, H columns, G groups, S segments, NB blocks o
 kept; r_g = sum over t of group g of a_t m_t h_t. `_list_tokens_kernel` turns the store into a list
 by vocabulary block; `_weight_gradient_kernel` is the product of `gather_matmul` over it, float32
 accumulators for all tokens, with the tails and, one by one in float32, the label entries in its
-epilogue: no float32 (V, H) buffer, whatever dtype dW has. No atomics; every order is fixed.
+epilogue: no float32 (V, H) buffer, whatever dtype dW has. Where some chunks were done the exact way
+it adds the product to a float32 block instead. No atomics; every order is fixed.
 Bytes: dW once; segments and rows of hidden from the second-level cache.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.gather_matmul import gathered_product, is_odd
-from orpo_kernels.kernels.row_segments import SEGMENT_COLUMNS, Store
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Store
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 _SUMMED = 64  # segments summed together
@@ -76,7 +77,7 @@ def _weight_gradient_kernel(
     targets_ptr, target_rows_ptr, shares_ptr, label_ends_ptr,  # (M,); (W + 1,)
     hidden_ptr, stride_hidden,  # (N, H)
     C, H,
-    GROUPS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr, ADDS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     block = tl.load(order_ptr + tl.program_id(0))
@@ -91,29 +92,35 @@ def _weight_gradient_kernel(
     begin = tl.load(ends_ptr + (block - 1).to(tl.int64) * stride_ends, mask=block > 0, other=0)
     end = tl.load(ends_ptr + block.to(tl.int64) * stride_ends)
 
-    acc = gathered_product(
-        segments_ptr, addresses_ptr, rows_ptr, stride_rows, tokens_ptr,
-        begin, end, column, width, WIDTH, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
-
-    acc = acc * -tl.load(unit_ptr)
-    lane = tl.arange(0, WIDTH)
-    token = block * WIDTH + lane
-    # Label entries one after another, in float32: never rounded to the dtype of the slots.
-    first = tl.load(label_ends_ptr + block)
-    for target in range(first, tl.load(label_ends_ptr + block + 1)):
-        label = tl.load(targets_ptr + target)
-        row = tl.load(target_rows_ptr + target)
-        share = tl.load(shares_ptr + target)
-        h = tl.load(hidden_ptr + row.to(tl.int64) * stride_hidden + column, mask=in_row, other=0.0)
-        acc += tl.where(token == label, share, 0.0)[:, None] * h.to(tl.float32)[None, :]
-
-    for group in tl.static_range(GROUPS):
-        q = tl.load(tail_ptr + group * C + token, mask=token < C, other=0.0)
-        r = tl.load(tail_rows_ptr + group * H + column, mask=in_row, other=0.0)
-        acc -= q[:, None] * r[None, :]
+    token = block * WIDTH + tl.arange(0, WIDTH)
     out = out_ptr + token[:, None].to(tl.int64) * stride_out + column[None, :]
     mask = (token < C)[:, None] & in_row[None, :]
+    # Before the product, whose accumulator they become: after it there are no registers for them.
+    acc = -tl.load(out, mask=mask, other=0.0) if ADDS else tl.zeros((WIDTH, BLOCK_H), tl.float32)
+
+    acc = gathered_product(
+        segments_ptr, addresses_ptr, rows_ptr, stride_rows, tokens_ptr,
+        begin, end, column, width, acc, WIDTH, BLOCK_K,
+    )  # fmt: skip
+
+    if ADDS:
+        acc = -acc
+    else:
+        acc = acc * -tl.load(unit_ptr)
+        # Label entries one after another, in float32: never rounded to the dtype of the slots.
+        first = tl.load(label_ends_ptr + block)
+        for target in range(first, tl.load(label_ends_ptr + block + 1)):
+            label = tl.load(targets_ptr + target)
+            row = tl.load(target_rows_ptr + target)
+            share = tl.load(shares_ptr + target)
+            h = hidden_ptr + row.to(tl.int64) * stride_hidden + column
+            h = tl.load(h, mask=in_row, other=0.0).to(tl.float32)
+            acc += tl.where(token == label, share, 0.0)[:, None] * h[None, :]
+
+        for group in tl.static_range(GROUPS):
+            q = tl.load(tail_ptr + group * C + token, mask=token < C, other=0.0)
+            r = tl.load(tail_rows_ptr + group * H + column, mask=in_row, other=0.0)
+            acc -= q[:, None] * r[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -203,6 +210,35 @@ def compact_weight_gradient(
         ValueError: columns of `out`, `rows` or `hidden` lie apart.
     """
     tail, tail_rows = tail.contiguous(), tail_rows.contiguous()
+    epilogue = (
+        unit, tail, tail_rows, targets.columns, targets.rows, targets.shares, targets.ends,
+        hidden, hidden.stride(0),
+    )  # fmt: skip
+    odd = is_odd(out, rows, hidden)
+    kernel = "weight_gradient_odd" if odd else "weight_gradient"
+    _launch(kernel, out, store, lists, rows, (*epilogue, tail.shape[0], odd))
+
+
+def compact_weight_gradient_add(
+    out: Tensor,  # (C, H) float32
+    store: Store,
+    lists: Lists,
+    rows: Tensor,  # (N, H)
+) -> None:
+    """Launches `out -= kept E^T rows`, of the tokens in `lists`; `rows` as above.
+
+    Raises:
+        ValueError: columns of `out` or `rows` lie apart.
+    """
+    odd = is_odd(out, rows)
+    kernel = "weight_gradient_odd" if odd else "weight_gradient_add"
+    _launch(kernel, out, store, lists, rows, (*[None] * 8, 0, 0, odd))
+
+
+def _launch(
+    kernel: str, out: Tensor, store: Store, lists: Lists, rows: Tensor, options: tuple[Any, ...]
+) -> None:
+    *epilogue, groups, odd = options
 
     def run(row: Row, device: Device) -> None:
         C, H = out.shape
@@ -212,15 +248,12 @@ def compact_weight_gradient(
         order = torch.argsort(counts, descending=True, stable=True).to(torch.int32)
         _weight_gradient_kernel[(order.shape[0], triton.cdiv(H, row.block))](
             out, out.stride(0), store.segments, lists.addresses, rows, rows.stride(0), lists.tokens,
-            order, ends, ends.stride(0), unit, tail, tail_rows,
-            targets.columns, targets.rows, targets.shares, targets.ends,
-            hidden, hidden.stride(0), C, H,
-            GROUPS=tail.shape[0], HEAD=odd, WIDTH=SEGMENT_COLUMNS, BLOCK_H=row.block, BLOCK_K=row.depth,
-            VECTOR=VECTOR, **compile_options(row, device),
+            order, ends, ends.stride(0), *epilogue, C, H,
+            GROUPS=groups, ADDS=groups == 0, HEAD=odd, WIDTH=SEGMENT_COLUMNS, BLOCK_H=row.block,
+            BLOCK_K=row.depth, VECTOR=VECTOR, **compile_options(row, device),
         )  # fmt: skip
 
-    odd = is_odd(out, rows, hidden)
-    launch("weight_gradient_odd" if odd else "weight_gradient", rows.dtype, rows.device, run)
+    launch(kernel, rows.dtype, rows.device, run)
 
 
 def compact_column_sums(store: Store, lists: Lists, coefficients: Tensor, columns: int) -> Tensor:

@@ -12,6 +12,7 @@ from orpo_kernels.kernels import (
     linear_lse,
     odds_ratio,
     row_segments,
+    segment_store,
     sequence_mean,
     softmax_compact,
     softmax_grad,
@@ -165,6 +166,11 @@ def _small_cases() -> Iterator[Case]:
     yield Case("odds_ratio", "odds_ratio", wide, pairs, wide_loads=False)
 
 
+def _store(rows: int, columns: int) -> segment_store.Store:
+    size = segment_store.table_bytes(rows, columns, 1) + 2**24
+    return segment_store.segment_store(_cuda(size, dtype=torch.uint8), rows, columns, 1)
+
+
 def _kept(rows: int, columns: int) -> list[torch.Tensor]:
     B, T = rows // 64, columns // 128
     lists = [_cuda(B, columns, dtype=torch.int32) for _ in range(2)]
@@ -172,7 +178,8 @@ def _kept(rows: int, columns: int) -> list[torch.Tensor]:
         _cuda(B, columns, dtype=torch.int8),
         _cuda(rows, 2 * columns, dtype=torch.bfloat16),
     )
-    return [_cuda(rows), _cuda(0), slots, *lists, _cuda(B, T, dtype=torch.int32), live, _cuda(rows)]
+    ends, count = _cuda(B, T, dtype=torch.int32), _cuda(1, dtype=torch.int64)
+    return [_cuda(rows), _cuda(0), count, slots, *lists, ends, live, _cuda(rows)]
 
 
 def _compact_cases() -> Iterator[Case]:
@@ -198,11 +205,10 @@ def _compact_cases() -> Iterator[Case]:
             )  # fmt: skip
 
     def pack() -> None:
-        store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
-        row_segments.compact_pack(store, _kept(R, 2048), 0, 0, 0)
+        row_segments.compact_pack(_store(R, 2048), _kept(R, 2048), 0, 0, 0)
 
     def lists() -> None:
-        store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
+        store = _store(R, 2048)
         found = weight_gradient.list_tokens(store, 0, 2048)
         weight_gradient.compact_column_sums(store, found, _cuda(R), 2048)
 
@@ -224,7 +230,7 @@ def _product_cases() -> Iterator[Case]:
                 )
 
             def gradient(dtype=dtype, h=columns):
-                store = row_segments.segment_store(R, 2048, 1, 2**24, torch.device("cuda"))
+                store = _store(R, 2048)
                 lists = weight_gradient.list_tokens(store, 0, 2048)
                 targets = weight_gradient.sort_targets(_labels(1, R), _cuda(1, R), 0, 2048)
                 rows, hidden = (_cuda(R, h, dtype=dtype) for _ in range(2))
@@ -233,9 +239,21 @@ def _product_cases() -> Iterator[Case]:
                     _cuda(2, h), targets, hidden,
                 )  # fmt: skip
 
-            for kernel, launch in (("gather_matmul", product), ("weight_gradient", gradient)):
+            def added(dtype=dtype, h=columns):
+                store = _store(R, 2048)
+                lists = weight_gradient.list_tokens(store, 0, 2048)
+                weight_gradient.compact_weight_gradient_add(
+                    _cuda(2048, h), store, lists, _cuda(R, h, dtype=dtype)
+                )
+
+            for kernel, key, launch in (
+                ("gather_matmul", "gather_matmul" + suffix, product),
+                ("weight_gradient", "weight_gradient" + suffix, gradient),
+                ("weight_gradient", "weight_gradient" + (suffix or "_add"), added),
+            ):
+                what = " added" if launch is added else ""
                 yield Case(
-                    f"{kernel} {name}, H = {columns}", kernel + suffix, dtype, launch,
+                    f"{kernel}{what} {name}, H = {columns}", key, dtype, launch,
                     wide_loads=False, meant=f"_{kernel}_kernel", since=TENSOR_CORES_SINCE,
                     operands="elements" if suffix else "gathered",
                 )  # fmt: skip

@@ -129,8 +129,12 @@ class _Fakes(TorchFunctionMode):
             return _view(*args)
         if name == "__setitem__":
             return torch.ops.aten.copy_.default(_view(*args[:2]), args[2])
+        kwargs = dict(kwargs or {})
+        if name == "mv" and "out" in kwargs:  # its decomposition copies through a guarded binding
+            out = kwargs.pop("out")
+            return torch.ops.aten.copy_.default(out, function(*args, **kwargs))
         function = self.unguarded.get(name, function)
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _view(tensor, key):

@@ -1,14 +1,31 @@
 """The launchers of the sparse gradient for GPUs not here: what they launch compiles."""
 
+import itertools
 import random
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from orpo_kernels import sparse_logps
+from orpo_kernels.engine import (
+    chunks,
+    exact,
+    segments,
+    selection,
+    sparse,
+    sparse_weight,
+    weight_gradient,
+)
 
 pytest.importorskip("triton")
 
+from orpo_kernels.kernels import column_sums, softmax_grad, softmax_stats
 from orpo_kernels.kernels.gather_matmul import compact_matmul, further_pieces
-from orpo_kernels.kernels.row_segments import compact_pack, segment_store
+from orpo_kernels.kernels.row_segments import compact_pack
+from orpo_kernels.kernels.segment_store import segment_store
 from orpo_kernels.kernels.softmax_compact import softmax_compact
 from orpo_kernels.kernels.weight_gradient import (
     compact_column_sums,
@@ -23,13 +40,13 @@ def cuda(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def both_gradients(R, H, V, *, chunks=1, trains=True):
-    """A frozen or a trainable head over chunks of R rows, as an engine would call."""
-    N, narrow = chunks * R, torch.bfloat16
+def both_gradients(R, H, V, *, count=1, trains=True):
+    """A frozen or a trainable head over count of R rows, as an engine would call."""
+    N, narrow = count * R, torch.bfloat16
     weight, hidden = cuda(V, H, dtype=narrow), cuda(N, H, dtype=narrow)
     labels, groups, tail = cuda(1, N, dtype=torch.int64), cuda(N, dtype=torch.int64), cuda(2, V)
-    store = segment_store(chunks * (R + 63), V, chunks, 2**26, weight.device)
-    for chunk in range(chunks):
+    store = segment_store(cuda(2**26, dtype=torch.uint8), count * (R + 63), V, count)
+    for chunk in range(count):
         start, stop = chunk * R, (chunk + 1) * R
         logits = cuda(-(-R // 64) * 64, -(-V // 128) * 128)[:R, :V]
         kept = softmax_compact(
@@ -69,7 +86,7 @@ def test_few_variants_over_many_lengths(V):
     variants: dict[str, set[int]] = {}
     with dryrun(89) as log:
         for _ in range(12):
-            both_gradients(rng.randrange(1, 700), 64, V, chunks=rng.randrange(1, 4))
+            both_gradients(rng.randrange(1, 700), 64, V, count=rng.randrange(1, 4))
         for launch in log:
             variants.setdefault(launch.name, set()).add(id(launch.compiled))
     assert len(variants) == 10
@@ -78,6 +95,125 @@ def test_few_variants_over_many_lengths(V):
 
 def test_pieces_fill_the_device_in_bounded_memory():
     # Two row blocks on 132 processors: 16 MiB of partials at most; many: two more each.
-    assert further_pieces(2, 4096, 132, 256) == 16
-    assert further_pieces(2, 512, 132, 256) == 128
-    assert further_pieces(32, 4096, 132, 256) == 64
+    tile = 2**30
+    assert further_pieces(2, 4096, 132, 256, tile) == 16
+    assert further_pieces(2, 512, 132, 256, tile) == 128
+    assert further_pieces(32, 4096, 132, 256, tile) == 64
+    # And at most a 16th of the tile.
+    assert further_pieces(2, 4096, 132, 256, 2**27) == 8
+
+
+BUDGET = 256 * 2**20
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The launchers where dispatch would put them, and a backward that knows what was stored."""
+    for module in (exact, sparse):
+        monkeypatch.setattr(module, "softmax_stats", softmax_stats.softmax_stats)
+    for module in (exact, weight_gradient):
+        monkeypatch.setattr(module, "softmax_grad_", softmax_grad.softmax_grad_)
+    for module in (sparse, sparse_weight, weight_gradient):
+        monkeypatch.setattr(module, "column_sums", column_sums.column_sums)
+    monkeypatch.setattr(sparse, "softmax_compact", softmax_compact)
+    monkeypatch.setattr(sparse, "compact_matmul", compact_matmul)
+    monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: True)
+    # nonzero has no fake: every row is processed, as while a graph is captured.
+    for module in (selection, sparse_logps, segments):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+
+    def stores(pattern):
+        def stored(packed, count, blocks):
+            if packed.store.shape[0] == 0:
+                return [[False] * blocks] * count
+            return [[pattern[i % len(pattern)]] for i in range(count)]
+
+        for module in (sparse_weight, segments):
+            monkeypatch.setattr(module, "stored_tiles", stored)
+
+    stores([True])
+    return stores
+
+
+def whole_loss(rows, H, V, *, trains=True, sets=1, bias=False, budget=BUDGET):
+    """The op's own two functions, as autograd calls them."""
+    dtype = torch.bfloat16
+    hidden, weight = cuda(rows, H, dtype=dtype), cuda(V, H, dtype=dtype)
+    labels, groups = cuda(sets, rows, dtype=torch.int64), cuda(rows, dtype=torch.int64)
+    bias = cuda(V, dtype=dtype) if bias else None
+    inputs = (hidden, weight, labels, bias, None, None, groups)
+    options = (1.0, None, 2.0**-12, -100, dtype, budget)
+    outputs = sparse_logps.sparse_linear_logps._init_fn(*inputs, *options, True, trains, True)
+    _, _, statistics, _, _, _, sums, store, table, blocks = outputs
+    if trains:
+        sparse_logps._sparse_linear_logps_dweight._init_fn(
+            cuda(sets, rows), statistics, sums, store, table, blocks, *inputs, *options,
+            [True, bias is not None, False],
+        )  # fmt: skip
+    return store.shape[0] > 0
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_the_whole_sparse_loss(engine, architecture):
+    # Of a device that is not there nothing can be read: a forward that waits for it fails here.
+    with dryrun(architecture) as log:
+        for H, V in itertools.product((4096, 4097), (128256, 151936, 262144, 32003)):
+            whole_loss(300, H, V, trains=False)
+            assert whole_loss(300, H, V, bias=True, sets=2)
+        assert not whole_loss(300, 4096, 262144, budget=32 * 2**20)  # no room for a store
+        engine([True, False])  # the second chunk overflowed
+        assert whole_loss(700, 4096, 128256, bias=True)
+    names = {launch.name for launch in log}
+    assert {
+        "_softmax_compact_kernel", "_list_columns_kernel", "_pieces_kernel",
+        "_gather_matmul_kernel", "_add_pieces_kernel", "_seg_count_kernel",
+        "_pack_segments_kernel", "_list_tokens_kernel", "_weight_gradient_kernel",
+        "_segment_sums_kernel", "_softmax_grad_kernel",
+    } <= names  # fmt: skip
+    compiled = {id(launch.compiled): launch for launch in log}
+    # Written at once, and added to a block; both with H of whole vectors and without.
+    assert [each.name for each in compiled.values()].count("_weight_gradient_kernel") >= 3
+    for each in compiled.values():
+        figures = resources(each.compiled)
+        assert figures.spills == 0, each.name
+        assert figures.shared_bytes <= SHARED_LIMIT[architecture]
+
+
+@pytest.mark.parametrize("budget", [48 * 2**20, 256 * 2**20, 1400 * 2**20])
+@pytest.mark.parametrize("trains", [False, True])
+def test_memory_is_within_the_budget(engine, trains, budget):
+    # What is alive at once, by storages; with segments at once, and with a chunk that overflowed.
+    N, H, V = 3000, 1024, 128256
+    for pattern in ([True], [False, True]):
+        engine(pattern)
+        with dryrun(89), Alive() as alive:
+            whole_loss(N, H, V, trains=trains, budget=budget, bias=trains)
+        inputs = 2 * (N * H + V * H + V) + 8 * 2 * N
+        results = 2 * N * H + 4 * 9 * N + (2 * (V * H + V) + 8 * V if trains else 0)
+        per_row = 300 * N  # which rows are scored, coefficients
+        assert alive.peak <= budget + inputs + results + per_row
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the fake storages that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = weakref.WeakKeyDictionary()
+        self.now = self.peak = 0
+
+    def _freed(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                if storage not in self.known:
+                    size = storage.nbytes()
+                    self.known[storage] = size
+                    weakref.finalize(storage, self._freed, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return out

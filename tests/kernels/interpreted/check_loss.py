@@ -1,14 +1,12 @@
 """The whole loss, forward and backward, through the launchers: as a CUDA tensor would take it."""
 
-import sys
-
 import pytest
 import torch
 
 from orpo_kernels import linear_logps, odds_ratio_loss, orpo_loss, reference
-from orpo_kernels.engine import chunks, exact, weight_gradient
 from orpo_kernels.sequence_mean import sequence_mean
 from tests.helpers import assert_accurate
+from tests.kernels.interpreted.engine import as_on_a_gpu
 from tests.kernels.interpreted.plugin import launches
 
 # P = 2, T = 5: few programs. H = 16. V = 1003: no vector divides it; one block, and several.
@@ -17,26 +15,7 @@ P, T, H, V = 2, 5, 16, 1003
 
 @pytest.fixture(params=[False, True], ids=["GEMMs round", "GEMMs widen"])
 def widens(request, monkeypatch):
-    """A GPU takes two looks at a tile. From sm_80 on the GEMM of 16-bit operands writes float32, E
-    goes to a tile of its own, rows of both start on 16 bytes. Before (sm_75) the logits are 16-bit:
-    fp16 ones, too, which a CPU would not choose."""
-    monkeypatch.setattr(chunks.Sizes, "on_cpu", False)
-    module = sys.modules[linear_logps.__module__]
-    monkeypatch.setattr(
-        module, "choose_compute_dtype", lambda hidden, weight, _: torch.promote_types(
-            hidden.dtype, weight.dtype)
-    )  # fmt: skip
-    if request.param:
-
-        def matmul_into(out, a, b):
-            return out.copy_(a.float() @ b.float())
-
-        monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: dtype.itemsize == 2)
-        monkeypatch.setattr(chunks, "matmul_into", matmul_into)
-        for module in (exact, weight_gradient):
-            monkeypatch.setattr(module, "matmul_into", matmul_into)
-        for module in (chunks, exact, weight_gradient):
-            monkeypatch.setattr(module, "row_pitch", lambda columns, _: -(-columns // 8) * 8)
+    as_on_a_gpu(monkeypatch, widens=request.param)
     return request.param
 
 

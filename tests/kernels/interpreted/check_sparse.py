@@ -9,7 +9,8 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.kernels.gather_matmul import compact_matmul
-from orpo_kernels.kernels.row_segments import compact_pack, segment_store
+from orpo_kernels.kernels.row_segments import compact_pack
+from orpo_kernels.kernels.segment_store import segment_store, table_bytes
 from orpo_kernels.kernels.softmax_compact import softmax_compact
 from orpo_kernels.kernels.weight_gradient import (
     compact_column_sums,
@@ -43,7 +44,7 @@ def figures(logits, bias, labels, first, scale, softcap):
 
 def dense(kept, rows, columns):
     """The kept E as a matrix, from lists and slots; checks that the lists are sorted."""
-    _, _, slots, ids, addresses, ends, live, _ = kept
+    _, _, _, slots, ids, addresses, ends, live, _ = kept
     flat = slots.as_strided((slots.untyped_storage().nbytes() // 2,), (1,), 0)
     result = torch.zeros(len(ids) * 64, columns)
     is_kept = torch.zeros(len(ids), columns, dtype=torch.bool)
@@ -84,6 +85,7 @@ def test_compact(dtype, rows, columns, extra, G, K, scale, softcap, with_bias, e
     labels[0, 0], labels[-1, -1] = 11, 11 + columns - 1
     labels[-1, rows // 2] = -1
     groups = torch.randint(0, G, (rows,))
+    groups[rows // 3] = 0 if rows < 3 else -1  # of none: a row that is not scored
     true, level, total = figures(logits, bias, labels, 11, scale, softcap)
     if columns == 1:  # nothing beside the label: what softmax_stats says then
         level[:], total[:], true[:] = torch.finfo(torch.float32).min, 0.0, 0.0
@@ -92,6 +94,7 @@ def test_compact(dtype, rows, columns, extra, G, K, scale, softcap, with_bias, e
     kept = softmax_compact(logits, *arguments, tail)
     found, is_kept = dense(kept, rows, columns)
 
+    true[groups < 0] = 0.0
     u = (true / total[:, None].double()).nan_to_num(0.0)
     assert is_kept[u.abs() > eps * (1 + 1e-5)].all()
     blocks = torch.stack([each.abs().amax(0) for each in u.split(64)])
@@ -100,6 +103,7 @@ def test_compact(dtype, rows, columns, extra, G, K, scale, softcap, with_bias, e
         found.double(), true.where(is_kept, 0.0), rtol=2.0**-8 + 1e-5, atol=1e-37
     )
     torch.testing.assert_close(kept[0].double(), found.double().sum(1), rtol=1e-6, atol=1e-7)
+    assert kept[2].tolist() == [int(is_kept.sum())]
     dropped = u.masked_fill(is_kept, 0.0)
     for group in range(G):
         sums = 0.25 + dropped[groups == group].sum(0)
@@ -175,7 +179,7 @@ def test_matmul_of_unbalanced_blocks_and_bits():
         weight = torch.randn(1000, 40).bfloat16()
         compact_matmul(accumulator, kept, weight)
         results.append(accumulator)
-    counts = kept[5][:, -1].tolist()
+    counts = kept[6][:, -1].tolist()
     assert counts[1:3] == [1, 0]
     assert counts[0] > 4 * counts[3] > 0
     assert counts[0] > 256 + 1  # cut in pieces
@@ -183,6 +187,14 @@ def test_matmul_of_unbalanced_blocks_and_bits():
     torch.testing.assert_close(results[0].double(), true, rtol=1e-5, atol=1e-5)
     # Programs ran in another order, over other memory.
     assert torch.equal(*results)
+
+
+def empty_store(rows, columns, chunks, segments):
+    size = table_bytes(rows, columns, chunks) + 128 * segments
+    store = segment_store(torch.zeros(size, dtype=torch.uint8), rows, columns, chunks)
+    assert store.segments.shape[0] == segments
+    store.segments.fill_(torch.nan)
+    return store
 
 
 def packed(chunks, store, eps=EPS):
@@ -215,7 +227,7 @@ GRADIENTS = [
 @pytest.mark.parametrize(("first", "rest", "V", "H", "dtype", "out_dtype"), GRADIENTS)
 def test_weight_gradient(first, rest, V, H, dtype, out_dtype):
     N = first + rest
-    store = segment_store(N + 63, V, 2, 2**20, torch.device("cpu"))
+    store = empty_store(N + 63, V, 2, 8000)
     chunks = packed([tile(first, V, torch.float32), tile(rest, V, torch.bfloat16)], store)
     assert store.overflow.tolist() == [0, 0]
     entries = [live_entries(e, threshold) for e, threshold, _ in chunks]
@@ -263,9 +275,7 @@ def test_weight_gradient(first, rest, V, H, dtype, out_dtype):
 
 def test_a_chunk_that_does_not_fit():
     # Room for the first and the third chunk: the second is too many, and leaves nothing behind.
-    store = segment_store(192, 256, 3, 3 * 4 * 16 + 100 * 128, torch.device("cpu"))
-    assert store.segments.shape[0] == 100
-    store.segments.fill_(torch.nan)
+    store = empty_store(192, 256, 3, 100)
     chunks = packed([tile(rows, 256, torch.float32) for rows in (10, 64, 10)], store, 1e-3)
     entries = [live_entries(e, threshold) for e, threshold, _ in chunks]
     counts = [count for _, count in entries]
@@ -327,7 +337,7 @@ def test_both_gradients_of_the_definition(common):
         label_rows - sparse / total[:, None] - m[:, None] * (q @ weight.float())[groups]
     )
 
-    store = segment_store(192, V, 1, 2**22, logits.device)
+    store = empty_store(192, V, 1, 30_000)
     m_packed = share - compact_pack(store, kept, 0, 0, 0) / total
     assert store.overflow.tolist() == [0]
     unit = (a / total).abs().amax()[None]
@@ -341,7 +351,7 @@ def test_both_gradients_of_the_definition(common):
     )  # fmt: skip
 
     e = torch.exp(rest - level[:, None])
-    is_kept = kept[6][:, :V].bool().repeat_interleave(64, 0)[:N]
+    is_kept = kept[7][:, :V].bool().repeat_interleave(64, 0)[:N]
     assert is_kept[(e / total[:, None]) > eps].all()
 
     def gradients(entries):

@@ -1,0 +1,99 @@
+"""Where a trainable head keeps its segments (`row_segments`) from forward to backward, in bytes.
+
+One flat buffer holds the tables and, in what they leave of it, the segments. Nothing here needs
+triton: the engine divides its budget by these sizes before the first kernel is loaded.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS
+
+SEGMENT_COLUMNS = 64
+"""Columns of a segment: 128 bytes."""
+
+_ALIGNMENT = 16
+
+
+class Store(NamedTuple):
+    """Segments of all chunks, on the device.
+
+    overflow (chunks,) int32, 1 for a chunk that did not fit; used (chunks + 1,) int32, segments
+    before each chunk; first_rows (NB,) int32, row of each block; starts and counts (NB, W) int32;
+    live (NB, W) int64, a bit per row; segments (S, 64) bfloat16.
+    """
+
+    overflow: Tensor
+    used: Tensor
+    first_rows: Tensor
+    starts: Tensor
+    counts: Tensor
+    live: Tensor
+    segments: Tensor
+
+    def rows(self, start: int, stop: int) -> "Store":
+        """The row blocks of rows `start`, a multiple of 64, to `stop`, counted from `start` on."""
+        here = slice(start // COMPACT_ROWS, -(-stop // COMPACT_ROWS))
+        return self._replace(
+            first_rows=self.first_rows[here] - start, starts=self.starts[here],
+            counts=self.counts[here], live=self.live[here],
+        )  # fmt: skip
+
+
+def segment_store(buffer: Tensor, rows: int, columns: int, chunks: int) -> Store:
+    """The store in a buffer; it is empty once `used[0]` is 0.
+
+    Args:
+        buffer: (bytes,) uint8, starting on 16 bytes, at least those of `table_bytes`.
+        rows: N; every chunk but the last has a multiple of 64.
+        columns: V.
+        chunks: how many `compact_pack` appends.
+
+    Returns:
+        Views of the buffer.
+    """
+    views, end = [], 0
+    for shape, dtype in _tables(rows, columns, chunks):
+        size = math.prod(shape) * dtype.itemsize
+        views.append(buffer[end : end + size].view(dtype).view(shape))
+        end += _aligned(size)
+    left = (buffer.shape[0] - end) // (2 * SEGMENT_COLUMNS) * (2 * SEGMENT_COLUMNS)
+    segments = buffer[end : end + left].view(torch.bfloat16).view(-1, SEGMENT_COLUMNS)
+    return Store._make((*views, segments))
+
+
+def table_bytes(rows: int, columns: int, chunks: int) -> int:
+    """Bytes of everything in a store but the segments."""
+    return sum(
+        _aligned(math.prod(shape) * dtype.itemsize)
+        for shape, dtype in _tables(rows, columns, chunks)
+    )
+
+
+def list_bytes(rows: int, columns: int, store_bytes: int) -> int:
+    """Bytes, at most, of the lists of a store that the weight gradient is made from."""
+    blocks, width = _blocks(rows, columns)
+    return 8 * (store_bytes // (2 * SEGMENT_COLUMNS)) + 16 * blocks * width
+
+
+def _tables(
+    rows: int, columns: int, chunks: int
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    blocks = _blocks(rows, columns)
+    return (
+        ((chunks,), torch.int32), ((chunks + 1,), torch.int32), (blocks[:1], torch.int32),
+        (blocks, torch.int32), (blocks, torch.int32), (blocks, torch.int64),
+    )  # fmt: skip
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """NB row blocks and W blocks of 64 columns, two to a tile of `softmax_compact`."""
+    width = -(-columns // COMPACT_COLUMNS) * (COMPACT_COLUMNS // SEGMENT_COLUMNS)
+    return -(-rows // COMPACT_ROWS), width
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,307 @@
+"""`gradient="sparse"`, forward and backward, through the launchers: as a CUDA tensor would take it.
+
+Against the definition in float64 with columns kept by 64 scored rows. What is left is the rounding
+of slots to bfloat16 (2^-9 of an entry), of the head's rows where these are float32 or wider, and
+entries that rounding moves across eps.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from orpo_kernels import orpo_loss, reference, sparse_logps
+from orpo_kernels.engine import segments, selection, slots, sparse, sparse_weight
+from orpo_kernels.engine.arguments import Options
+from orpo_kernels.linear_logps import certified_logps
+from orpo_kernels.loss import orpo_loss_from_logps
+from tests.kernels.interpreted.engine import as_on_a_gpu
+from tests.kernels.interpreted.plugin import launches
+
+# N = 150: two blocks of 64 rows and a ragged one. V = 1003: no vector and no tile divides it.
+# At eps an eighth of the entries is kept, and a quarter of the mass is an average.
+N, H, V, EPS = 150, 24, 1003, 2.0**-5
+BLOCKS, CHUNKS = 550_000, 2_500_000  # bytes that hold 64 x 256 logits; 64 x 1003 and a store
+
+
+class Case(NamedTuple):
+    """What a call is given."""
+
+    dtype: torch.dtype = torch.bfloat16
+    widens: bool = True
+    softcap: float | None = None
+    scale: float = 1.0
+    bias: bool = False
+    sets: int = 1
+    groups: bool = True
+    workspace: int | None = None
+    trains: bool = False
+
+
+class Problem(NamedTuple):
+    """Its tensors."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    labels: torch.Tensor  # (K, N)
+    groups: torch.Tensor | None
+    a: torch.Tensor  # (K, N)
+
+
+@pytest.fixture(autouse=True)
+def _no_guard(monkeypatch):
+    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
+
+
+def problem(case, monkeypatch):
+    as_on_a_gpu(monkeypatch, widens=case.widens)
+    weight = torch.randn(V, H)
+    candidates = torch.randint(0, V, (3, N))
+    shares = torch.rand(3, N, 1) * 0.6
+    hidden = (shares * weight[candidates]).sum(0) + 0.1 * torch.randn(N, H)
+    labels = candidates[: case.sets].clone()
+    labels[0, ::5] = -100  # not scored: row blocks are of the others
+    labels[-1, 7] = V - 1
+    bias = torch.randn(V).to(case.dtype).requires_grad_(case.trains) if case.bias else None
+    return Problem(
+        hidden.to(case.dtype).requires_grad_(),
+        (weight + torch.randn(H)).to(case.dtype).requires_grad_(case.trains),  # common direction
+        bias, labels, torch.arange(N) // 70 % 2 if case.groups else None,
+        (torch.rand(case.sets, N) + 0.5) * torch.where(torch.arange(N) // 70 % 2 == 1, 0.3, -1.0),
+    )  # fmt: skip
+
+
+def run(case, given):
+    """Log-probs, certificate, and gradients by name."""
+    options = Options(
+        case.scale, case.softcap, gradient="sparse", eps=EPS, tail_groups=given.groups,
+        workspace_bytes=case.workspace,
+    )  # fmt: skip
+    labels = tuple(given.labels) if case.sets == 2 else given.labels[0]
+    logps, certificate = certified_logps(given.hidden, given.weight, labels, given.bias, options)
+    logps = torch.stack(logps) if case.sets == 2 else logps[None]
+    named = {"hidden": given.hidden, "weight": given.weight, "bias": given.bias}
+    named = {k: v for k, v in named.items() if v is not None and v.requires_grad}
+    found = torch.autograd.grad((logps * given.a).sum(), list(named.values()))
+    return logps.detach(), certificate, dict(zip(named, found, strict=True))
+
+
+class Truth(NamedTuple):
+    """Gradients by name, and the sparse form of the scored rows, with all entries beside it."""
+
+    gradients: dict
+    softmax: reference.SparseSoftmax
+    entries: torch.Tensor
+    rows: torch.Tensor
+
+
+def truth(case, given, columns=None, exact_rows=slice(0)):
+    """Of the definition; dW of segments: of the kept columns, the rows live in 64 of them.
+
+    Scored rows of `exact_rows` have nothing dropped in dW.
+    """
+    wide = [None if t is None else t.detach().double() for t in given[:3]]
+    options = {"logit_scale": case.scale, "softcap": case.softcap}
+    form = {"eps": EPS, "groups": given.groups, "block": 64, "columns": columns}
+    found = reference.sparse_gradients(
+        *wide[:2], tuple(given.labels), tuple(given.a.double()), wide[2], **form, **options
+    )
+    scored = (given.labels != -100).any(0)
+    labels, a = given.labels[:, scored], given.a.double()[:, scored]
+    a = torch.where(labels != -100, a, 0.0).sum(0)
+    raw = wide[0][scored] @ wide[1].t()
+    z, slope = reference.transform(raw if wide[2] is None else raw + wide[2], *options.values())
+    is_label = torch.isinf(reference.tile_logits(raw, wide[2], labels, 0, *options.values())[0])
+    u = (z.softmax(1) * slope).masked_fill(is_label, 0.0)
+    kept = found.softmax.kept
+    by_segment = torch.nn.functional.pad(kept, (0, -V % 64)).view(len(kept), -1, 64)
+    live = (by_segment.amax(2) > EPS).repeat_interleave(64, 1)[:, :V]
+    packed = kept.masked_fill(~live, 0.0)
+    packed[exact_rows] = u[exact_rows]
+    mass = (u - packed).sum(1)
+    group = torch.zeros(len(a), dtype=torch.long) if given.groups is None else given.groups[scored]
+    q = found.softmax.tail[group]
+    before = kept + found.softmax.mass[:, None] * q
+    change = a[:, None] * (before - packed - mass[:, None] * q)
+    gradients = {
+        "hidden": found.dhidden, "weight": found.dweight + change.t() @ wide[0][scored],
+        "bias": found.dbias + change.sum(0),
+    }  # fmt: skip
+    return Truth(gradients, found.softmax, u, scored)
+
+
+def relative(found, true):
+    return float((found.double() - true).norm() / true.norm())
+
+
+# float32 heads are rounded to bfloat16 for the product, fp16 and bf16 gradients to their dtype.
+CASES = [
+    pytest.param(Case(), id="bf16"),
+    pytest.param(Case(torch.float16, sets=2, bias=True), id="fp16, two label sets, bias"),
+    pytest.param(Case(torch.float32, softcap=20.0, scale=0.8), id="float32, softcap, scale"),
+    pytest.param(Case(widens=False, groups=False), id="16-bit logits, one group"),
+    pytest.param(Case(torch.float32, workspace=BLOCKS), id="vocabulary blocks, chunks"),
+    pytest.param(Case(softcap=20.0, bias=True, sets=2, workspace=BLOCKS), id="all, blocks"),
+    pytest.param(Case(trains=True), id="trains"),
+    pytest.param(Case(torch.float32, trains=True, bias=True, sets=2), id="trains, float32, all"),
+    pytest.param(Case(torch.float16, trains=True, softcap=20.0), id="trains, fp16, softcap"),
+    pytest.param(Case(trains=True, workspace=CHUNKS, bias=True), id="trains, chunk by chunk"),
+    pytest.param(Case(trains=True, workspace=BLOCKS), id="trains, no room for a store"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, monkeypatch):
+    given = problem(case, monkeypatch)
+    before = len(launches)
+    logps, certificate, found = run(case, given)
+    used = set(launches[before:])
+    assert {"softmax_stats", "gather_matmul"} <= used
+    assert {"softmax_compact", "softmax_compact_softcap"} & used
+    stores = case.trains and case.workspace != BLOCKS
+    assert ({"pack_segments", "list_tokens"} <= used) == stores
+    assert ("weight_gradient" in used) == (stores and case.workspace is None)
+    assert ("weight_gradient_add" in used) == (case.workspace == CHUNKS)
+
+    true = truth(
+        case, given, columns=256 if case.workspace == BLOCKS else None,
+        exact_rows=slice(None if case.trains and not stores else 0),
+    )  # fmt: skip
+    # Logits of 16 bits err more than anything here.
+    rounding = 0.0 if case.widens else 2e-2
+    for name, each in found.items():
+        assert relative(each, true.gradients[name]) < 3.5e-3 + rounding, name
+    wide = [None if t is None else t.detach().double() for t in given[:3]]
+    for mine, labels in zip(logps, given.labels, strict=True):
+        expected = reference.linear_logps(
+            *wide[:2], labels, wide[2], logit_scale=case.scale, softcap=case.softcap
+        )
+        torch.testing.assert_close(
+            mine.double(), expected, rtol=1e-5 + rounding, atol=1e-5 + rounding
+        )
+    # The certificate of the definition, kept entries in bfloat16; a bound with a softcap.
+    mass, residual = true.softmax.mass, certificate.residual_rms
+    unit = slots.KEPT_ROUNDING / (1 - slots.KEPT_ROUNDING)
+    total = case.scale * (1 - torch.exp(logps.double()).sum(0))[true.rows]
+    kept_sum = (true.entries.sum(1) if case.softcap is None else total) - mass
+    expected = (EPS * (mass + unit * kept_sum).clamp(min=0.0)).sqrt().mean()
+    if case.widens and case.sets == 1:
+        torch.testing.assert_close(certificate.tail_mass.double(), mass.mean(), rtol=0, atol=2e-3)
+        torch.testing.assert_close(residual.double(), expected, rtol=0.05, atol=0)
+    dropped = true.entries.masked_fill(true.softmax.mask, 0.0).norm(dim=1)
+    assert residual > dropped.mean()
+    assert certificate.residual_rms_max > dropped.amax()
+    share = true.softmax.mask.double().mean()
+    torch.testing.assert_close(certificate.kept_share.double(), share, rtol=0.1, atol=0)
+
+
+def test_what_is_tested_is_not_the_exact_gradient(monkeypatch):
+    # The tolerance above tells the definition from the exact gradient, and from a dropped tail.
+    case = Case(torch.float32, trains=True)
+    given = problem(case, monkeypatch)
+    true = truth(case, given)
+    exact = truth(case, given, exact_rows=slice(None)).gradients["weight"]
+    assert relative(exact, true.gradients["weight"]) > 0.02
+    _, _, found = run(case, given)
+    wide = [each.detach().double().requires_grad_() for each in given[:2]]
+    logps = reference.linear_logps(*wide, given.labels[0])
+    (exact,) = torch.autograd.grad((logps * given.a[0]).sum(), wide[0])
+    assert relative(found["hidden"], exact) > 0.05
+
+
+def test_the_certificate_counts_the_rounding_of_what_is_kept(monkeypatch):
+    # Next to nothing is dropped: m is the rounding of the kept entries, of either sign.
+    eps = 2.0**-20
+    monkeypatch.setitem(globals(), "EPS", eps)
+    given = problem(Case(torch.float32), monkeypatch)
+    logps, certificate, _ = run(Case(torch.float32), given)
+    assert abs(certificate.tail_mass) < 2e-4
+    beside = -torch.expm1(logps[0][given.labels[0] != -100].double())
+    unit = slots.KEPT_ROUNDING / (1 - slots.KEPT_ROUNDING)
+    expected = (eps * unit * beside).sqrt().mean()
+    torch.testing.assert_close(certificate.residual_rms.double(), expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(trains=True, workspace=CHUNKS, bias=True)])
+def test_same_bits_twice(case, monkeypatch):
+    given = problem(case, monkeypatch)
+    one, two = run(case, given), run(case, given)  # programs run in another order
+    assert torch.equal(one[0], two[0])
+    for name in one[2]:
+        assert torch.equal(one[2][name], two[2][name])
+
+
+@pytest.mark.parametrize("workspace", [None, CHUNKS], ids=["one chunk", "two chunks"])
+def test_an_overflowing_store(workspace, monkeypatch):
+    # Of two chunks the first fits; a single one does not, and is exact.
+    case = Case(torch.float32, trains=True, bias=True, workspace=workspace)
+    given = problem(case, monkeypatch)
+    monkeypatch.setattr(slots, "_STORE_ROW_BYTES", 170)
+    tables = []
+    stored_tiles = sparse_weight.stored_tiles
+
+    def looked_at(packed, *sizes):
+        found = stored_tiles(packed, *sizes)
+        tables.append(found)
+        return found
+
+    for module in (sparse_weight, segments):
+        monkeypatch.setattr(module, "stored_tiles", looked_at)
+    _, _, found = run(case, given)
+    stored = [each[0] for each in tables[-1]]
+    assert len(stored) == (1 if workspace is None else 2)
+    assert stored == ([False] if workspace is None else [True, False])
+    true = truth(case, given, exact_rows=slice(0 if workspace is None else 64, None))
+    for name, each in found.items():
+        assert relative(each, true.gradients[name]) < 3.5e-3, name
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_orpo_loss(trains, monkeypatch):
+    case = Case(torch.float32, trains=trains, sets=2)
+    given = problem(case, monkeypatch)
+    # Three pairs of 25 positions; the two label sets name different tokens at one.
+    labels = given.labels[0]
+    nll_labels = labels.clone()
+    nll_labels[75:] = -100
+    nll_labels[3] = 11
+    shape, options = (6, 25), {"beta": 0.4}
+    hidden = given.hidden.detach().view(*shape, H).requires_grad_()
+    out = orpo_loss(
+        hidden, given.weight, labels.view(shape), nll_labels=nll_labels.view(shape),
+        gradient="sparse", eps=EPS, **options,
+    )  # fmt: skip
+    found = torch.autograd.grad(out.loss, [hidden, given.weight] if trains else [hidden])
+
+    wide = [each.detach().double() for each in (given.hidden, given.weight)]
+    sets = [each.view(shape) for each in (labels, nll_labels)]
+    logps = [
+        reference.linear_logps(*wide, each.view(-1)).view(shape).requires_grad_() for each in sets
+    ]
+    true = orpo_loss_from_logps(logps[0], sets[0], logps[1], sets[1], **options)
+    a = torch.stack(torch.autograd.grad(true.loss, logps)).view(2, N)
+    torch.testing.assert_close(out.loss.double(), true.loss, rtol=1e-5, atol=0, check_dtype=False)
+    groups = (torch.arange(N) >= 75).long()  # chosen, rejected
+    given = given._replace(labels=torch.stack((labels, nll_labels)), a=a, groups=groups)
+    expected = truth(case, given).gradients
+    for name, each in zip(("hidden", "weight"), found, strict=False):
+        assert relative(each.view(expected[name].shape), expected[name]) < 3.5e-3, name
+
+
+def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
+    # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail.
+    case = Case(torch.float32, trains=True, groups=False)
+    given = problem(case, monkeypatch)
+    for module in (selection, sparse_logps, sparse_weight):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    _, _, found = run(case, given)
+    # The definition of all rows, with a group of their own for those.
+    silent = given.labels[0] == -100
+    everything = given._replace(
+        hidden=given.hidden.detach().masked_fill(silent[:, None], 0.0), groups=silent.long(),
+        labels=given.labels.masked_fill(silent, 0), a=given.a.masked_fill(silent, 0.0),
+    )  # fmt: skip
+    true = truth(case, everything, exact_rows=slice(None))  # no flag can be read
+    for name, each in found.items():
+        assert relative(each, true.gradients[name]) < 3.5e-3, name
