@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
-from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.constants import COMPACT_ROWS, IGNORE_INDEX
 from orpo_kernels.engine.compact import (
     compact_matmul,
     compact_pack,
     softmax_compact,
 )
+from orpo_kernels.engine.guard import density_guard
+from orpo_kernels.engine.slots import KEPT_ROUNDING, tile_with_room
 from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
+from orpo_kernels.kernels import has_slots
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS
 from orpo_kernels.selftest import logps
 from orpo_kernels.selftest.figures import (
     EPS32,
@@ -48,6 +52,7 @@ class Compacted(NamedTuple):
     groups: Tensor
     tail: Tensor
     rounded: float
+    in_slots: bool
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -64,9 +69,16 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case("sparse_linear_logps", variant.name, setting, _linear_logps, (variant,))
 
 
-def _compacted(setting: Setting, transform: Transform) -> Compacted:
+def _in_slots(setting: Setting) -> bool:
+    """Whether kept entries are a GPU's slots there: columns of 64 rows, in bfloat16."""
+    return has_slots(setting.device, setting.dtype)
+
+
+def _compacted(setting: Setting, transform: Transform, *, in_slots: bool) -> Compacted:
     generator = setting.generator()
     logits = setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator))
+    if in_slots:
+        logits = tile_with_room(logits)
     bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
     labels = torch.randint(0, 2500, (2, ROWS), generator=generator)
     labels[:, ::7] = -1
@@ -83,21 +95,24 @@ def _compacted(setting: Setting, transform: Transform) -> Compacted:
         kept = softmax_compact(
             logits, None if bias is None else bias.to(setting.device), labels.to(setting.device),
             FIRST_COLUMN, level.to(setting.device), total.to(setting.device), EPS, *options,
-            groups.to(setting.device), tail, ROWS * COLUMNS,
+            groups.to(setting.device), tail, None if in_slots else ROWS * COLUMNS,
         )  # fmt: skip
         entries = torch.zeros(ROWS, COLUMNS, device=setting.device)
-        compact_matmul(entries, kept, setting.put(torch.eye(COLUMNS)))
-    return Compacted(kept, exact(entries), E, total.double(), groups, tail, rounded)
+        compact_matmul(entries, kept, torch.eye(COLUMNS, device=setting.device))
+    return Compacted(kept, exact(entries), E, total.double(), groups, tail, rounded, in_slots)
 
 
 def _compact(setting: Setting, transform: Transform) -> Iterator[Figure]:
-    tile = _compacted(setting, transform)
+    tile = _compacted(setting, transform, in_slots=_in_slots(setting))
     kept, entries = tile.kept, tile.entries
     live, share = entries != 0, tile.E / tile.total[:, None]
+    counted = _shared_columns(live) if tile.in_slots else live
     # Rounding decides about an entry this close to eps.
     lost = ~live & (share > EPS * (1 + (64 + tile.rounded) * EPS32))
     yield Figure("entries over eps that are dropped", float(lost.sum()), 0.0)
-    yield Figure("kept entries not counted", float((exact(kept[2]) - live.sum()).abs().sum()), 0.0)
+    yield Figure(
+        "kept entries not counted", float((exact(kept[2]) - counted.sum()).abs().sum()), 0.0
+    )
     yield _kept_entries(setting, tile)
     yield rounded_once("sum of the kept", kept[0], entries.sum(1))
     if transform.softcap is not None:
@@ -155,12 +170,22 @@ def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
 
 def _kept_entries(setting: Setting, tile: Compacted) -> Figure:
     error = (tile.entries / tile.E - 1.0)[tile.entries != 0]
-    return Figure("kept entries", largest(error), setting.eps + (64 + tile.rounded) * EPS32)
+    step = max(setting.eps, KEPT_ROUNDING) if tile.in_slots else setting.eps
+    return Figure("kept entries", largest(error), step + (64 + tile.rounded) * EPS32)
+
+
+def _shared_columns(mask: Tensor) -> Tensor:
+    """Of (R, C): where one of 64 rows in sequence has the column."""
+    blocks = torch.split(mask, COMPACT_ROWS)
+    return torch.cat([rows.any(0, keepdim=True).expand_as(rows) for rows in blocks])
 
 
 def _matmul(setting: Setting) -> Iterator[Figure]:
-    tile, generator = _compacted(setting, TRANSFORMS[0]), setting.generator()
-    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator))
+    generator = setting.generator()
+    tile = _compacted(setting, TRANSFORMS[0], in_slots=_in_slots(setting))
+    weight = torch.randn(COLUMNS, WIDTH, generator=generator)
+    # The product of slots rounds a float32 head to their dtype.
+    weight = setting.put(weight.bfloat16() if tile.in_slots else weight)
     before = torch.randn(ROWS, WIDTH, generator=generator)
     sums = before.to(setting.device, copy=True)
     with setting.all_threads():
@@ -170,7 +195,7 @@ def _matmul(setting: Setting) -> Iterator[Figure]:
 
 
 def _pack(setting: Setting) -> Iterator[Figure]:
-    kept = _compacted(setting, TRANSFORMS[0]).kept
+    kept = _compacted(setting, TRANSFORMS[0], in_slots=False).kept
     store, table = _store(setting)
     compact_pack(kept, store, table, 0)
     compact_pack([], store, table, 1)
@@ -196,7 +221,7 @@ def _weight_gradient(setting: Setting) -> Iterator[Figure]:
     hidden = setting.put(torch.randn(ROWS, WIDTH, generator=generator))
     coefficients = torch.randn(ROWS, generator=generator)
     store, table = _store(setting)
-    tiles = [_compacted(setting, transform) for transform in TRANSFORMS[:2]]
+    tiles = [_compacted(setting, each, in_slots=False) for each in TRANSFORMS[:2]]
     for item, tile in enumerate(tiles):
         compact_pack(tile.kept, store, table, item)
     before = torch.randn(300, WIDTH, generator=generator)
@@ -215,16 +240,22 @@ def _linear_logps(setting: Setting, variant: logps.Variant) -> Iterator[Figure]:
     here = logps.problem(setting, variant)
     true, eager = here.true(), here.evaluate(logps.materialised)
     groups = torch.randint(0, 2, (logps.ROWS,), generator=setting.generator())
+    density_guard.forget()  # of a head that lay in the same memory
     found = here.evaluate(logps.ours, gradient="sparse", eps=EPS, tail_groups=groups)
-    truth = true.evaluate(logps.definition)
-    changed = truth | _definition(true, groups)
+    truth, in_slots = true.evaluate(logps.definition), _in_slots(setting)
+    changed = truth | _definition(true, groups, in_slots=in_slots)
     for what, actual in found.items():
         rounded = changed[what] + (exact(eager[what]) - truth[what])
-        yield like_torch(what, actual, changed[what], rounded, setting.dtype)
+        dtype = torch.bfloat16 if in_slots else setting.dtype
+        yield like_torch(what, actual, changed[what], rounded, dtype)
 
 
-def _definition(true: logps.Problem, groups: Tensor) -> dict[str, Tensor]:
-    """Its gradients: entries up to eps are replaced by their average over a group's rows."""
+def _definition(true: logps.Problem, groups: Tensor, *, in_slots: bool) -> dict[str, Tensor]:
+    """Its gradients: entries up to eps are replaced by their average over a group's rows.
+
+    Of slots, entries of a column that one of 64 scored rows has over eps are not; in the gradient
+    of the head only those of a row that has one over eps in 64 columns.
+    """
     leaves = {name: leaf.detach() for name, leaf in true.leaves.items()}
     low_rank = (leaves["hidden_r"], leaves["weight_r"]) if "hidden_r" in leaves else None
     raw = reference.logits(
@@ -239,18 +270,30 @@ def _definition(true: logps.Problem, groups: Tensor) -> dict[str, Tensor]:
         target.index_put_(at, a[scored], accumulate=True)
         is_label[at] = True
         total += torch.where(scored, a, 0.0)
-    u = torch.softmax(z, 1) * slope * is_label.any(1, keepdim=True)
-    small = torch.where((u <= EPS) & ~is_label, u, 0.0)
+    scored = is_label.any(1)
+    u = torch.softmax(z, 1) * slope * scored[:, None]
+    over = of_head = (u > EPS) & ~is_label
+    if in_slots:
+        live = torch.nn.functional.pad(over, (0, -over.shape[1] % SEGMENT_COLUMNS))
+        live = live.view(len(u), -1, SEGMENT_COLUMNS).any(2)
+        over = over.index_put((scored.nonzero()[:, 0],), _shared_columns(over[scored]))
+        of_head = over & live.repeat_interleave(SEGMENT_COLUMNS, 1)[:, : over.shape[1]]
+    small = torch.where(over | is_label, 0.0, u)
     means = torch.stack([small[groups == group].sum(0) for group in (0, 1)])
     means /= means.sum(1, keepdim=True)
-    replaced = u - small + small.sum(1, keepdim=True) * means[groups]
-    dlogits = target * slope - total[:, None] * replaced
+
+    def dlogits(kept: Tensor) -> Tensor:
+        small = torch.where(kept | is_label, 0.0, u)
+        replaced = u - small + small.sum(1, keepdim=True) * means[groups]
+        return target * slope - total[:, None] * replaced
+
+    of_rows, of_columns = dlogits(over), dlogits(of_head)
     gradients = {
-        "dhidden": dlogits @ leaves["weight"],
-        "dweight": dlogits.t() @ leaves["hidden"],
-        "dbias": dlogits.sum(0),
+        "dhidden": of_rows @ leaves["weight"],
+        "dweight": of_columns.t() @ leaves["hidden"],
+        "dbias": of_columns.sum(0),
     }
     if low_rank is not None:
-        gradients["dhidden_r"] = dlogits @ low_rank[1]
-        gradients["dweight_r"] = dlogits.t() @ low_rank[0]
+        gradients["dhidden_r"] = of_rows @ low_rank[1]
+        gradients["dweight_r"] = of_columns.t() @ low_rank[0]
     return gradients

@@ -1,0 +1,31 @@
+"""The self-test of the sparse gradient on slots: what `orpo-kernels selftest` runs on a GPU."""
+
+import pytest
+import torch
+
+from orpo_kernels import selftest
+from orpo_kernels.selftest import sparse
+from orpo_kernels.selftest.figures import Setting
+from tests.kernels.interpreted.engine import as_on_a_gpu
+
+
+def failures(dtype):
+    setting = Setting(torch.device("cpu"), dtype)
+    assert sparse._in_slots(setting)
+    checks = [selftest._check(case) for case in sparse.cases(setting)]
+    return {check.op for check in checks if not check.passed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_check_passes_on_slots(dtype, monkeypatch):
+    as_on_a_gpu(monkeypatch, widens=True)
+    assert failures(dtype) == set()
+
+
+def test_they_tell_slots_from_entries_kept_by_row(monkeypatch):
+    as_on_a_gpu(monkeypatch, widens=True)
+    definition = sparse._definition
+    monkeypatch.setattr(
+        sparse, "_definition", lambda *given, in_slots: definition(*given, in_slots=False)
+    )
+    assert failures(torch.float32) == {"sparse_linear_logps"}
