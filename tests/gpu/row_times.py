@@ -1,6 +1,7 @@
 """Time of each row kernel over its byte floor: bytes it must move / measured copy bandwidth.
 
-And of `linear_lse` over the bare GEMM, with each tile its table has, so that a better one shows.
+And of `linear_lse` over the bare GEMM, with each tile its table has, so that a better one shows;
+and of the kernels of the sparse gradient (`sparse_times.py`).
 
 python -m tests.gpu.row_times [--json FILE] [--tiny] [--device cpu]
 """
@@ -9,9 +10,7 @@ import argparse
 import contextlib
 import functools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.sequence_mean import sequence_mean
+from tests.gpu.sparse_times import sparse_shares
+from tests.gpu.timing import median_s
 
 # Rows: an evaluation's few, a 64 MiB workspace's (256), a large one's. Columns: Llama 3's
 # vocabulary, and one whose rows start anywhere in a vector.
@@ -75,27 +76,6 @@ def works(device: str, shapes: tuple[tuple[int, int], ...]) -> Iterator[Work]:
     yield Work("sequence_mean 16 x 8192", 5 * values.numel(), means)
     logps = -torch.rand(64, device=device)
     yield Work("odds_ratio 64 pairs", 16 * 64, functools.partial(odds_ratio_loss, logps, logps * 2))
-
-
-def median_s(call: Callable[[], Any], device: str, rounds: int, flush: torch.Tensor) -> float:
-    """Median seconds of a call that finds nothing of its own in the second-level cache."""
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(rounds):
-        flush.zero_()
-        if device == "cpu":
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 def measure(device: str, *, tiny: bool) -> dict[str, Any]:
@@ -167,6 +147,8 @@ def main() -> int:
     args = parser.parse_args()
     figures = measure(args.device, tiny=args.tiny)
     figures["gemm"] = gemm_shares(args.device, tiny=args.tiny)
+    bandwidth = 1e9 * figures["copy_gb_per_s"]
+    figures["sparse"] = sparse_shares(args.device, bandwidth, tiny=args.tiny)
     sys.stdout.write(f"copy: {figures['copy_gb_per_s']:.0f} GB/s\n")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1))

@@ -19,7 +19,10 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
 # A small case or two of each kernel, rows that are split and rows of any start among them.
-SANITIZED = "float32 and (logit or vector or column_sums) or sequence_mean or odds_ratio"
+SANITIZED = (
+    "float32 and (logit or vector or column_sums) or sequence_mean or odds_ratio "
+    "or their_product or overflowing"
+)
 
 
 class Step(NamedTuple):
@@ -38,15 +41,15 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
     tests.append(str(REPOSITORY / "tests" / "gpu") if dry_run else str(REPOSITORY / "tests"))
     rows = [python, "-m", "tests.gpu.row_times", "--device", device]
     rows += ["--json", str(out / "rows.json"), *(["--tiny"] if dry_run else [])]
-    chosen = [Step("tests", tests, 0.3), Step("rows", rows, 0.1)]
+    chosen = [Step("tests", tests, 0.3), Step("rows", rows, 0.15)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None and not dry_run:
         small = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-k", SANITIZED]
         chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *small], 0.15))
     if not dry_run:
         benchmarks = [python, "-m", "benchmarks.run", "--device", "cuda"]
-        benchmarks += ["--minutes", f"{0.4 * minutes:.1f}", "--results", str(out)]
-        chosen.append(Step("benchmarks", benchmarks, 0.45))
+        benchmarks += ["--minutes", f"{0.35 * minutes:.1f}", "--results", str(out)]
+        chosen.append(Step("benchmarks", benchmarks, 0.4))
     return chosen
 
 

@@ -20,6 +20,9 @@ def test_dry_run(tmp_path):
     }  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [each["name"] for each in rows["gemm"]] == ["linear_lse plain torch"]
+    assert {each["name"].split()[0] for each in rows["sparse"]} == {
+        "softmax_compact", "compact_matmul", "linear_logps",
+    }  # fmt: skip
 
 
 def test_what_a_dry_run_leaves_out(monkeypatch):
@@ -39,6 +42,7 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
     }
     assert chosen == {
         "test_stats_and_gradient", "test_column_sums", "test_sequence_mean", "test_odds_ratio",
+        "test_the_kernels_against_their_product", "test_an_overflowing_store",
     }  # fmt: skip
     options = run._parse(steps["benchmarks"].command[3:])
     assert (options.device, options.results) == ("cuda", "out")

@@ -1,0 +1,244 @@
+"""`gradient="sparse"` on a device: against float64, in bits, in a graph, in budget, overflowing.
+
+The shares of what is dropped are large on purpose: the head is small for its eps.
+"""
+
+import pytest
+import torch
+
+from orpo_kernels import linear_logps, reference
+from orpo_kernels.engine import segments, selection, slots, sparse, sparse_weight
+from orpo_kernels.engine.compact import compact_matmul, softmax_compact
+from orpo_kernels.engine.guard import density_guard
+from orpo_kernels.kernels import has_slots
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 2.0**-6
+
+
+@pytest.fixture(autouse=True)
+def _no_guard(monkeypatch):
+    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
+    density_guard.forget()
+
+
+def problem(gpu, dtype, *, trains=True, bias=False, N=700, H=256, V=5003):
+    if not gpu.real:
+        N, H, V = min(N, 150), min(H, 24), min(V, 1003)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator)
+    candidates = torch.randint(0, V, (3, N), generator=generator)
+    shares = torch.rand(3, N, 1, generator=generator) * 14 / H
+    hidden = (shares * weight[candidates]).sum(0) + torch.randn(N, H, generator=generator) / H
+    labels = candidates[0].clone()
+    labels[::5] = -100
+    tensors = [hidden, weight, torch.randn(V, generator=generator) if bias else None]
+    tensors = [t if t is None else t.to(gpu.device, dtype) for t in tensors]
+    for tensor, needs in zip(tensors, (True, trains, trains), strict=True):
+        if tensor is not None:
+            tensor.requires_grad_(needs)
+    groups = (torch.arange(N) >= N // 2).long()
+    a = (torch.rand(N, generator=generator) + 0.5) * torch.where(groups == 1, 0.3, -1.0)
+    return (*tensors, labels.to(gpu.device), groups.to(gpu.device), a.to(gpu.device))
+
+
+def run(hidden, weight, bias, labels, groups, a, **options):
+    """Log-probs and the gradients of what needs one."""
+    logps = linear_logps(
+        hidden, weight, labels, bias, gradient="sparse", eps=EPS, tail_groups=groups, **options
+    )
+    wanted = [each for each in (hidden, weight, bias) if each is not None and each.requires_grad]
+    return logps, *torch.autograd.grad((logps * a).sum(), wanted)
+
+
+def relative(found, true):
+    return float((found.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("workspace", [None, 40 * 2**20], ids=["default", "chunks"])
+@pytest.mark.parametrize(
+    ("softcap", "bias", "trains"), [(None, False, False), (None, False, True), (20.0, True, True)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(gpu, dtype, softcap, bias, trains, workspace):
+    given = problem(gpu, dtype, trains=trains, bias=bias)
+    options = {"softcap": softcap, "workspace_bytes": workspace}
+    logps, *found = run(*given, **options)
+    again = run(*given, **options)
+    assert all(torch.equal(x, y) for x, y in zip((logps, *found), again, strict=True))
+
+    hidden, weight, bias_, labels, groups, a = (t if t is None else t.cpu() for t in given)
+    wide = [None if t is None else t.detach().double() for t in (hidden, weight, bias_)]
+    in_slots = gpu.real and has_slots(gpu.device, dtype)
+    true = reference.sparse_gradients(
+        *wide[:2], (labels,), (a.double(),), wide[2], eps=EPS, groups=groups,
+        block=64 if in_slots else 1, softcap=softcap,
+    )  # fmt: skip
+    # A CPU's 16-bit GEMM rounds its logits; a slot's entries are bfloat16.
+    rounding = 0.0 if gpu.real or dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    expected = reference.linear_logps(*wide[:2], labels, wide[2], softcap=softcap)
+    torch.testing.assert_close(
+        logps.detach().cpu().double(), expected, rtol=2e-5 + rounding, atol=1e-4 + rounding
+    )
+    assert relative(found[0].cpu(), true.dhidden) < 4e-3 + rounding
+    if trains:
+        # Segments keep a little less of dW than columns do: within the size of the tail.
+        assert relative(found[1].cpu(), true.dweight) < 2e-2 + rounding
+    if bias:
+        assert relative(found[2].cpu(), true.dbias) < 2e-2 + rounding
+
+
+def test_the_kernels_against_their_product(gpu):
+    # The kept entries of a tile times the identity are the tile's, but for the small ones.
+    rows, columns = (300, 5003) if gpu.real else (70, 300)
+    in_slots = gpu.real and has_slots(gpu.device, torch.float32)
+    pitch = -(-columns // 128) * 128
+    owner = torch.full((-(-rows // 64) * 64, pitch), torch.nan, device=gpu.device)
+    logits = owner[:rows, :columns].copy_(torch.randn(rows, columns, device=gpu.device) * 4)
+    labels = torch.randint(-1, columns, (1, rows), device=gpu.device)
+    z = logits.double().scatter(1, labels.clamp(min=0).t(), -torch.inf)
+    z = torch.where(labels.t() >= 0, z, logits.double())
+    level = z.amax(1).float()
+    E = torch.exp(z - level.double()[:, None])
+    total = E.sum(1).float()
+    groups = torch.arange(rows, device=gpu.device) % 2
+    tail = torch.zeros(2, columns, device=gpu.device)
+    kept = softmax_compact(
+        logits, None, labels, 0, level, total, EPS, 1.0, None, groups, tail,
+        None if in_slots else rows * columns,
+    )  # fmt: skip
+    found = torch.zeros(rows, columns, device=gpu.device)
+    compact_matmul(found, kept, torch.eye(columns, device=gpu.device))
+    live = found != 0
+    share = E / total.double()[:, None]
+    assert live[share > EPS * 1.0001].all()
+    torch.testing.assert_close(found.double(), E.where(live, 0.0), rtol=2.0**-8 + 1e-4, atol=1e-30)
+    torch.testing.assert_close(kept[0].double(), found.double().sum(1), rtol=1e-5, atol=1e-6)
+    dropped = share.masked_fill(live, 0.0)
+    true = torch.stack([dropped[groups == group].sum(0) for group in (0, 1)])
+    torch.testing.assert_close(tail.double(), true, rtol=1e-4, atol=1e-9)
+
+
+def test_an_overflowing_store(gpu, monkeypatch):
+    # Room for half of it: on a GPU some chunks are recomputed; the gradient is the definition's
+    # where it was stored, and exact elsewhere: nearer to exact than to nothing either way.
+    given = problem(gpu, torch.float32, bias=True)
+    options = {"workspace_bytes": 40 * 2**20}
+    stored = run(*given, **options)
+    monkeypatch.setattr(slots, "_STORE_ROW_BYTES", 200)
+    looked, stored_tiles = [], sparse_weight.stored_tiles
+
+    def look(*args):
+        looked.append(stored_tiles(*args))
+        return looked[-1]
+
+    for module in (segments, sparse_weight):
+        monkeypatch.setattr(module, "stored_tiles", look)
+    found = run(*given, **options)
+    assert torch.equal(found[1], stored[1])  # dhidden does not ask
+    wide = [t.detach().double().requires_grad_() for t in given[:3]]
+    logps = reference.linear_logps(wide[0], wide[1], given[3], wide[2])
+    _, dweight, dbias = torch.autograd.grad((logps * given[5].double()).sum(), wide)
+    for mine, before, exact in zip(found[2:], stored[2:], (dweight, dbias), strict=True):
+        assert relative(mine, exact) <= 1.1 * relative(before, exact) + 4e-3
+    if gpu.real and has_slots(gpu.device, torch.float32):
+        flags = [each[0] for each in looked[-1]]
+        assert not all(flags)
+
+
+def test_no_host_sync_but_one(gpu):
+    # The count of scored rows, in the forward and in the backward, which reads the flags with it.
+    gpu.needs_cuda()
+    given = problem(gpu, torch.bfloat16, bias=True)
+    for _ in range(2):  # compiles; the density of the step before is known
+        run(*given)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            run(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "called a synchronizing" in str(w.message)]) <= 2
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_cuda_graph(gpu, trains):
+    # A head that trains is done the exact way in the backward: the flags cannot be read there.
+    gpu.needs_cuda()
+    given = problem(gpu, torch.bfloat16, trains=trains)
+    hidden, labels = given[0], given[3]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(*given)
+        if trains:  # what the captured backward will launch
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sparse_weight, "is_capturing", lambda device: True)
+                patch.setattr(segments, "is_capturing", lambda device: True)
+                run(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*given)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            hidden.copy_(hidden.flip(0))
+        labels[9] = seed
+        graph.replay()
+        with pytest.MonkeyPatch.context() as patch:  # the same rows share their columns
+            for module in (selection, segments, sparse_weight):
+                patch.setattr(module, "is_capturing", lambda device: True)
+            eager = run(*given)
+        for mine, true in zip(captured, eager, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_peak_is_the_workspace(gpu, trains):
+    gpu.needs_cuda()
+    budget, N, H, V = 256 * 2**20, 3000, 1024, 128256
+    weight = torch.randn(V, H, device=gpu.device, dtype=torch.bfloat16).requires_grad_(trains)
+    labels = torch.randint(0, V, (N,), device=gpu.device)
+    hidden = (weight.detach()[labels] * (12 / H)).requires_grad_()
+    wanted = [hidden, weight] if trains else [hidden]
+    for _ in range(2):  # the first allocates cuBLAS's own workspace
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logps = linear_logps(hidden, weight, labels, gradient="sparse", workspace_bytes=budget)
+        found = torch.autograd.grad(logps.sum(), wanted)
+        peak = torch.cuda.max_memory_allocated() - before
+        results = torch.cuda.memory_allocated() - before
+        del logps, found
+    # The kept graph's g and statistics are results until the backward.
+    assert peak - results <= budget + 2 * N * H + 600 * N
+
+
+def test_more_than_2_31_logits(gpu):
+    # Slots of the last rows lie beyond 2^31 elements of the tile.
+    gpu.needs_cuda()
+    rows, columns = 16768, 128256
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB")
+    logits = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu.device)
+    logits[-1, -1] = 50.0
+    labels = torch.full((1, rows), -1, device=gpu.device)
+    level, total = logits.amax(1).float(), torch.full((rows,), float(columns), device=gpu.device)
+    total[-1] = 1.0
+    tail = torch.zeros(1, columns, device=gpu.device)
+    kept = softmax_compact(
+        logits, None, labels, 0, level, total, 0.5, 1.0, None,
+        torch.zeros(rows, dtype=torch.int64, device=gpu.device), tail, None,
+    )  # fmt: skip
+    out = torch.zeros(rows, 8, device=gpu.device)
+    weight = torch.zeros(columns, 8, dtype=torch.bfloat16, device=gpu.device)
+    weight[-1] = 3.0
+    compact_matmul(out, kept, weight)
+    assert kept[2].item() == 64
+    assert out[-1].tolist() == [3.0] * 8
+    assert out[-65].tolist() == [0.0] * 8
