@@ -277,7 +277,7 @@ def shapes(sizes: Sizes, cpu_columns: tuple[int, ...] = _CPU_COLUMNS) -> Iterato
 def first_fit(
     sizes: Sizes,
     budget: int,
-    unit_bytes: tuple[int, int, int],
+    unit_bytes: tuple[int, int, float],
     shapes: Iterable[tuple[int, int]],
     reserved: tuple[int, int] = (0, 0),
     row_block: int = 1,
@@ -303,11 +303,11 @@ def first_fit(
     )
 
 
-def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, int], rows: int, columns: int) -> int:
+def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, float], rows: int, columns: int) -> int:
     per_row, per_column, per_cell = unit_bytes
     scratch = min(strip_bytes(sizes.device), 4 * rows * columns * sizes.wide_bytes)
     cells = rows * row_pitch(columns, sizes.device)
-    return rows * per_row + columns * per_column + cells * per_cell + scratch
+    return rows * per_row + columns * per_column + math.ceil(cells * per_cell) + scratch
 
 
 def row_pitch(columns: int, device: torch.device) -> int:
