@@ -40,7 +40,9 @@ def _plan_cpu() -> Iterator[tuple[Case, str]]:
         yield from _all(Case("qwen2.5-0.5b", "frozen", pairs=pairs), only=IDEAS)
     for head in ("opt-125m", "llama-3-8b"):
         yield from _all(Case(head, "trainable"), only=IDEAS)
-    yield from _all(Case("cpu", "frozen", dtype="float32"), only=IDEAS)
+    # "auto" is never sparse in float32: what it leaves out is far more than float32 rounds.
+    exact = tuple(name for name in IDEAS if name != "ours-sparse")
+    yield from _all(Case("cpu", "frozen", dtype="float32"), only=exact)
 
 
 def _plan_gpu() -> Iterator[tuple[Case, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_kernels.engine.chunks import spans, workspace_budget
 from orpo_kernels.engine.guard import density_guard
+from orpo_kernels.engine.policy import choose_sparse, says_why
 from orpo_kernels.engine.segments import Arriving, SegmentWeightGradient, SlotForward
 from orpo_kernels.engine.selection import (
     Scored,
@@ -85,6 +86,9 @@ def sparse_linear_logps(  # noqa: PLR0913 - a schema has no dataclasses
             sized, hidden, weight, labels, hidden_r, groups, compute_dtype,
             needs_dhidden, needs_dweight,
         )  # fmt: skip
+        if chosen.sizes.rows > 0 and says_why():
+            budget = workspace_budget(workspace_bytes, weight.device)
+            choose_sparse(chosen.sizes, sized, budget, needs_dweight=needs_dweight)
         if chosen.sizes.rows > 0:
             tail = Tail(eps, _groups_of(chosen, groups), _sums(sums, weight, groups, statistics))
             packed = Packed(store, table, blocks) if store.shape[0] > 0 else None

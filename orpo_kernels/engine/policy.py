@@ -5,6 +5,8 @@
     recompute     the head trains                                          4 (3: hidden does not)
     two passes    only hidden needs a gradient                             2
     one pass      nothing needs a gradient                                 1
+    sparse        gradient="sparse", and anything needs a gradient         1; as above
+                                                                           where tiles are dense
     linear_lse    hidden needs no gradient, and either no tile of logits   1 (3: the head trains)
                   fits, or the device is one it was measured to be faster
                   on (`FASTER_ON`)
@@ -29,6 +31,8 @@ from orpo_kernels.engine.chunks import (
     plan_kept,
     workspace_budget,
 )
+from orpo_kernels.engine.slots import takes_slots
+from orpo_kernels.engine.sparse import Sizing, even_plan, sizing
 from orpo_kernels.kernels import DTYPES, gpu_backend, has_tensor_cores
 
 FASTER_ON: frozenset[str] = frozenset()
@@ -135,6 +139,24 @@ def choose(
     )
 
 
+def choose_sparse(sizes: Sizes, sized: Sizing, budget: int, *, needs_dweight: bool) -> Decision:
+    """What a sparse call does: nothing is left to choose but its shapes, and these are `sized`."""
+    backward, reason = 0, "kept entries are slots of 64 rows" if sized.slots else "lists of entries"
+    if needs_dweight:
+        reserved = sized.reserved_bytes
+        plan = plan_backward(sizes, budget, sizes.hidden_columns, recompute=True, reserved=reserved)
+        backward = plan.workspace_bytes
+        reason += f", {sized.store_bytes / 2**20:.2f} MiB of them kept for the backward"
+    plan = even_plan(sized.plan, sizes.rows)
+    reason += "; dense tiles go the exact way"
+    return _decided("sparse", sizes, plan, 1, backward, budget, reason)
+
+
+def says_why() -> bool:
+    """Whether decisions are logged."""
+    return _logger.isEnabledFor(logging.DEBUG)
+
+
 def explain(  # noqa: PLR0913 - the public signature
     rows: int,
     vocabulary: int,
@@ -146,6 +168,7 @@ def explain(  # noqa: PLR0913 - the public signature
     needs_dweight: bool = False,
     workspace_bytes: int | None = None,
     label_sets: int = 1,
+    gradient: str = "exact",
 ) -> Decision:
     """What the engine would do with a call of these sizes; `print` it.
 
@@ -159,6 +182,7 @@ def explain(  # noqa: PLR0913 - the public signature
         needs_dweight: whether the head needs one.
         workspace_bytes: as of `linear_logps`; to be given for a GPU that is not here.
         label_sets: 1, or 2 scored in one pass.
+        gradient: "exact" or "sparse", of two tail groups.
 
     Returns:
         The decision, as `linear_logps` takes it for a head in `dtype` without a low-rank part.
@@ -169,6 +193,10 @@ def explain(  # noqa: PLR0913 - the public signature
     device = torch.device(device)
     sizes = Sizes(rows, vocabulary, hidden_columns, label_sets, dtype, False, device)
     budget = workspace_budget(workspace_bytes, device)
+    if gradient == "sparse" and (needs_dhidden or needs_dweight):
+        slots = takes_slots(sizes, ())
+        sized = sizing(sizes, 2, budget, trainable=needs_dweight, slots=slots)
+        return choose_sparse(sizes, sized, budget, needs_dweight=needs_dweight)
     keep = keeps(sizes, rows, budget, needs_dweight=needs_dweight)
     return choose(
         sizes, budget, needs_dhidden=needs_dhidden, needs_dweight=needs_dweight,
@@ -219,7 +247,7 @@ def _decided(
 ) -> Decision:
     most = max(plan.workspace_bytes, backward)
     decision = Decision(strategy, sizes.rows, plan, passes, most, budget, reason)
-    if _logger.isEnabledFor(logging.DEBUG):
+    if says_why():
         _log(decision)
     return decision
 

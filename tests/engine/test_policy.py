@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps
-from orpo_kernels.engine import exact, policy
+from orpo_kernels.engine import exact, policy, sparse
 from orpo_kernels.engine.policy import choose, explain
 from tests.engine.test_chunks import CPU, CUDA, sizes
 
@@ -117,3 +117,31 @@ def test_the_engine_runs_what_is_decided(monkeypatch, caplog):
     ]
     assert expected[0].plan.rows == 550  # the text says what was done
     assert "two passes: 2 passes over 1100 rows, 550 rows x 8192 columns" in caplog.text
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_sparse_call_says_so(monkeypatch, caplog, trains):
+    hidden, weight = torch.randn(1100, 16, requires_grad=True), torch.randn(9000, 16)
+    labels, groups = torch.randint(0, 9000, (1100,)), torch.arange(1100) % 2
+    ran = []
+    real = sparse.SparseForward.sparse_chunk
+
+    def chunk(self, start, stop, packed):
+        ran.append((stop - start, self.plan.columns))
+        return real(self, start, stop, packed)
+
+    monkeypatch.setattr(sparse.SparseForward, "sparse_chunk", chunk)
+    options = {"gradient": "sparse", "tail_groups": groups}
+    policy._log.cache_clear()
+    with caplog.at_level(logging.DEBUG, logger="orpo_kernels"):
+        for _ in range(2):
+            linear_logps(hidden, weight.requires_grad_(trains), labels, **options)
+    found = explain(1100, 9000, 16, torch.float32, "cpu", needs_dweight=trains, gradient="sparse")
+    assert (found.strategy, found.passes) == ("sparse", 1)
+    assert set(ran) == {(found.plan.rows, found.plan.columns)}
+    assert found.workspace_bytes <= found.budget
+    assert [record.message for record in caplog.records] == [f"linear_logps: {found}"]
+    assert ("kept for the backward" in caplog.text) == trains
+    # Without a gradient nothing is sparse.
+    few = {"needs_dhidden": False, "gradient": "sparse"}
+    assert explain(1100, 9000, 16, torch.float32, "cpu", **few).strategy == "one pass"

@@ -1,4 +1,4 @@
-"""Runs the interpreted tests in a process of their own: one cannot interpret and compile.
+"""Runs the interpreted tests in processes of their own: one cannot interpret and compile.
 
 To run them by hand, or one of them:
     TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest -p tests.kernels.interpreted.plugin \
@@ -15,10 +15,12 @@ import pytest
 pytest.importorskip("triton")
 
 REPOSITORY = Path(__file__).parents[2]
+FILES = sorted((Path(__file__).parent / "interpreted").glob("check_*.py"))
 
 
 @pytest.mark.slow
-def test_interpreted():
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("check_"))
+def test_interpreted(path):
     # numpy's and torch's threads fight over small blocks: one each.
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
@@ -27,7 +29,7 @@ def test_interpreted():
         sys.executable, "-m", "pytest", "-p", "tests.kernels.interpreted.plugin",
         "-p", "no:cacheprovider", "-o", "python_files=check_*.py", "--tb=short", "-W", "error",
         "-W", "ignore:overflow encountered in exp:RuntimeWarning",  # of lanes that are masked out
-        str(REPOSITORY / "tests/kernels/interpreted"),
+        str(path),
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
