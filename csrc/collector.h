@@ -323,4 +323,32 @@ inline std::pair<std::optional<Matrix>, std::optional<Matrix>> inputs_of(
     return {rows, entries};
 }
 
+// The collector of a tile in T, its arguments checked; `rescale` is (R,) to be written.
+template <class T>
+Collector<T> collector_of(const Matrix& tile, const std::optional<Tensor>& bias,
+                          const Tensor& labels, int64_t first_column, const Tensor& row_max,
+                          const Tensor& sum_exp, const std::optional<Tensor>& others,
+                          const std::optional<Tensor>& hidden, const std::optional<Tensor>& weight,
+                          double logit_scale, std::optional<double> softcap, bool online,
+                          bool store, const Tensor& rescale) {
+    using R = Real<T>;
+    const ScalarType wide = accumulation_dtype(tile.dtype);
+    for (const Tensor& each : {row_max, sum_exp, others.value_or(row_max)}) {
+        STD_TORCH_CHECK(each.scalar_type() == wide, "row_max, sum_exp and others must be ",
+                        torch::headeronly::toString(wide));
+    }
+    const auto [rows, entries] = inputs_of(tile, hidden, weight);
+    return {tile,
+            labels_of(labels, tile.rows, first_column),
+            Transform<R>(bias, tile.columns, logit_scale, softcap),
+            rows,
+            entries,
+            online,
+            store,
+            const_cast<R*>(per_row<R>(row_max, tile.rows, "row_max")),
+            const_cast<R*>(per_row<R>(sum_exp, tile.rows, "sum_exp")),
+            rescale.mutable_data_ptr<R>(),
+            others ? per_row<R>(*others, tile.rows, "others") : nullptr};
+}
+
 }  // namespace orpo

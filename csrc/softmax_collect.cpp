@@ -17,28 +17,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_collect_(
     std::optional<Tensor> hidden, std::optional<Tensor> weight, double share, int64_t most,
     double logit_scale, std::optional<double> softcap, bool online, bool store) {
     const Matrix tile = matrix(logits, "logits");
-    const auto [rows, entries] = inputs_of(tile, hidden, weight);
-    const ScalarType wide = accumulation_dtype(tile.dtype);
-    for (const Tensor& each : {row_max, sum_exp, others.value_or(row_max)}) {
-        STD_TORCH_CHECK(each.scalar_type() == wide, "row_max, sum_exp and others must be ",
-                        torch::headeronly::toString(wide));
-    }
-    Tensor rescale = torch::stable::new_empty(row_max, {tile.rows}, wide);
+    Tensor rescale = torch::stable::new_empty(row_max, {tile.rows});
     std::tuple<Tensor, Tensor, Tensor> lists{rescale, rescale, rescale};
-    dispatch(tile.dtype, "logits", [&, rows = rows, entries = entries](auto element) {
+    dispatch(tile.dtype, "logits", [&](auto element) {
         using T = decltype(element);
         using R = Real<T>;
-        const Collector<T> collector{tile,
-                                     labels_of(labels, tile.rows, first_column),
-                                     Transform<R>(bias, tile.columns, logit_scale, softcap),
-                                     rows,
-                                     entries,
-                                     online,
-                                     store,
-                                     const_cast<R*>(per_row<R>(row_max, tile.rows, "row_max")),
-                                     const_cast<R*>(per_row<R>(sum_exp, tile.rows, "sum_exp")),
-                                     rescale.mutable_data_ptr<R>(),
-                                     others ? per_row<R>(*others, tile.rows, "others") : nullptr};
+        const auto collector =
+            collector_of<T>(tile, bias, labels, first_column, row_max, sum_exp, others, hidden,
+                            weight, logit_scale, softcap, online, store, rescale);
         const R part = static_cast<R>(share);
         std::vector<Collected<R>> tasks(tile.rows);  // each at its first row
         const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, tile.columns));

@@ -172,32 +172,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_compact_online_(
     int64_t most, double logit_scale, std::optional<double> softcap, const Tensor& groups,
     const Tensor& tail_tensor, int64_t capacity) {
     const Matrix tile = matrix(logits, "logits"), tail = matrix(tail_tensor, "tail");
-    const auto [rows, entries] = inputs_of(tile, hidden, weight);
-    const ScalarType wide = accumulation_dtype(tile.dtype);
-    for (const Tensor& each : {row_max, sum_exp, others.value_or(row_max), tail_tensor}) {
-        STD_TORCH_CHECK(each.scalar_type() == wide, "row_max, sum_exp, others and tail must be ",
-                        torch::headeronly::toString(wide));
-    }
+    STD_TORCH_CHECK(tail.dtype == accumulation_dtype(tile.dtype), "tail must be ",
+                    torch::headeronly::toString(accumulation_dtype(tile.dtype)));
     STD_TORCH_CHECK(tail.columns == tile.columns && tail.rows > 0, "tail must be (G, C) = (G, ",
                     tile.columns, "), got (", tail.rows, ", ", tail.columns, ")");
     STD_TORCH_CHECK(groups.scalar_type() == ScalarType::Long, "groups must be int64");
-    Tensor rescale = torch::stable::new_empty(row_max, {tile.rows}, wide);
-    Tensor dropped = torch::stable::new_empty(row_max, {tile.rows}, wide);
+    Tensor rescale = torch::stable::new_empty(row_max, {tile.rows});
+    Tensor dropped = torch::stable::new_empty(row_max, {tile.rows});
     std::tuple<Tensor, Tensor, Tensor> lists{rescale, rescale, rescale};
-    dispatch(tile.dtype, "logits", [&, rows = rows, entries = entries](auto element) {
+    dispatch(tile.dtype, "logits", [&](auto element) {
         using T = decltype(element);
         using R = Real<T>;
-        const Collector<T> collector{tile,
-                                     labels_of(labels, tile.rows, first_column),
-                                     Transform<R>(bias, tile.columns, logit_scale, softcap),
-                                     rows,
-                                     entries,
-                                     true,
-                                     true,
-                                     const_cast<R*>(per_row<R>(row_max, tile.rows, "row_max")),
-                                     const_cast<R*>(per_row<R>(sum_exp, tile.rows, "sum_exp")),
-                                     rescale.mutable_data_ptr<R>(),
-                                     others ? per_row<R>(*others, tile.rows, "others") : nullptr};
+        const auto collector =
+            collector_of<T>(tile, bias, labels, first_column, row_max, sum_exp, others, hidden,
+                            weight, logit_scale, softcap, true, true, rescale);
         const Compactor<T> compactor{collector,
                                      static_cast<R>(eps),
                                      static_cast<R>(share),
@@ -223,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_compact_online_(
             compactor.finish(first, task);
         });
         if (dense) {
-            dropped = torch::stable::new_empty(row_max, {0}, wide);
+            dropped = torch::stable::new_empty(row_max, {0});
         } else {
             add_tasks<T>(tasks, tail);
         }

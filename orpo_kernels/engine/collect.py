@@ -62,19 +62,14 @@ def _softmax_collect_(  # noqa: PLR0913 - as the schema
     online: bool,
     store: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    block_max, total, _ = softmax_stats(logits, bias, labels, first_column, logit_scale, softcap)
-    reference, known = row_max, sum_exp
-    if online:
-        reference = torch.maximum(row_max, block_max)
-        total = total * torch.exp(block_max - reference)
-        known = sum_exp * torch.exp(row_max - reference) + total
+    tile = (logits, bias, labels, first_column)
+    stats = softmax_stats(*tile, logit_scale, softcap)
+    reference, total, known = _known(stats, (row_max, sum_exp), others, online=online)
     rescale = torch.exp(row_max - reference)
-    if others is not None:
-        known = known + torch.exp((others - reference).clamp(max=60.0))
     limit = share * known
     counts, lists = [], []
     options = (logit_scale, softcap)
-    for i, j, e, slope in exponentials(logits, bias, labels, first_column, reference, *options):
+    for i, j, e, slope in exponentials(*tile, reference, *options):
         entry = e if slope is None else e * slope
         rows, columns = _large(entry, limit[i:j], most)
         values = entry[rows, columns]
@@ -122,11 +117,8 @@ def _softmax_compact_online_(  # noqa: PLR0913 - as the schema
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tile, options = (logits, bias, labels, first_column), (logit_scale, softcap)
-    block_max, total, _ = softmax_stats(*tile, *options)
-    reference = torch.maximum(row_max, block_max)
-    known = sum_exp * torch.exp(row_max - reference) + total * torch.exp(block_max - reference)
-    if others is not None:
-        known = known + torch.exp((others - reference).clamp(max=60.0))
+    stats = softmax_stats(*tile, *options)
+    reference, _, known = _known(stats, (row_max, sum_exp), others, online=True)
     counts = torch.zeros_like(groups)
     for i, j, e, slope in exponentials(*tile, reference, *options):
         entry = e if slope is None else e * slope
@@ -146,6 +138,25 @@ def _softmax_compact_online_(  # noqa: PLR0913 - as the schema
         dropped[rows] = rest.sum(1)
         tail.addmm_(shares[:, rows], rest)
     return *lists, dropped
+
+
+def _known(
+    stats: tuple[Tensor, Tensor, Tensor], sums: tuple[Tensor, Tensor], others: Tensor | None, *,
+    online: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of a tile's statistics and the sums before it: reference, the tile's sum, all that is known.
+
+    Not online the sums are final: the reference is theirs, and no sum of the tile is asked for.
+    """
+    block_max, total, _ = stats
+    reference, known = sums
+    if online:
+        reference = torch.maximum(reference, block_max)
+        total = total * torch.exp(block_max - reference)
+        known = known * torch.exp(sums[0] - reference) + total
+    if others is not None:
+        known = known + torch.exp((others - reference).clamp(max=60.0))
+    return reference, total, known
 
 
 def _large(entry: Tensor, limit: Tensor, most: int) -> tuple[Tensor, Tensor]:
