@@ -123,6 +123,11 @@ def accumulate(
     return kept + alpha * partial
 
 
+def rounded(entries: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Rounded to `dtype`, if one is given, in their own."""
+    return entries if dtype is None else entries.to(dtype).to(entries.dtype)
+
+
 class Compact(NamedTuple):
     """Entries of a tile split in two. `kept (R, C)` rounded, 0 elsewhere; `mask (R, C)`: which.
 
@@ -151,7 +156,7 @@ def softmax_compact(
     mask = torch.cat(
         [rows.any(0, keepdim=True).expand_as(rows) for rows in torch.split(over, block)]
     )
-    stored = entries if rounding is None else entries.to(rounding).to(entries.dtype)
+    stored = rounded(entries, rounding)
     dropped = (entries / total).masked_fill(mask, 0.0)
     tail = torch.stack([dropped[groups == group].sum(0) for group in range(GROUPS)])
     return Compact(stored.masked_fill(~mask, 0.0), mask, tail)
@@ -220,6 +225,7 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     block: int = 1,
     columns: int | None = None,
     rounding: torch.dtype | None = None,
+    head_mask: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -242,6 +248,8 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         columns: width of the blocks of the vocabulary where one look at the logits must do: a block
             goes by the labels' probabilities and those up to its own end. None: by all.
         rounding: dtype kept entries are rounded to, or None.
+        head_mask: (scored rows, V) bool: what `dweight` and `dbias` keep of each row, where that is
+            not what `dhidden` keeps; the tail stays.
         logit_scale: factor on the logits, positive.
         softcap: as in `linear_logps`.
         ignore_index: as in `linear_logps`.
@@ -260,17 +268,25 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         last = (torch.arange(p.shape[1]) // columns + 1).mul(columns).clamp(max=p.shape[1]) - 1
         others = p.masked_fill(is_label, 0.0)
         known = others.cumsum(1)[:, last] + (p - others).sum(1, keepdim=True)
+    entries = (p * slope).masked_fill(is_label, 0.0)
     sparse = sparse_softmax(
-        (p * slope).masked_fill(is_label, 0.0), group,
-        eps=eps, block=block, rounding=rounding, known=known,
+        entries, group, eps=eps, block=block, rounding=rounding, known=known,
     )  # fmt: skip
     dlogits = (
         torch.zeros_like(z).scatter_add(1, targets.clamp(min=0).t(), a.t()) - a.sum(0)[:, None] * p
     )
-    draw = (dlogits * slope).masked_fill(~is_label, 0.0)
-    draw = draw - a.sum(0)[:, None] * (sparse.kept + sparse.mass[:, None] * sparse.tail[group])
+    of_labels = (dlogits * slope).masked_fill(~is_label, 0.0)
+
+    def gradient_of(kept: Tensor) -> Tensor:
+        mass = (entries.sum(1) - kept.sum(1))[:, None]
+        return of_labels - a.sum(0)[:, None] * (kept + mass * sparse.tail[group])
+
+    draw = of_head = gradient_of(sparse.kept)
+    if head_mask is not None:
+        of_head = gradient_of(rounded(entries, rounding).masked_fill(~head_mask, 0.0))
     dhidden = torch.zeros_like(hidden).index_copy(0, rows, draw @ weight)
-    return SparseGradients(dhidden, draw.transpose(0, 1) @ hidden[rows], draw.sum(0), sparse)
+    dweight = of_head.transpose(0, 1) @ hidden[rows]
+    return SparseGradients(dhidden, dweight, of_head.sum(0), sparse)
 
 
 def linear_lse(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
-from orpo_kernels.constants import COMPACT_ROWS, IGNORE_INDEX
+from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.compact import (
     compact_matmul,
     compact_pack,
@@ -251,49 +251,31 @@ def _linear_logps(setting: Setting, variant: logps.Variant) -> Iterator[Figure]:
 
 
 def _definition(true: logps.Problem, groups: Tensor, *, in_slots: bool) -> dict[str, Tensor]:
-    """Its gradients: entries up to eps are replaced by their average over a group's rows.
+    """Its gradients, by entry; or of slots, in columns that one of 64 scored rows has over eps.
 
-    Of slots, entries of a column that one of 64 scored rows has over eps are not; in the gradient
-    of the head only those of a row that has one over eps in 64 columns.
+    In the gradient of the head, of slots, only a row that has one over eps in 64 columns keeps any.
     """
     leaves = {name: leaf.detach() for name, leaf in true.leaves.items()}
-    low_rank = (leaves["hidden_r"], leaves["weight_r"]) if "hidden_r" in leaves else None
-    raw = reference.logits(
-        leaves["hidden"], leaves["weight"], leaves.get("bias"), low_rank=low_rank
-    )
-    z, slope = reference.transform(raw, true.options["logit_scale"], true.options["softcap"])
-    target, is_label = torch.zeros_like(z), torch.zeros_like(z, dtype=torch.bool)
-    total, rows = z.new_zeros(z.shape[0]), torch.arange(z.shape[0])
-    for labels, a in zip(true.labels, true.coefficients, strict=True):
-        scored = labels != IGNORE_INDEX
-        at = (rows[scored], labels[scored])
-        target.index_put_(at, a[scored], accumulate=True)
-        is_label[at] = True
-        total += torch.where(scored, a, 0.0)
-    scored = is_label.any(1)
-    u = torch.softmax(z, 1) * slope * scored[:, None]
-    over = of_head = (u > EPS) & ~is_label
+    ranks = [name for name in ("hidden", "hidden_r") if name in leaves]
+    hidden = torch.cat([leaves[name] for name in ranks], 1)
+    weight = torch.cat([leaves[name.replace("hidden", "weight")] for name in ranks], 1)
+
+    def gradients(block: int, head_mask: Tensor | None = None) -> reference.SparseGradients:
+        return reference.sparse_gradients(
+            hidden, weight, true.labels, true.coefficients, leaves.get("bias"), eps=EPS,
+            groups=groups, block=block, head_mask=head_mask, **true.options,
+        )  # fmt: skip
+
+    found = gradients(1)
     if in_slots:
+        over = found.softmax.mask
         live = torch.nn.functional.pad(over, (0, -over.shape[1] % SEGMENT_COLUMNS))
-        live = live.view(len(u), -1, SEGMENT_COLUMNS).any(2)
-        over = over.index_put((scored.nonzero()[:, 0],), _shared_columns(over[scored]))
-        of_head = over & live.repeat_interleave(SEGMENT_COLUMNS, 1)[:, : over.shape[1]]
-    small = torch.where(over | is_label, 0.0, u)
-    means = torch.stack([small[groups == group].sum(0) for group in (0, 1)])
-    means /= means.sum(1, keepdim=True)
-
-    def dlogits(kept: Tensor) -> Tensor:
-        small = torch.where(kept | is_label, 0.0, u)
-        replaced = u - small + small.sum(1, keepdim=True) * means[groups]
-        return target * slope - total[:, None] * replaced
-
-    of_rows, of_columns = dlogits(over), dlogits(of_head)
-    gradients = {
-        "dhidden": of_rows @ leaves["weight"],
-        "dweight": of_columns.t() @ leaves["hidden"],
-        "dbias": of_columns.sum(0),
-    }
-    if low_rank is not None:
-        gradients["dhidden_r"] = of_rows @ low_rank[1]
-        gradients["dweight_r"] = of_columns.t() @ low_rank[0]
-    return gradients
+        live = live.view(len(over), -1, SEGMENT_COLUMNS).any(2)
+        live = live.repeat_interleave(SEGMENT_COLUMNS, 1)[:, : over.shape[1]]
+        found = gradients(COMPACT_ROWS, _shared_columns(over) & live)
+    widths = [leaves[name].shape[1] for name in ranks]
+    named = {"dbias": found.dbias}
+    parts = (torch.split(each, widths, 1) for each in (found.dhidden, found.dweight))
+    for name, of_rows, of_head in zip(ranks, *parts, strict=True):
+        named[f"d{name}"], named[f"d{name.replace('hidden', 'weight')}"] = of_rows, of_head
+    return named
