@@ -17,12 +17,6 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
-from orpo_kernels.engine.arguments import (
-    Options,
-    choose_compute_dtype,
-    refuse_forward_mode,
-    validate,
-)
 from orpo_kernels.engine.chunks import spans, workspace_budget
 from orpo_kernels.engine.exact import Forward
 from orpo_kernels.engine.folded import Folded
@@ -34,7 +28,6 @@ from orpo_kernels.engine.selection import (
     score,
     select,
 )
-from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.engine.tiles import accumulation_dtype
 from orpo_kernels.engine.weight_gradient import WeightGradient
 from orpo_kernels.linear_logps_backward import (
@@ -42,6 +35,13 @@ from orpo_kernels.linear_logps_backward import (
     empty_weight_gradients,
     linear_logps_dhidden_,
     refuse_second_derivatives,
+)
+from orpo_kernels.options import (
+    Certificate,
+    LogpsOptions,
+    choose_compute_dtype,
+    refuse_forward_mode,
+    validate_operands,
 )
 from orpo_kernels.sparse_logps import sparse_linear_logps
 
@@ -92,11 +92,12 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         when `labels` is one.
 
     Raises:
-        TypeError: not floating point (a quantised weight), or labels that are not integer.
+        TypeError: not floating point (a quantised weight), labels that are not integer, an option
+            of another type.
         ValueError: shapes that do not match, a label outside [0, V) (CPU tensors; on other devices
-            a device-side assertion), a workspace too small for one tile, a scale that is not
-            positive with gradient="sparse".
-        NotImplementedError: an unknown `gradient`; second or forward-mode derivatives.
+            a device-side assertion), an option out of range, a workspace too small for one tile, a
+            scale that is not positive with gradient="sparse".
+        NotImplementedError: second or forward-mode derivatives.
 
     Note:
         Never allocates (N, V). Unscored rows are dropped before any GEMM (choosing them syncs a GPU
@@ -105,7 +106,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     Source:
         arXiv 2403.07691, equation 1 (token log-probs); derivation in docs/mathematics.md.
     """
-    options = Options(
+    options = LogpsOptions(
         logit_scale, softcap, ignore_index, gradient, eps, tail_groups, compute_dtype,
         workspace_bytes, low_rank,
     )  # fmt: skip
@@ -117,13 +118,12 @@ def certified_logps(
     weight: Tensor,
     labels: Tensor | tuple[Tensor, Tensor],
     bias: Tensor | None,
-    options: Options,
+    options: LogpsOptions,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Certificate | None]:
     """`linear_logps`, and what its gradient leaves out: None if it is exact, or there is none."""
     label_sets = labels if isinstance(labels, tuple) else (labels,)
     low_rank = options.low_rank
-    validate(hidden, weight, label_sets, bias, low_rank)
-    options.validate(label_sets[0])
+    validate_operands(hidden, weight, label_sets, bias, options)
     refuse_forward_mode(hidden, weight, bias, *(low_rank or ()))
     device = weight.device
     moved = hidden.to(device)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
-from orpo_kernels.engine.arguments import Options
-from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.odds_ratio import odds_ratio_loss
+from orpo_kernels.options import Certificate, LogpsOptions
 from orpo_kernels.sequence_mean import sequence_mean
 
 NLL_REDUCTIONS = ("token", "pair")
@@ -127,7 +126,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         "sequence_ids": sequence_ids, "num_sequences": count,
         "num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs,
     }  # fmt: skip
-    scoring = Options(**{"tail_groups": tail_groups(labels, sequence_ids, count), **options})
+    scoring = LogpsOptions(**{"tail_groups": tail_groups(labels, sequence_ids, count), **options})
     if nll_labels is None or nll_labels is labels:
         token_logps, certificate = certified_logps(hidden, weight, labels, bias, scoring)
         output = orpo_loss_from_logps(cast(Tensor, token_logps), labels, **keywords)

@@ -58,25 +58,6 @@ _MAX_EXPONENT = 80.0  # exp of it is finite in float32
 _MANY_ROWS = 8192  # more than any chunk has
 
 
-class Certificate(NamedTuple):
-    """What the sparse gradient left out, over the scored rows. 0-dim float32 tensors, no graph.
-
-    Attributes:
-        kept_share: kept entries, of rows x vocabulary.
-        tail_mass: mean over rows of m_t, the probability mass given back by its average.
-        tail_mass_max: its maximum.
-        residual_rms: mean over rows of sqrt(eps m_t), a bound of the root of the sum of squares of
-            the probabilities that are not kept.
-        residual_rms_max: its maximum.
-    """
-
-    kept_share: Tensor
-    tail_mass: Tensor
-    tail_mass_max: Tensor
-    residual_rms: Tensor
-    residual_rms_max: Tensor
-
-
 class Sizing(NamedTuple):
     """How the budget is divided: nothing here depends on which rows are scored, it can be traced.
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.engine import arguments
 from orpo_kernels.engine.mean_logits import mean_logits
-from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.integrations.head import Head, HeadTerms, LogitTransform
 from orpo_kernels.integrations.selfcheck import SelfCheck
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import ORPOLoss, tail_groups
+from orpo_kernels.options import Certificate, LogpsOptions
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -116,7 +115,7 @@ class HeadCall:
         compute_dtype: torch.dtype | None,
         groups: Tensor | None,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Certificate | None]:
-        options = arguments.Options(
+        options = LogpsOptions(
             low_rank=terms.low_rank,
             gradient=self._options.gradient,
             eps=self._options.eps,

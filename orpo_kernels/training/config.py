@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
-from orpo_kernels.engine.arguments import GRADIENTS
 from orpo_kernels.loss import PRESETS
+from orpo_kernels.options import GRADIENTS
 
 DEFAULT_MAX_LENGTH = 512
 """What `max_length=None` means in TRL, and here."""

@@ -7,10 +7,10 @@ import torch
 
 from orpo_kernels import linear_logps
 from orpo_kernels.engine import sparse
-from orpo_kernels.engine.arguments import Options
 from orpo_kernels.engine.chunks import Sizes, plan_backward
 from orpo_kernels.engine.guard import DensityGuard
 from orpo_kernels.linear_logps import certified_logps
+from orpo_kernels.options import LogpsOptions
 from tests.engine.test_chunks import BUDGETS, CPU, CUDA, HEADS, sizes
 from tests.sparse import sparse_gradients
 
@@ -64,7 +64,7 @@ def test_adversarial_rows(name, blocks, dtype, monkeypatch):
     N = len(hidden)
     labels, a = torch.ones(N, dtype=torch.int64), torch.randn(N, dtype=torch.float64)
     groups = torch.arange(N) % 2
-    options = Options(gradient="sparse", eps=EPS, tail_groups=groups)
+    options = LogpsOptions(gradient="sparse", eps=EPS, tail_groups=groups)
     logps, certificate = certified_logps(hidden, weight, labels, None, options)
     found = torch.autograd.grad((logps * a.to(logps.dtype)).sum(), (hidden, weight))
     inputs = {"hidden": hidden, "weight": weight}
@@ -90,7 +90,7 @@ def test_adversarial_rows(name, blocks, dtype, monkeypatch):
 def test_the_label_counts_from_the_first_block():
     # A confident token: nothing but the label is over eps, in no block, whatever came before.
     hidden = (spikes(599) * 3)[None].float().requires_grad_()
-    options = Options(gradient="sparse")
+    options = LogpsOptions(gradient="sparse")
     label = torch.tensor([599])
     _, certificate = certified_logps(hidden, torch.eye(V), label, None, options)
     assert certificate.kept_share == 0

@@ -356,7 +356,7 @@ def _arguments(**changes):
         ({"softcap": float("inf")}, ValueError, "softcap must be positive and finite"),
         ({"labels": [torch.zeros(2, 3).long()] * 2}, TypeError, "a tuple of two, got list"),
         ({"weight": torch.randn(9, 4).to(torch.float8_e4m3fn)}, TypeError, "16 to 64 bits"),
-        ({"gradient": "psychic"}, NotImplementedError, "gradient='psychic'"),
+        ({"gradient": "sparce"}, ValueError, "gradient must be one of .*; did you mean 'sparse'"),
         ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be floating"),
         ({"workspace_bytes": 100}, ValueError, "raise workspace_bytes"),
         ({"low_rank": (torch.randn(2, 3, 2), torch.randn(9, 3))}, ValueError, "low_rank must be"),

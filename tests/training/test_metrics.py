@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from orpo_kernels.engine.sparse import Certificate
 from orpo_kernels.loss import orpo_loss_from_logps
+from orpo_kernels.options import Certificate
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from tests.training.runs import make
 

@@ -12,9 +12,9 @@ import torch
 
 from orpo_kernels import orpo_loss, reference, sparse_logps
 from orpo_kernels.engine import segments, selection, slots, sparse, sparse_weight
-from orpo_kernels.engine.arguments import Options
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import orpo_loss_from_logps
+from orpo_kernels.options import LogpsOptions
 from tests.kernels.interpreted.engine import as_on_a_gpu
 from tests.kernels.interpreted.plugin import launches
 
@@ -74,7 +74,7 @@ def problem(case, monkeypatch):
 
 def run(case, given):
     """Log-probs, certificate, and gradients by name."""
-    options = Options(
+    options = LogpsOptions(
         case.scale, case.softcap, gradient="sparse", eps=EPS, tail_groups=given.groups,
         workspace_bytes=case.workspace,
     )  # fmt: skip
