@@ -275,18 +275,5 @@ class LabelTerms(NamedTuple):
     second: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def top1_hits(statistics: Tensor) -> Tensor:
-    """Whether no token has a larger logit than the first label, (M,) bool, of scored rows.
-
-    `z_y - m = logp_y - log e^(m - lse)`, up to the rounding of the logarithms: nearer is a tie, and
-    a tie is a hit. m leaves out a second label; its log-prob, 0 without one, is compared as well.
-    """
-    top, beside, first_logp, second_logp = statistics[1:5].unbind(0)
-    reach = first_logp + 4 * torch.finfo(statistics.dtype).eps * (1.0 - first_logp)
-    # A second label that has all the mass has a log-prob of 0, too, and leaves none to the others.
-    alone = (second_logp == 0) & (beside + torch.exp(first_logp) > 0.5)
-    return torch.logical_and(reach >= torch.log(top), alone | (reach >= second_logp))
-
-
 def _dots(hidden: Tensor, label_rows: Tensor) -> Tensor:
     return (hidden.to(label_rows.dtype) * label_rows).sum(1)

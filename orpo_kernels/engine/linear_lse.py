@@ -8,7 +8,7 @@
 As `softmax_stats` over all V columns, of logits that are never there: on a GPU with tensor cores a
 Triton GEMM (`kernels/linear_lse.py`); elsewhere, and for float64, this file's plain torch, a tile
 at a time. `hidden` (R, H) and `weight` (V, H) are of one dtype, `labels` (K, R) int64, -1 where a
-row has none. A top-1 hit is `label logit >= max`; the mean logit is the sum over V.
+row has none. The mean logit is the sum over V.
 """
 
 import torch
