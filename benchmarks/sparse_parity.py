@@ -42,10 +42,10 @@ from benchmarks import machine
 from benchmarks.results import FOLDER
 from examples import tiny_base
 from examples.demo import CONFIG, KNOWN
+from examples.synthetic import preference_pairs, write_jsonl
 from orpo_kernels import cli
 from orpo_kernels.engine import sparse
 from orpo_kernels.training.report import METRICS_FILE, named_histories, read_metrics
-from orpo_kernels.training.synthetic import preference_pairs, write_jsonl
 
 FILE = "sparse-parity.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "sparse-parity.png"

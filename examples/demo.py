@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     cli.quiet()  # before these imports, which are slow and talkative
     from examples import tiny_base
-    from orpo_kernels.training.synthetic import FAULTS, preference_pairs, write_jsonl
+    from examples.synthetic import FAULTS, preference_pairs, write_jsonl
 
     # The matrices are small: more threads would wait for each other, not work.
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // 2)))

@@ -104,7 +104,7 @@ def _report(words: Sequence[str]) -> int:
 
 def _estimate(words: Sequence[str]) -> int:
     try:
-        from orpo_kernels import estimate_table
+        from orpo_kernels.training import estimate_table
 
         return estimate_table.main(words)
     except ImportError as error:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from examples import tiny_base
+from examples.synthetic import preference_pairs, write_jsonl
 from orpo_kernels import __version__, cli
 from orpo_kernels.training import launch, options, report, sources
-from orpo_kernels.training.synthetic import preference_pairs, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(

@@ -19,7 +19,7 @@ from orpo_kernels.estimate import (
     estimate_memory,
     longest_that_fits,
 )
-from orpo_kernels.estimate_table import load_config
+from orpo_kernels.training.estimate_table import load_config
 
 T = 256
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from orpo_kernels.training.synthetic import (
+from examples.synthetic import (
     CATEGORIES,
     FAULTS,
     preference_pairs,

@@ -1,4 +1,4 @@
-"""Preference pairs the package writes itself: seeded, licence-free, and checkable by a program.
+"""Preference pairs for the demo: made by a program, seeded, licence-free, checkable by a program.
 
 A task is one question with a known answer ("What is 17 plus 5?", "22"). A pair renders it twice:
 the chosen answer is right, polite and to the point; the rejected one has one of three faults:
