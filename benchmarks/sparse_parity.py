@@ -44,7 +44,7 @@ from examples import tiny_base
 from examples.demo import CONFIG, KNOWN
 from examples.synthetic import preference_pairs, write_jsonl
 from orpo_kernels import cli
-from orpo_kernels.engine import sparse
+from orpo_kernels.engine.sparse import plan
 from orpo_kernels.training.report import METRICS_FILE, named_histories, read_metrics
 
 FILE = "sparse-parity.json"
@@ -119,9 +119,9 @@ def runs(out: Path) -> Iterator[tuple[str, str, int, Path]]:
 def every_tile_compacted() -> Iterator[None]:
     """Lifts the limit on the density of a tile, and makes room for what is kept."""
     with (
-        mock.patch.object(sparse, "live_share", return_value=1.0),
-        mock.patch.object(sparse, "_STORE_SHARE", 2),
-        mock.patch.object(sparse, "_STORE_ROW_BYTES_CPU", 2**15),
+        mock.patch.object(plan, "live_share", return_value=1.0),
+        mock.patch.object(plan, "_LIST_SHARE", 2),
+        mock.patch.object(plan, "_LIST_ROW_BYTES", 2**15),
     ):
         yield
 

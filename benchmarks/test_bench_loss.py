@@ -33,7 +33,7 @@ from benchmarks.memory import measure_peak_cuda, peak_in_child
 from benchmarks.steps import Step
 from benchmarks.truth import errors, judge
 from benchmarks.workloads import Workload, softmax_rows, sparsity
-from orpo_kernels.engine.native import cpu_backend
+from orpo_kernels.engine.tiles.native import cpu_backend
 
 PLAN = planned(settings.plan())
 MAIN_HEADS = {"cpu": "cpu", "cuda": "llama-3-8b"}

@@ -27,12 +27,6 @@ ORPO_CLONES void combine(const R* x, R a, const R* y, R b, int64_t n, T* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = narrow_one<T>(a * x[i] + b * y[i]);
 }
 
-template <class R>
-ORPO_CLONES void add_scaled(const R* x, int64_t n, R factor, R* sums) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sums[i] += factor * x[i];
-}
-
 // Compressed rows, in the bytes of a store.
 template <class R>
 struct Item {
@@ -94,24 +88,17 @@ struct ByColumn {
     }
 };
 
-// The tail by column: sums (G, C) and the row of each group (G, W).
+// The tail by column: sums (G, C) and the row of each group (G, W), G = 1 or 2.
 template <class R>
 struct Tail {
     Matrix sums, rows;
 
-    // The first two groups, usually all there are.
     template <class T>
     void write(int64_t column, int64_t n, T* out) const {
         const int64_t last = std::min<int64_t>(1, sums.rows - 1);
         const R b = last == 0 ? R(0) : sums.row<const R>(1)[column];
         combine(rows.row<const R>(0), sums.row<const R>(0)[column], rows.row<const R>(last), b, n,
                 out);
-    }
-
-    void add_others(int64_t column, int64_t n, R* out) const {
-        for (int64_t g = 2; g < sums.rows; ++g) {
-            add_scaled(rows.row<const R>(g), n, sums.row<const R>(g)[column], out);
-        }
     }
 };
 
@@ -130,13 +117,12 @@ void add_entries(const Matrix& block, const ByColumn<R>& entries, const Matrix& 
                     const int64_t first = entries.starts[c], last = entries.starts[c + 1];
                     if (!tail && first == last) continue;
                     Out* out = block.row<Out>(c);
-                    if (tail && first == last && tail->sums.rows <= 2) {
+                    if (tail && first == last) {
                         tail->write(c, n, out);
                         continue;
                     }
                     if (tail) {
                         tail->write(c, n, sums.data());
-                        tail->add_others(c, n, sums.data());
                     } else {
                         widen_all(out, n, sums.data());
                     }
@@ -164,13 +150,14 @@ void run(const Matrix& block, const Tensor& store, const Tensor& table, int64_t 
     std::optional<Tail<R>> tails;
     if (tail) {
         tails = Tail<R>{matrix(*tail, "tail"), matrix(*tail_rows, "tail_rows")};
-        STD_TORCH_CHECK(tails->sums.rows == tails->rows.rows && tails->sums.rows > 0 &&
+        STD_TORCH_CHECK(tails->sums.rows == tails->rows.rows &&
+                            (tails->sums.rows == 1 || tails->sums.rows == 2) &&
                             tails->sums.columns == block.rows &&
                             tails->rows.columns == block.columns &&
                             tail->scalar_type() == coefficients.scalar_type() &&
                             tail_rows->scalar_type() == coefficients.scalar_type(),
-                        "tail must be (G, C) and tail_rows (G, W) of block (C, W) = (", block.rows,
-                        ", ", block.columns, "), in the dtype of the coefficients");
+                        "tail must be (G, C) and tail_rows (G, W), G = 1 or 2, of block (C, W) = (",
+                        block.rows, ", ", block.columns, "), in the dtype of the coefficients");
     }
     add_entries(block, entries, hidden, tails);
 }

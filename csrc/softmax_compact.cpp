@@ -174,8 +174,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_compact_online_(
     const Matrix tile = matrix(logits, "logits"), tail = matrix(tail_tensor, "tail");
     STD_TORCH_CHECK(tail.dtype == accumulation_dtype(tile.dtype), "tail must be ",
                     torch::headeronly::toString(accumulation_dtype(tile.dtype)));
-    STD_TORCH_CHECK(tail.columns == tile.columns && tail.rows > 0, "tail must be (G, C) = (G, ",
-                    tile.columns, "), got (", tail.rows, ", ", tail.columns, ")");
+    STD_TORCH_CHECK(tail.columns == tile.columns && (tail.rows == 1 || tail.rows == 2),
+                    "tail must be (G, C) = (1 or 2, ", tile.columns, "), got (", tail.rows, ", ",
+                    tail.columns, ")");
     STD_TORCH_CHECK(groups.scalar_type() == ScalarType::Long, "groups must be int64");
     Tensor rescale = torch::stable::new_empty(row_max, {tile.rows});
     Tensor dropped = torch::stable::new_empty(row_max, {tile.rows});

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from orpo_kernels import PRESETS, ORPOLoss, linear_logps, orpo_loss, reference
-from orpo_kernels.engine import sparse
+from orpo_kernels.engine.sparse import plan
 from orpo_kernels.loss import count_terms, orpo_loss_from_logps
 
 P, T, H, V = 3, 11, 16, 50  # three pairs: one may be empty, two remain
@@ -236,7 +236,7 @@ def test_compiles():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("two_sets", [False, True])
 def test_sparse_averages_chosen_and_rejected_apart(two_sets, packed, monkeypatch):
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)  # a toy head is flat
+    monkeypatch.setattr(plan, "live_share", lambda device: 1.0)  # a toy head is flat
     hidden, weight, labels = batch()
     nll_labels = other_labels(labels) if two_sets else None
     options = {"gradient": "sparse", "eps": 0.02}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from orpo_kernels import loss, odds_ratio, selftest
 from orpo_kernels import sequence_mean as sequence_mean_module
-from orpo_kernels.engine import compact, exact, selection, weight_gradient
-from orpo_kernels.engine.linear_lse import linear_lse
-from orpo_kernels.engine.tiles import OPERATIONS, csr_matmul_, softmax_collect_
+from orpo_kernels.engine import operands, tile_loop
+from orpo_kernels.engine.tiles import NATIVE, csr_matmul_, linear_lse, softmax_collect_
 from orpo_kernels.selftest import Check, SelfTestReport, logps
 from orpo_kernels.selftest.figures import EPS32, Setting, like_torch, rounded_once
 from tests.csrc.forms import plain
@@ -57,19 +56,21 @@ def test_passes_here(passed: SelfTestReport) -> None:
     assert passed.advice == ()
     assert {check.dtype for check in passed.checks} == {"float32", "bfloat16", "float16"}
     assert passed.environment["device"].startswith("cpu")
-    assert set(passed.backends) == {*OPERATIONS, *compact.OPERATIONS}
+    assert set(passed.backends) == set(NATIVE)
     assert passed.backends["softmax_stats"] in ("c++", "plain torch")
 
 
 def test_covers_every_registered_operation(passed: SelfTestReport) -> None:
     # A backward is checked with its forward.
     parts = {
-        "linear_logps_dhidden_", "linear_logps_dweight", "sparse_linear_logps_dweight",
-        "odds_ratio_backward",
+        "linear_logps_hidden_gradient_", "linear_logps_exact_dweight",
+        "linear_logps_sparse_dweight", "odds_ratio_backward",
     }  # fmt: skip
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("orpo_kernels::")}
-    assert registered - parts <= {check.op for check in passed.checks}
+    checked = {check.op for check in passed.checks}
+    assert "linear_logps" in checked
+    assert registered - parts <= checked | {"linear_logps_exact"}  # by its public name
 
 
 def test_text_has_every_figure_in_a_column_of_its_own(passed: SelfTestReport) -> None:
@@ -280,9 +281,9 @@ def test_finds_a_race() -> None:
 
 
 def test_finds_a_wrong_label_gradient(monkeypatch: MonkeyPatch) -> None:
-    right = weight_gradient.label_shares
+    right = operands.Statistics.label_shares
     monkeypatch.setattr(
-        weight_gradient, "label_shares", lambda *given: [1.02 * x for x in right(*given)]
+        operands.Statistics, "label_shares", lambda *given: [1.02 * x for x in right(*given)]
     )
     failed = run("linear_logps", "softmax_grad_")
     assert {check.op for check in failed} == {"linear_logps"}
@@ -292,11 +293,11 @@ def test_finds_a_wrong_label_gradient(monkeypatch: MonkeyPatch) -> None:
 
 
 def test_finds_blocks_that_do_not_fit_together(monkeypatch: MonkeyPatch) -> None:
-    def without_rescaling(self: Any, accumulator: Tensor, _: Tensor, *rest: Tensor) -> None:
-        right(self, accumulator, torch.ones(accumulator.shape[0]), *rest)
+    def without_rescaling(accumulator: Tensor, _: Tensor, *rest: Tensor) -> None:
+        right(accumulator, torch.ones(accumulator.shape[0]), *rest)
 
-    right = exact.Forward._accumulate
-    monkeypatch.setattr(exact.Forward, "_accumulate", without_rescaling)
+    right = tile_loop.accumulate_product_
+    monkeypatch.setattr(tile_loop, "accumulate_product_", without_rescaling)
     failed = run("linear_logps")
     assert failed
     assert all("blocks" in check.case for check in failed)
@@ -306,8 +307,8 @@ def test_finds_a_lost_second_label_set(monkeypatch: MonkeyPatch) -> None:
     def first_only(self: Any, dlogps: Tensor) -> Any:
         return right(self, dlogps * torch.tensor([1.0, 0.0])[: dlogps.shape[0], None])
 
-    right = selection.Scored.coefficients
-    monkeypatch.setattr(selection.Scored, "coefficients", first_only)
+    right = operands.Scored.coefficients
+    monkeypatch.setattr(operands.Scored, "coefficients", first_only)
     failed = run("linear_logps")
     assert {check.case for check in failed} == {"two label sets", "all of it, in blocks"}
 
@@ -316,8 +317,8 @@ def test_finds_gemms_in_too_few_bits(monkeypatch: MonkeyPatch) -> None:
     def bf16(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return right(out, a.bfloat16().to(a.dtype), b.bfloat16().to(b.dtype))
 
-    right = exact.matmul_into
-    monkeypatch.setattr(exact, "matmul_into", bf16)
+    right = tile_loop.matmul_into
+    monkeypatch.setattr(tile_loop, "matmul_into", bf16)
     failed = run("linear_logps")
     # fp16 rounds nearly as much by itself.
     assert {check.dtype for check in failed} == {"float32"}

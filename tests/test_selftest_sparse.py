@@ -9,25 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine import sparse, sparse_weight
-from orpo_kernels.engine.compact import (
-    compact_matmul,
-    compact_pack,
-    softmax_compact,
-)
+from orpo_kernels.engine.sparse import tail
+from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
 from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
+from orpo_kernels.engine.tiles.compact import pack_entries
+from orpo_kernels.selftest import sparse
 from tests.csrc.forms import plain
 from tests.test_selftest import kernel, run
 
 
-def _drops_what_is_live(*arguments: Any) -> Any:
-    return plain(softmax_compact, *arguments[:6], 2 * arguments[6], *arguments[7:])
-
-
 def _loses_a_row_of_the_tail(*arguments: Any) -> Any:
-    groups = arguments[9].clone()
+    groups = arguments[14].clone()
     groups[3] = -1
-    return plain(softmax_compact, *arguments[:9], groups, *arguments[10:])
+    return plain(softmax_compact_online_, *arguments[:14], groups, *arguments[15:])
 
 
 def _drops_more(*arguments: Any) -> Any:
@@ -42,16 +36,6 @@ def _refuses_nothing(*arguments: Any) -> Any:
     return plain(softmax_compact_online_, *arguments[:16], 10**6)
 
 
-def _adds_twice(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> None:
-    for _ in range(2):
-        plain(compact_matmul, accumulator, kept, weight)
-
-
-def _never_refuses(kept: list[Tensor], store: Tensor, table: Tensor, item: int) -> None:
-    plain(compact_pack, kept, store, table, item)
-    table[item, 1].clamp_(min=0)
-
-
 def _forgets_the_first_column(*arguments: Any) -> None:
     plain(compact_weight_gradient, *arguments[:4], 0, *arguments[5:])
 
@@ -59,13 +43,10 @@ def _forgets_the_first_column(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "function", "cases"),
     [
-        ("softmax_compact", _drops_what_is_live, 9),
-        ("softmax_compact", _loses_a_row_of_the_tail, 9),
         ("softmax_compact_online_", _drops_more, 9),
         ("softmax_compact_online_", _mixes_the_groups, 9),
+        ("softmax_compact_online_", _loses_a_row_of_the_tail, 9),
         ("softmax_compact_online_", _refuses_nothing, 9),
-        ("compact_matmul", _adds_twice, 3),
-        ("compact_pack", _never_refuses, 3),
         ("compact_weight_gradient", _forgets_the_first_column, 3),
     ],
 )
@@ -76,21 +57,30 @@ def test_finds_a_wrong_kernel(name: str, function: Callable[..., Any], cases: in
     assert all("is off by" in check.message for check in failed)
 
 
+def test_finds_a_store_that_never_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(entries: Any, store: Tensor, table: Tensor, item: int) -> None:
+        pack_entries(entries, store, table, item)
+        table[item, 1].clamp_(min=0)
+
+    monkeypatch.setattr(sparse, "pack_entries", never)
+    assert [check.op for check in run("pack_entries")] == ["pack_entries"] * 3
+
+
 def test_finds_a_tail_that_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = sparse.Tail.product
-    monkeypatch.setattr(sparse.Tail, "product", lambda *given: torch.zeros_like(right(*given)))
-    failed = run("sparse_linear_logps", "softmax_compact", "linear_logps")
-    assert {check.op for check in failed} == {"sparse_linear_logps"}
+    right = tail.Tail.product
+    monkeypatch.setattr(tail.Tail, "product", lambda *given: torch.zeros_like(right(*given)))
+    failed = run("linear_logps_sparse", "softmax_compact_online_", "linear_logps")
+    assert {check.op for check in failed} == {"linear_logps_sparse"}
     assert len(failed) == 9
     assert all("dhidden" in check.message for check in failed)
 
 
 def test_finds_one_tail_for_both_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    def together(self: Any, *given: Any) -> Tensor:
-        rows = right(self, *given)
+    def together(*given: Any) -> Tensor:
+        rows = right(*given)
         return rows.sum(0, keepdim=True).expand_as(rows)
 
-    right = sparse_weight.SparseWeightGradient._tail_rows
-    monkeypatch.setattr(sparse_weight.SparseWeightGradient, "_tail_rows", together)
-    failed = run("sparse_linear_logps")
+    right = sparse_weight.tail_rows
+    monkeypatch.setattr(sparse_weight, "tail_rows", together)
+    failed = run("linear_logps_sparse")
     assert {check.case for check in failed} == {"trainable head", "all of it"}

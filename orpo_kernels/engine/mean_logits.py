@@ -9,16 +9,10 @@ computed in tiles and summed while they are there, one pass of work, in the work
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.chunks import (
-    Columns,
-    Rows,
-    matmul_into,
-    plan_forward,
-    row_pitch,
-    spans,
-    workspace_budget,
-)
-from orpo_kernels.engine.selection import flat_rows, problem_sizes
+from orpo_kernels.engine.budget import plan_forward, spans
+from orpo_kernels.engine.gemm import matmul_into, tile_of
+from orpo_kernels.engine.operands import Head, Rows, flat_rows
+from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.tiles import softmax_stats
 
 _BLOCK_ELEMENTS = 2**20
@@ -76,26 +70,26 @@ def _capped(
     workspace_bytes: int | None,
 ) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    count = hidden.shape[0] * hidden.shape[1]
-    sizes = problem_sizes(count, (hidden, None), (weight, None), 1, dtype)
-    plan = plan_forward(
-        sizes, workspace_budget(workspace_bytes, weight.device), with_gradient=False
+    transform, count = Transform(logit_scale, softcap), hidden.shape[0] * hidden.shape[1]
+    nothing = torch.full((1, count), -1, device=weight.device)  # no label is left out of a sum
+    problem = Problem(
+        hidden, weight, nothing, bias, None, None, transform, -1, dtype, workspace_bytes, False
     )
-    flat = flat_rows(hidden)
+    sizes, flat = problem.sizes(count), flat_rows(hidden)
+    plan = plan_forward(sizes, problem.budget, with_gradient=False)
     index = None if flat.ndim == 2 else torch.arange(count, device=flat.device)
-    rows, columns = Rows((flat,), index, dtype), Columns((weight,), dtype)
-    pitch = row_pitch(plan.columns, sizes.device)
-    buffer = hidden.new_empty((plan.rows, pitch), dtype=sizes.product_dtype)
-    no_labels = torch.full((1, plan.rows), -1, device=sizes.device)
+    rows, head = Rows((flat,), index, dtype), Head((weight,), bias, transform, dtype)
+    pitch = sizes.pitch(plan.columns)
+    buffer = hidden.new_empty(plan.rows * pitch, dtype=sizes.product_dtype)
     sums = hidden.new_zeros(count, dtype=torch.float32)
     for start, stop in spans(count, plan.rows):
         chunk = rows.take(start, stop)
         for v0, v1 in spans(sizes.vocabulary, plan.columns):
-            tile = buffer[: stop - start, : v1 - v0]
-            matmul_into(tile, chunk, columns.block(v0, v1).t())
+            tile = tile_of(buffer, stop - start, v1 - v0, pitch)
+            matmul_into(tile, chunk, head.block(v0, v1).t())
             _, _, logit_sum = softmax_stats(
-                tile, None if bias is None else bias[v0:v1], no_labels[:, : stop - start], v0,
-                logit_scale, softcap, with_logit_sum=True,
+                tile, head.block_bias(v0, v1), nothing[:, start:stop], v0, *transform,
+                with_logit_sum=True,
             )  # fmt: skip
             sums[start:stop] += logit_sum
     return sums.view(hidden.shape[:2]).sum(1) / (hidden.shape[1] * sizes.vocabulary)

@@ -12,7 +12,7 @@
                   on (`FASTER_ON`)
 
 A pass is a GEMM of 2 N V H FLOP, forward and backward together. The sizes of chunks and blocks are
-those of `chunks.py`. The first time a decision is taken it is logged by the logger "orpo_kernels"
+those of `budget.py`. The first time a decision is taken it is logged by the logger "orpo_kernels"
 at level DEBUG; `explain` gives it without a run.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orpo_kernels.engine.chunks import (
+from orpo_kernels.engine.budget import (
     Plan,
     Sizes,
     kept_rows,
@@ -31,9 +31,9 @@ from orpo_kernels.engine.chunks import (
     plan_kept,
     workspace_budget,
 )
-from orpo_kernels.engine.slots import takes_slots
-from orpo_kernels.engine.sparse import Sizing, even_plan, sizing
-from orpo_kernels.kernels import DTYPES, gpu_backend, has_tensor_cores
+from orpo_kernels.engine.gemm import gemm_widens
+from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
+from orpo_kernels.kernels import has_tensor_cores, runs_triton
 
 FASTER_ON: frozenset[str] = frozenset()
 """Device classes where `linear_lse` was measured faster than a GEMM and `softmax_stats`: none."""
@@ -100,7 +100,6 @@ def choose(
     needs_dhidden: bool,
     needs_dweight: bool,
     kept: int = 0,
-    in_rows: bool = True,
 ) -> Decision:
     """The strategy of a call, and its shapes.
 
@@ -110,7 +109,6 @@ def choose(
         needs_dhidden: whether hidden, or its low-rank part, needs a gradient.
         needs_dweight: whether the head needs one.
         kept: rows that E was allocated for (`keeps`), 0 for none.
-        in_rows: whether the columns of the head's rows are adjacent, as `linear_lse` needs them.
 
     Returns:
         The decision.
@@ -132,24 +130,28 @@ def choose(
         passes, strategy = passes + 1, "recompute" if needs_dweight else "two passes"
         plan = plan_forward(sizes, budget, with_gradient=True)
         return _decided(strategy, sizes, plan, passes, backward, budget, "hidden needs a gradient")
-    plan, reason = _without_gradient(sizes, budget, in_rows=in_rows)
+    plan, reason = _without_gradient(sizes, budget)
     strategy = "linear_lse" if reason else strategy
     return _decided(
         strategy, sizes, plan, passes, backward, budget, reason or "a tile of logits fits"
     )
 
 
-def choose_sparse(sizes: Sizes, sized: Sizing, budget: int, *, needs_dweight: bool) -> Decision:
-    """What a sparse call does: nothing is left to choose but its shapes, and these are `sized`."""
-    backward, reason = 0, "kept entries are slots of 64 rows" if sized.slots else "lists of entries"
-    if needs_dweight:
-        reserved = sized.reserved_bytes
-        plan = plan_backward(sizes, budget, sizes.hidden_columns, recompute=True, reserved=reserved)
-        backward = plan.workspace_bytes
-        reason += f", {sized.store_bytes / 2**20:.2f} MiB of them kept for the backward"
-    plan = even_plan(sized.plan, sizes.rows)
-    reason += "; dense tiles go the exact way"
-    return _decided("sparse", sizes, plan, 1, backward, budget, reason)
+def describe_sparse(sizes: Sizes, plan: SparsePlan, budget: int, *, trainable: bool) -> Decision:
+    """What a sparse call does: nothing is left to choose but its shapes, and these are `plan`'s."""
+    backward = 0
+    if plan.slots:
+        reason = "kept entries are slots of 64 rows"
+    else:
+        reason = "kept entries are lists, dense tiles go the exact way"
+    if trainable:
+        reserved = plan.reserved_bytes
+        gradient = plan_backward(
+            sizes, budget, sizes.hidden_columns, recompute=True, reserved=reserved
+        )
+        backward = gradient.workspace_bytes
+        reason += f"; {plan.store_bytes / 2**20:.2f} MiB of them kept for the backward"
+    return _decided("sparse", sizes, plan.tile.even(sizes.rows), 1, backward, budget, reason)
 
 
 def says_why() -> bool:
@@ -191,12 +193,15 @@ def explain(  # noqa: PLR0913 - the public signature
         ValueError: the budget is too small.
     """
     device = torch.device(device)
-    sizes = Sizes(rows, vocabulary, hidden_columns, label_sets, dtype, False, device)
+    sizes = Sizes(
+        rows, vocabulary, hidden_columns, label_sets, dtype, False, device,
+        gemm_widens(device, dtype), runs_triton(device, dtype),
+    )  # fmt: skip
     budget = workspace_budget(workspace_bytes, device)
     if gradient == "sparse" and (needs_dhidden or needs_dweight):
-        slots = takes_slots(sizes, ())
-        sized = sizing(sizes, 2, budget, trainable=needs_dweight, slots=slots)
-        return choose_sparse(sizes, sized, budget, needs_dweight=needs_dweight)
+        slots = takes_slots(sizes)
+        plan = plan_sparse(sizes, 2, budget, trainable=needs_dweight, slots=slots)
+        return describe_sparse(sizes, plan, budget, trainable=needs_dweight)
     keep = keeps(sizes, rows, budget, needs_dweight=needs_dweight)
     return choose(
         sizes, budget, needs_dhidden=needs_dhidden, needs_dweight=needs_dweight,
@@ -204,13 +209,10 @@ def explain(  # noqa: PLR0913 - the public signature
     )  # fmt: skip
 
 
-def _without_gradient(sizes: Sizes, budget: int, *, in_rows: bool) -> tuple[Plan, str]:
+def _without_gradient(sizes: Sizes, budget: int) -> tuple[Plan, str]:
     """Plan of a forward without a gradient, and why it is `linear_lse`'s, or ""."""
     card = device_class(sizes.device)
-    possible = (
-        in_rows and card == "cuda sm_80+" and sizes.compute_dtype in DTYPES
-        and gpu_backend() == "triton"
-    )  # fmt: skip
+    possible = card == "cuda sm_80+" and sizes.on_triton
     if possible and card in FASTER_ON:
         return _plan_linear_lse(sizes, budget), f"measured faster on {card}"
     try:

@@ -6,221 +6,221 @@ A block of dW is the sum of one GEMM per row chunk, in float32, rounded once. On
 chunk has all rows, its GEMM writes the block of dW itself.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.chunks import (
-    Plan,
-    Rows,
-    Sizes,
-    largest_magnitude,
-    matmul_into,
-    plan_backward,
-    plan_direct,
-    row_pitch,
-    shaped,
-    spans,
-    tile_of,
-)
-from orpo_kernels.engine.collect import LARGE, MOST, restore
-from orpo_kernels.engine.exact import Coefficients, Head, Labels
+from orpo_kernels.constants import LARGE, MOST_LARGE
+from orpo_kernels.engine.budget import Plan, plan_backward, plan_direct, spans
+from orpo_kernels.engine.gemm import matmul_into, tile_of
+from orpo_kernels.engine.operands import Coefficients, Operands, Statistics
 from orpo_kernels.engine.tiles import accumulate_, column_sums, softmax_collect_, softmax_grad_
+from orpo_kernels.engine.tiles.collect import Entries, restore_
+from orpo_kernels.engine.tiles.plain import add_at_
+
+Span = tuple[int, int]
 
 
-def label_shares(statistics: Tensor, a: Coefficients) -> list[Tensor]:
-    """What multiplies h in dW[label], (M,) per label set: `d (a (1 - p) - a_other p)`."""
-    _, _, _, first_logp, second_logp, first_slope, second_slope = statistics
-    if a.second is None:
-        return [-a.first * torch.expm1(first_logp) * first_slope]
-    first = -a.first * torch.expm1(first_logp) - a.second * torch.exp(first_logp)
-    second = -a.second * torch.expm1(second_logp) - a.first * torch.exp(second_logp)
-    return [first * first_slope, second * second_slope]
+class HeadGradients(NamedTuple):
+    """Gradients of the head, to be filled; None for what is not wanted."""
+
+    weights: tuple[Tensor | None, ...]  # by part of the head, (V, H_i), any floating dtype
+    bias: Tensor | None  # (V,)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The parts of the weight that are wanted."""
+        return tuple(i for i, each in enumerate(self.weights) if each is not None)
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        """Their gradients."""
+        return [each for each in self.weights if each is not None]
+
+    @property
+    def widths(self) -> list[int]:
+        """Their columns."""
+        return [each.shape[1] for each in self.wanted]
 
 
-class WeightGradient:
-    """dW and db, one vocabulary block at a time: a block is summed in float32 and rounded once."""
+class Factors(NamedTuple):
+    """What multiplies the rows of hidden states, (M,) each."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        head: Head,
-        labels: Labels,
-        sizes: Sizes,
-        statistics: Tensor,
-        a: Coefficients,
-    ) -> None:
-        self.rows, self.head, self.labels, self.sizes = rows, head, labels, sizes
-        self.statistics = statistics
-        self.shares = label_shares(statistics, a)
-        softmax = a.total * statistics[1]
+    shares: list[Tensor]  # of a label's entry, by label set
+    softmax: Tensor  # a e^(m - lse) / unit, of E
+    unit: Tensor  # 0-dim: keeps the products inside the dtype of the GEMMs' operands
+
+    @classmethod
+    def of(cls, operands: Operands, statistics: Statistics, a: Coefficients) -> "Factors":
+        """From the statistics and the coefficients of the scored rows."""
+        rows, head, _, sizes, _ = operands
+        softmax = a.total * statistics.scale
         largest = softmax.abs().amax()
         if sizes.compute_dtype == torch.float16:
             # It reaches from 6e-8 to 6.5e4: a_t h_t is scaled so that their sums stay below 3.3e4.
-            reach = largest_magnitude(rows, sizes.rows).clamp(min=1.0)
-            largest = softmax.abs().sum() * reach * (max(1.0, abs(head.logit_scale)) / 2**15)
-        self.unit = largest.clamp_(min=torch.finfo(softmax.dtype).tiny)
-        self.softmax = softmax / self.unit
-        self.parts: tuple[int, ...] = ()
-        self.direct: Tensor | None = None
-        self._scaled: tuple[tuple[int, int], Tensor] | None = None
+            reach = rows.largest_magnitude(sizes.rows).clamp(min=1.0)
+            scale = max(1.0, abs(head.transform.scale)) / 2**15
+            largest = softmax.abs().sum() * reach * scale
+        unit = largest.clamp_(min=torch.finfo(softmax.dtype).tiny)
+        return cls(statistics.label_shares(a), softmax / unit, unit)
 
-    def run(
-        self, dweights: list[Tensor | None], dbias: Tensor | None, kept: Tensor | None, budget: int
+
+def weight_gradient(
+    operands: Operands,
+    statistics: Statistics,
+    a: Coefficients,
+    kept: Tensor | None,
+    out: HeadGradients,
+    budget: int,
+) -> None:
+    """Fills the gradients of the head.
+
+    Args:
+        operands: the scored rows.
+        statistics: of them, (M,) each.
+        a: their coefficients.
+        kept: (M, V) the E kept by the forward, or None: recomputed.
+        out: to be filled.
+        budget: bytes the workspace may take.
+    """
+    sizes, recompute = operands.sizes, kept is None
+    shape = (sizes, budget, sum(out.widths))
+    plan = plan_direct(*shape, recompute=recompute) if can_be_written(operands, out) else None
+    direct = out.wanted[0] if plan is not None else None
+    plan = plan or plan_backward(*shape, recompute=recompute)
+    work = Work(operands, statistics, Factors.of(operands, statistics, a), out)
+    work.allocate(plan, tiles=recompute, block=direct is None)
+    for columns in spans(sizes.vocabulary, plan.columns):
+        block, bias_block = work.block(columns, direct)
+        for rows in spans(sizes.rows, plan.rows):
+            if kept is None:
+                probs = work.recomputed(rows, columns)
+            else:
+                probs = kept[slice(*rows), slice(*columns)]
+            work.add(block, bias_block, probs, rows, written=direct is not None)
+        work.write(block, bias_block, columns, plan.rows, written=direct is not None)
+
+
+def can_be_written(operands: Operands, out: HeadGradients) -> bool:
+    """Whether a GEMM could write the gradient: one part, in its dtype, on a CPU."""
+    dtype, dtypes = operands.sizes.compute_dtype, [each.dtype for each in out.wanted]
+    return operands.sizes.on_cpu and dtype != torch.float16 and dtypes == [dtype]
+
+
+class Work:
+    """Sums one block of dW and db after the other, in memory that is taken once."""
+
+    def __init__(
+        self, operands: Operands, statistics: Statistics, factors: Factors, out: HeadGradients
     ) -> None:
-        """Fills the gradients that are not None.
+        self.operands, self.statistics, self.factors, self.out = operands, statistics, factors, out
+        self._last: tuple[Span, Tensor] | None = None
 
-        Args:
-            dweights: per weight part (V, H_i), any floating dtype, or None.
-            dbias: (V,) or None.
-            kept: (M, V) the E kept by the forward, or None: recomputed.
-            budget: bytes the workspace may take.
-        """
-        self.parts = tuple(i for i, dweight in enumerate(dweights) if dweight is not None)
-        widths = [self.head.columns.parts[i].shape[1] for i in self.parts]
-        sizes, recompute = (self.sizes, budget, sum(widths)), kept is None
-        plan = None
-        if self._can_be_written(present(dweights)):
-            plan = plan_direct(*sizes, recompute=recompute)
-        self.direct = None if plan is None else present(dweights)[0]
-        plan = plan or plan_backward(*sizes, recompute=recompute)
-        buffers = self._buffers(plan, 0 if self.direct is not None else sum(widths), kept)
-        for v0, v1 in spans(self.sizes.vocabulary, plan.columns):
-            block = self._block(v0, v1, buffers, sum(widths))
-            bias_block = buffers["bias"][: v1 - v0].zero_()
-            for rows in spans(self.sizes.rows, plan.rows):
-                probs = self._probs(rows, (v0, v1), kept, buffers)
-                if dbias is not None:
-                    bias_block -= column_sums(probs, self.softmax[slice(*rows)])
-                self._add(block, probs, buffers["partial"], rows)
-            self._write(block, bias_block, (v0, v1), dweights, dbias, plan.rows)
-
-    def _write(
-        self,
-        block: Tensor,
-        bias_block: Tensor,
-        columns: tuple[int, int],
-        dweights: list[Tensor | None],
-        dbias: Tensor | None,
-        step: int,
-    ) -> None:
-        """Adds the labels' entries, `step` rows at a time, and rounds a block into the results."""
-        if self.direct is None:
-            block.mul_(self.unit)
-        bias_block.mul_(self.unit)
-        for rows in spans(self.sizes.rows, step):
-            self._add_labels(block, bias_block, columns, rows)
-        if self.direct is None:
-            widths = [each.shape[1] for each in present(dweights)]
-            pieces = torch.split(block, widths, 1)
-            for dweight, piece in zip(present(dweights), pieces, strict=False):
-                dweight[slice(*columns)].copy_(piece)
-        if dbias is not None:
-            dbias[slice(*columns)].copy_(bias_block)
-
-    def _can_be_written(self, dweights: list[Tensor]) -> bool:
-        """Whether a GEMM could write the gradient: one part, in its dtype, on a CPU."""
-        dtype, dtypes = self.sizes.compute_dtype, [each.dtype for each in dweights]
-        return self.sizes.on_cpu and dtype != torch.float16 and dtypes == [dtype]
-
-    def _block(self, v0: int, v1: int, buffers: dict[str, Tensor], width: int) -> Tensor:
-        if self.direct is not None:
-            return self.direct[v0:v1]
-        return shaped(buffers["block"], v1 - v0, width).zero_()
-
-    def _buffers(self, plan: Plan, width: int, kept: Tensor | None) -> dict[str, Tensor]:
-        sizes, new = self.sizes, self.softmax.new_empty
-        cells = plan.rows * row_pitch(plan.columns, sizes.device) if kept is None else 0
-        tile = new(cells, dtype=sizes.product_dtype)
+    def allocate(self, plan: Plan, *, tiles: bool, block: bool) -> None:
+        """Takes the memory: a tile to recompute logits in, a block, and a product added to it."""
+        sizes, new = self.operands.sizes, self.factors.softmax.new_empty
+        width = sum(self.out.widths) if block else 0
+        cells = plan.rows * sizes.pitch(plan.columns) if tiles else 0
+        self._tile = new(cells, dtype=sizes.product_dtype)
+        self._narrow = new(cells, dtype=sizes.compute_dtype) if sizes.widens else self._tile
         partial_cells = plan.columns * width if sizes.sums_apart else 0
-        return {
-            "tile": tile,
-            "narrow": new(cells, dtype=sizes.compute_dtype) if sizes.widens else tile,
-            "partial": new(partial_cells, dtype=sizes.product_dtype),
-            "block": new(plan.columns * width),
-            "bias": new(plan.columns),
-        }
+        self._partial = new(partial_cells, dtype=sizes.product_dtype)
+        self._block, self._bias = new(plan.columns * width), new(plan.columns)
 
-    def _probs(
-        self,
-        rows: tuple[int, int],
-        columns: tuple[int, int],
-        kept: Tensor | None,
-        buffers: dict[str, Tensor],
-    ) -> Tensor:
-        """E of some rows and columns, kept by the forward or recomputed."""
+    def block(self, columns: Span, direct: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The blocks of dW (C, H) and db (C,) to be summed: zeros, but for what a GEMM writes."""
+        bias_block = self.bias_block(columns).zero_()
+        if direct is not None:
+            return direct[slice(*columns)], bias_block
+        return self.memory_of(columns).zero_(), bias_block
+
+    def memory_of(self, columns: Span) -> Tensor:
+        """The block of dW, with whatever it holds."""
+        width = sum(self.out.widths)
+        return tile_of(self._block, columns[1] - columns[0], width, width)
+
+    def bias_block(self, columns: Span) -> Tensor:
+        """The block of db, with whatever it holds."""
+        return self._bias[: columns[1] - columns[0]]
+
+    def recomputed(self, rows: Span, columns: Span) -> Tensor:
+        """E of some rows and columns, from their logits."""
         (start, stop), (v0, v1) = rows, columns
-        if kept is not None:
-            return kept[start:stop, v0:v1]
-        tile = tile_of(buffers["tile"], stop - start, v1 - v0)
-        narrow = tile_of(buffers["narrow"], stop - start, v1 - v0)
-        hidden, weight = self.rows.take(start, stop), self.head.columns.block(v0, v1)
+        operands, reference = self.operands, self.statistics.reference[start:stop]
+        head, sizes = operands.head, operands.sizes
+        tile, narrow = (
+            tile_of(each, stop - start, v1 - v0, sizes.pitch(v1 - v0))
+            for each in (self._tile, self._narrow)
+        )
+        hidden, weight = operands.rows.take(start, stop), head.block(v0, v1)
         matmul_into(tile, hidden, weight.t())
-        arguments = (
-            tile, self.head.block_bias(v0, v1), self.labels.stacked(start, stop), v0,
-        )  # fmt: skip
-        options, reference = (self.head.logit_scale, self.head.softcap), self.statistics[0]
-        if self.sizes.refines:
-            sums = (reference[start:stop], self.statistics[1, start:stop].reciprocal())
-            _, *entries = softmax_collect_(
-                *arguments, *sums, None, hidden, weight, LARGE, MOST, *options, False, True
-            )
-            restore(tile, (entries[0], entries[1], entries[2]))
-        else:
+        arguments = (tile, head.block_bias(v0, v1), operands.labels.stacked(start, stop), v0)
+        if not sizes.refines:
             out = None if narrow.dtype == tile.dtype else narrow
-            softmax_grad_(*arguments, reference[start:stop], *options, out)
+            softmax_grad_(*arguments, reference, *head.transform, out)
+            return narrow
+        sums = (reference, self.statistics.scale[start:stop].reciprocal())
+        _, *entries = softmax_collect_(
+            *arguments, *sums, None, hidden, weight, LARGE, MOST_LARGE, *head.transform, False, True
+        )
+        restore_(tile, Entries(*entries))
         return narrow
 
-    def _add(self, block: Tensor, probs: Tensor, partial: Tensor, rows: tuple[int, int]) -> None:
-        if not self.parts:
+    def add(
+        self, block: Tensor, bias_block: Tensor, probs: Tensor, rows: Span, *, written: bool = False
+    ) -> None:
+        """Subtracts `probs^T (softmax * hidden)`; with `written` the block becomes just that."""
+        if self.out.bias is not None:
+            bias_block -= column_sums(probs, self.factors.softmax[slice(*rows)])
+        if not self.out.parts:
             return
-        scaled = self._scaled_rows(rows)
-        if self.direct is not None:
+        scaled = self._scaled_rows(rows, -self.factors.unit if written else None)
+        if written:
             matmul_into(block, probs.t(), scaled)
-        elif partial.numel() == 0:
+        elif self._partial.numel() == 0:
             block.addmm_(probs.t(), scaled, alpha=-1.0)
         else:
-            product = matmul_into(shaped(partial, *block.shape), probs.t(), scaled)
-            accumulate_(block, product, None, -1.0)
+            product = tile_of(self._partial, block.shape[0], block.shape[1], block.shape[1])
+            accumulate_(block, matmul_into(product, probs.t(), scaled), None, -1.0)
 
-    def _scaled_rows(self, rows: tuple[int, int]) -> Tensor:
-        """The coefficients times hidden; one chunk of rows is kept for all vocabulary blocks."""
-        if self._scaled is None or self._scaled[0] != rows:
-            start, stop = rows
-            hidden = self.rows.take(start, stop, self.parts)
-            factor = self.softmax[start:stop, None]
-            if self.direct is not None:
-                factor = factor * -self.unit
-            self._scaled = (rows, (factor * hidden).to(hidden.dtype))
-        return self._scaled[1]
-
-    def _add_labels(
-        self, block: Tensor, bias_block: Tensor, columns: tuple[int, int], rows: tuple[int, int]
+    def write(
+        self, block: Tensor, bias_block: Tensor, columns: Span, step: int, *, written: bool = False
     ) -> None:
+        """Adds the labels' entries, `step` rows at a time, and rounds a block into the results."""
+        if not written:
+            block.mul_(self.factors.unit)
+        bias_block.mul_(self.factors.unit)
+        for rows in spans(self.operands.sizes.rows, step):
+            self._add_labels(block, bias_block, columns, rows)
+        if not written and self.out.parts:
+            pieces = torch.split(block, self.out.widths, 1)
+            for dweight, piece in zip(self.out.wanted, pieces, strict=True):
+                dweight[slice(*columns)].copy_(piece)
+        if self.out.bias is not None:
+            self.out.bias[slice(*columns)].copy_(bias_block)
+
+    def _scaled_rows(self, rows: Span, unit: Tensor | None) -> Tensor:
+        """The factors times hidden; one chunk of rows is kept for all vocabulary blocks."""
+        if self._last is None or self._last[0] != rows:
+            hidden = self.operands.rows.take(*rows, self.out.parts)
+            factor = self.factors.softmax[slice(*rows), None]
+            if unit is not None:
+                factor = factor * unit
+            self._last = (rows, (factor * hidden).to(hidden.dtype))
+        return self._last[1]
+
+    def _add_labels(self, block: Tensor, bias_block: Tensor, columns: Span, rows: Span) -> None:
         (v0, v1), (start, stop) = columns, rows
-        hidden = self.rows.take(start, stop, self.parts) if self.parts else None
-        for labels, shares in zip(self.labels.stacked(start, stop), self.shares, strict=True):
+        operands, parts = self.operands, self.out.parts
+        hidden = operands.rows.take(start, stop, parts) if parts else None
+        all_labels = operands.labels.stacked(start, stop)
+        for labels, shares in zip(all_labels, self.factors.shares, strict=True):
             inside = (labels >= v0) & (labels < v1)
             # On a CPU the few rows with a label here; elsewhere all, the others with 0: no sync.
             here = inside.nonzero()[:, 0] if inside.device.type == "cpu" else slice(None)
             share = torch.where(inside, shares[start:stop], 0.0)[here]
             index = (labels[here] - v0).clamp(0, v1 - v0 - 1)
-            _index_add(bias_block, index, share)
+            add_at_(bias_block, index, share)
             if hidden is not None:
-                _index_add(block, index, share[:, None] * hidden[here])
-
-
-def present(tensors: list[Tensor | None]) -> list[Tensor]:
-    """The tensors that are there, in order."""
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _index_add(target: Tensor, index: Tensor, values: Tensor) -> None:
-    # Deterministic on both: serial on the CPU; sorted, without atomics, on a GPU.
-    if target.device.type != "cpu":
-        target.index_put_((index,), values, accumulate=True)
-    elif target.dtype == values.dtype:
-        target.index_add_(0, index, values)
-    else:
-        touched, place = torch.unique(index, return_inverse=True)  # frequent ones: rounded once
-        wide = target[touched].to(values.dtype)
-        target[touched] = wide.index_add_(0, place, values).to(target.dtype)
+                add_at_(block, index, share[:, None] * hidden[here])

@@ -27,8 +27,6 @@ Function = Callable[..., Any]
 _MODULES = {
     "softmax_stats": "softmax_stats",
     "softmax_grad_": "softmax_grad",
-    "softmax_compact": "softmax_compact",
-    "compact_matmul": "gather_matmul",
     "linear_lse": "linear_lse",
     "column_sums": "column_sums",
     "sequence_mean": "sequence_mean",
@@ -52,6 +50,17 @@ def gpu_backend() -> str:
         stacklevel=2,
     )
     return "torch"
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a call with GEMMs in `dtype` takes the loop that launches Triton kernels."""
+    return device.type in DEVICES and dtype in DTYPES and gpu_backend() == "triton"
+
+
+@functools.cache
+def launcher(module: str, name: str) -> Function:
+    """A launcher of `kernels/<module>.py`; triton is imported now, and not before."""
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)  # type: ignore[no-any-return]
 
 
 def _has_kernel(first: Tensor, *others: Any) -> bool:
@@ -87,35 +96,16 @@ def has_slots(device: torch.device, dtype: torch.dtype) -> bool:
     return planned or has_tensor_cores(device)
 
 
-def _into_the_tile(logits: Tensor, *others: Any) -> bool:
-    """Whether `softmax_compact` was given no capacity: what is kept goes over the logits."""
-    return others[-1] is None and has_slots(logits.device, logits.dtype)
-
-
-def _are_slots(accumulator: Tensor, kept: list[Tensor], weight: Tensor) -> bool:
-    """Whether the kept entries are the kernel's, and not the compressed rows of the plain form."""
-    return kept[3].dtype == torch.bfloat16
-
-
-_TAKES: dict[str, Callable[..., bool]] = {
-    "linear_lse": _has_gemm,
-    "softmax_compact": _into_the_tile,
-    "compact_matmul": _are_slots,
-}
+_TAKES: dict[str, Callable[..., bool]] = {"linear_lse": _has_gemm}
 
 
 def _chooser(name: str, plain: Function) -> Function:
     takes = _TAKES.get(name, _has_kernel)
 
-    @functools.cache
-    def launcher() -> Function:
-        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-        return getattr(module, name)  # type: ignore[no-any-return]
-
     @functools.wraps(plain)
     def choose(*args: Any, **kwargs: Any) -> Any:
         if takes(*args, *kwargs.values()) and gpu_backend() == "triton":
-            return launcher()(*args, **kwargs)
+            return launcher(_MODULES[name], name)(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return choose

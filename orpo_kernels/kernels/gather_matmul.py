@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS, PARTIAL_SHARE
+from orpo_kernels.kernels.segment_store import Slots
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 SLOT = tl.constexpr(COMPACT_ROWS)
@@ -204,9 +205,9 @@ def is_odd(*matrices: Tensor) -> bool:
     return any(n % VECTOR for m in matrices for n in (m.shape[1], m.stride(0)))
 
 
-def compact_matmul(
+def slot_matmul(
     accumulator: Tensor,  # (R, H) float32
-    kept: list[Tensor],  # of softmax_compact
+    kept: Slots,
     weight: Tensor,  # (C, H)
 ) -> None:
     """Launches `accumulator += kept E @ weight`.
@@ -217,8 +218,7 @@ def compact_matmul(
     Raises:
         ValueError: columns of `weight` lie apart.
     """
-    _, _, _, slots, columns, addresses, ends, *_ = kept
-    counts = ends[:, -1]
+    slots, columns, addresses, counts = kept.slots, kept.columns, kept.addresses, kept.ends[:, -1]
     tile_bytes = slots.shape[0] * slots.stride(0) * slots.element_size()
 
     def run(row: Row, device: Device) -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS
-from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Store
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, SegmentStore, Slots
 from orpo_kernels.kernels.softmax_compact import slot_offset
 from orpo_kernels.kernels.tuning import Device, Row, compile_options, launch
 
@@ -126,8 +126,8 @@ def _pack_segments_kernel(
     tl.store(mass_ptr + (tl.program_id(0).to(tl.int64) * blocks + block) * ROWS + lane, mass)
 
 
-def compact_pack(
-    store: Store, kept: list[Tensor], chunk: int, block: int, first_row: int
+def pack_segments(
+    store: SegmentStore, kept: Slots, chunk: int, block: int, first_row: int
 ) -> Tensor:
     """Launches the packing of a chunk: appends its segments, or raises its overflow flag.
 
@@ -142,7 +142,7 @@ def compact_pack(
         (R,) float32 sum of the packed E per row: the mass of dW, whose rows keep a little less
         than those of dhidden. Meaningless for a chunk that did not fit.
     """
-    _, _, _, slots, columns, _, _, live, threshold = kept
+    slots, columns, live, threshold = kept.slots, kept.columns, kept.live, kept.threshold
     B, T = columns.shape[0], columns.shape[1] // COMPACT_COLUMNS
     here = slice(block, block + B)
 

@@ -1,6 +1,6 @@
-"""Where a trainable head keeps its segments (`row_segments`) from forward to backward, in bytes.
+"""The kept entries of the sparse gradient on a GPU, by name: slots of a tile, segments of a store.
 
-One flat buffer holds the tables and, in what they leave of it, the segments. Nothing here needs
+A trainable head keeps its segments (`row_segments`) from forward to backward. One flat buffer holds the tables and, in what they leave of it, the segments. Nothing here needs
 triton: the engine divides its budget by these sizes before the first kernel is loaded.
 """
 
@@ -18,7 +18,28 @@ SEGMENT_COLUMNS = 64
 _ALIGNMENT = 16
 
 
-class Store(NamedTuple):
+class Slots(NamedTuple):
+    """Kept entries of a tile (`softmax_compact`): a column is kept for 64 rows, B blocks of them.
+
+    mass (R,) float32 sum of the kept E as rounded; row_sum (R,) float32 sum of all E with a
+    softcap, else empty; entries (1,) int64 how many are kept; slots (64 B, .) bfloat16 the
+    memory of the logits; columns and addresses (B, 128 T) int32 of each row block's kept columns,
+    ascending; ends (B, T) int32 how many of them lie up to each tile of 128 columns; live
+    (B, 128 T) int8 which are kept; threshold (R,) float32, eps * total.
+    """
+
+    mass: Tensor
+    row_sum: Tensor
+    entries: Tensor
+    slots: Tensor
+    columns: Tensor
+    addresses: Tensor
+    ends: Tensor
+    live: Tensor
+    threshold: Tensor
+
+
+class SegmentStore(NamedTuple):
     """Segments of all chunks, on the device.
 
     overflow (chunks,) int32, 1 for a chunk that did not fit; used (chunks + 1,) int32, segments
@@ -34,7 +55,7 @@ class Store(NamedTuple):
     live: Tensor
     segments: Tensor
 
-    def rows(self, start: int, stop: int) -> "Store":
+    def rows(self, start: int, stop: int) -> "SegmentStore":
         """The row blocks of rows `start`, a multiple of 64, to `stop`, counted from `start` on."""
         here = slice(start // COMPACT_ROWS, -(-stop // COMPACT_ROWS))
         return self._replace(
@@ -43,14 +64,14 @@ class Store(NamedTuple):
         )  # fmt: skip
 
 
-def segment_store(buffer: Tensor, rows: int, columns: int, chunks: int) -> Store:
+def segment_store(buffer: Tensor, rows: int, columns: int, chunks: int) -> SegmentStore:
     """The store in a buffer; it is empty once `used[0]` is 0.
 
     Args:
         buffer: (bytes,) uint8, starting on 16 bytes, at least those of `table_bytes`.
         rows: N; every chunk but the last has a multiple of 64.
         columns: V.
-        chunks: how many `compact_pack` appends.
+        chunks: how many `pack_segments` appends.
 
     Returns:
         Views of the buffer.
@@ -59,16 +80,16 @@ def segment_store(buffer: Tensor, rows: int, columns: int, chunks: int) -> Store
     for shape, dtype in _tables(rows, columns, chunks):
         size = math.prod(shape) * dtype.itemsize
         views.append(buffer[end : end + size].view(dtype).view(shape))
-        end += _aligned(size)
+        end += aligned(size)
     left = (buffer.shape[0] - end) // (2 * SEGMENT_COLUMNS) * (2 * SEGMENT_COLUMNS)
     segments = buffer[end : end + left].view(torch.bfloat16).view(-1, SEGMENT_COLUMNS)
-    return Store._make((*views, segments))
+    return SegmentStore._make((*views, segments))
 
 
 def table_bytes(rows: int, columns: int, chunks: int) -> int:
     """Bytes of everything in a store but the segments."""
     return sum(
-        _aligned(math.prod(shape) * dtype.itemsize)
+        aligned(math.prod(shape) * dtype.itemsize)
         for shape, dtype in _tables(rows, columns, chunks)
     )
 
@@ -95,5 +116,6 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // COMPACT_ROWS), width
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of 16 bytes, where every piece of a byte buffer starts."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import transform
+from orpo_kernels.kernels.segment_store import Slots
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -225,16 +226,11 @@ def softmax_compact(
     softcap: float | None,
     groups: Tensor,  # (R,) integers in [0, G), or -1
     tail: Tensor,  # (G, C) float32, added to
-    capacity: None = None,
-) -> list[Tensor]:
+) -> Slots:
     """Launches the compaction. A row of no group, -1, keeps and drops nothing.
 
     Returns:
-        (R,) float32 sum of the kept E as rounded; (R,) float32 sum of all E with a softcap, else
-        empty; (1,) int64 how many entries are kept; then for `compact_matmul` and `compact_pack`: the slots (bfloat16, the memory of
-        `logits`), columns and addresses (B, 128 T) int32 of each row block's kept columns, ascending,
-        how many of them lie up to each tile (B, T) int32, which are kept (B, 128 T) int8, and
-        eps * total (R,) float32.
+        The kept entries; their slots take the memory of `logits`.
 
     Raises:
         ValueError: `logits` has not the room (see `COMPACT_ROWS`, `COMPACT_COLUMNS`), or G is
@@ -248,7 +244,7 @@ def softmax_compact(
     labels, groups = labels.contiguous(), groups.contiguous()
     reference, total = reference.contiguous(), torch.where(groups >= 0, total, 0.0)
 
-    def run(row: Row, device: Device) -> list[Tensor]:
+    def run(row: Row, device: Device) -> Slots:
         R, C = logits.shape
         B, T = room.shape[0] // COMPACT_ROWS, room.shape[1] // COMPACT_COLUMNS
         new, programs = reference.new_empty, triton.cdiv(T, row.block)
@@ -278,7 +274,7 @@ def softmax_compact(
         )  # fmt: skip
         mass, rows = sums.sum(0)[:R], COMPACT_ROWS * B
         entries = ends[:, -1].sum() * COMPACT_ROWS - ends[-1:, -1] * (rows - R)
-        return [mass, row_sums, entries, slots, columns, addresses, ends, live, eps * total]
+        return Slots(mass, row_sums, entries, slots, columns, addresses, ends, live, eps * total)
 
     kernel = "softmax_compact" if softcap is None else "softmax_compact_softcap"
     return launch(kernel, logits.dtype, logits.device, run)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.gather_matmul import gathered_product, is_odd
-from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Store
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, SegmentStore
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 _SUMMED = 64  # segments summed together
@@ -151,7 +151,7 @@ def _segment_sums_kernel(
     tl.store(sums_ptr + column, total, mask=column < C)
 
 
-def list_tokens(store: Store, first_column: int, columns: int) -> Lists:
+def list_tokens(store: SegmentStore, first_column: int, columns: int) -> Lists:
     """Launches the list of the segments of a range of columns, `first_column` a multiple of 128."""
     first = first_column // SEGMENT_COLUMNS
     width = triton.cdiv(columns, SEGMENT_COLUMNS)
@@ -191,9 +191,9 @@ def sort_targets(labels: Tensor, shares: Tensor, first_column: int, columns: int
     return Targets(flat, rows, shares.reshape(-1).index_select(0, order), ends)
 
 
-def compact_weight_gradient(
+def segment_weight_gradient(
     out: Tensor,  # (C, H), any floating dtype: written
-    store: Store,
+    store: SegmentStore,
     lists: Lists,
     rows: Tensor,  # (N, H): coefficient times hidden, over unit
     unit: Tensor,  # (1,) float32
@@ -204,7 +204,7 @@ def compact_weight_gradient(
 ) -> None:
     """Launches `out = label entries - unit * kept E^T rows - tail^T tail_rows`, written once.
 
-    `rows` are rounded like the weight of `compact_matmul`; the label entries are float32.
+    `rows` are rounded like the weight of `slot_matmul`; the label entries are float32.
 
     Raises:
         ValueError: columns of `out`, `rows` or `hidden` lie apart.
@@ -219,9 +219,9 @@ def compact_weight_gradient(
     _launch(kernel, out, store, lists, rows, (*epilogue, tail.shape[0], odd))
 
 
-def compact_weight_gradient_add(
+def segment_weight_gradient_add(
     out: Tensor,  # (C, H) float32
-    store: Store,
+    store: SegmentStore,
     lists: Lists,
     rows: Tensor,  # (N, H)
 ) -> None:
@@ -236,7 +236,12 @@ def compact_weight_gradient_add(
 
 
 def _launch(
-    kernel: str, out: Tensor, store: Store, lists: Lists, rows: Tensor, options: tuple[Any, ...]
+    kernel: str,
+    out: Tensor,
+    store: SegmentStore,
+    lists: Lists,
+    rows: Tensor,
+    options: tuple[Any, ...],
 ) -> None:
     *epilogue, groups, odd = options
 
@@ -256,7 +261,9 @@ def _launch(
     launch(kernel, rows.dtype, rows.device, run)
 
 
-def compact_column_sums(store: Store, lists: Lists, coefficients: Tensor, columns: int) -> Tensor:
+def segment_column_sums(
+    store: SegmentStore, lists: Lists, coefficients: Tensor, columns: int
+) -> Tensor:
     """Launches `(C,)` float32 sums over rows of `coefficients (N,)` times kept E: for the bias."""
 
     def run(row: Row, device: Device) -> Tensor:

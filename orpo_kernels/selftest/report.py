@@ -9,8 +9,7 @@ from math import isfinite
 
 import torch
 
-from orpo_kernels.engine import compact, native
-from orpo_kernels.engine.tiles import OPERATIONS
+from orpo_kernels.engine.tiles import NATIVE, native
 from orpo_kernels.kernels import gpu_backend, has_slots
 from orpo_kernels.version import __version__
 
@@ -186,8 +185,10 @@ def tile_backends(device: torch.device) -> dict[str, str]:
     key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}.get(device.type)
     has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
     kernel = native.cpu_backend() if device.type == "cpu" else gpu_backend()
-    on_slots = kernel if has_slots(device, torch.bfloat16) else "plain torch"
-    return {
+    backends = {
         name: kernel if key and has_kernel(f"orpo_kernels::{name}", key) else "plain torch"
-        for name in OPERATIONS
-    } | dict.fromkeys(compact.OPERATIONS, on_slots)
+        for name in NATIVE
+    }
+    if has_slots(device, torch.bfloat16):
+        backends |= dict.fromkeys(("softmax_compact", "slot_matmul"), kernel)
+    return backends

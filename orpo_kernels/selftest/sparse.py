@@ -8,16 +8,13 @@ from torch import Tensor
 
 from orpo_kernels import reference
 from orpo_kernels.constants import COMPACT_ROWS
-from orpo_kernels.engine.compact import (
-    compact_matmul,
-    compact_pack,
-    softmax_compact,
-)
-from orpo_kernels.engine.guard import density_guard
-from orpo_kernels.engine.slots import KEPT_ROUNDING, tile_with_room
+from orpo_kernels.engine.sparse.plan import slot_pitch
+from orpo_kernels.engine.sparse.slot_loop import KEPT_ROUNDING
 from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
-from orpo_kernels.kernels import has_slots
-from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS
+from orpo_kernels.engine.tiles.collect import Entries
+from orpo_kernels.engine.tiles.compact import pack_entries
+from orpo_kernels.kernels import has_slots, launcher
+from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Slots
 from orpo_kernels.selftest import logps
 from orpo_kernels.selftest.figures import (
     EPS32,
@@ -42,43 +39,52 @@ VARIANTS = (
 )
 
 
-class Compacted(NamedTuple):
-    """A tile's kept entries as the backend has them, and as a matrix; true E, total; the tail."""
+class Slotted(NamedTuple):
+    """A tile's slots, and as a matrix; true E, total; the tail, and the groups of its rows."""
 
-    kept: list[Tensor]
+    slots: Slots
     entries: Tensor  # (R, C) float64, 0 where dropped
     E: Tensor
     total: Tensor
     groups: Tensor
     tail: Tensor
     rounded: float
-    in_slots: bool
+
+
+class Listed(NamedTuple):
+    """A tile after one look at it: its list, and as a matrix; true shares; what was summed."""
+
+    entries: Entries
+    matrix: Tensor  # (R, C) float64, 0 where dropped
+    e: Tensor  # exp(z - m) of all
+    slope: Tensor
+    level: Tensor
+    row_max: Tensor
+    sum_exp: Tensor
+    dropped: Tensor
+    tail: Tensor
+    groups: Tensor
+    rounded: float
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The sparse gradient, in one dtype."""
-    for transform in TRANSFORMS:
-        yield Case("softmax_compact", transform.name, setting, _compact, (transform,))
+    """The sparse gradient, in one dtype; slots where a GPU keeps them."""
+    if has_slots(setting.device, setting.dtype):
+        for transform in TRANSFORMS:
+            yield Case("softmax_compact", transform.name, setting, _compact, (transform,))
+        yield Case("slot_matmul", "float32 += kept entries", setting, _matmul)
     for transform in TRANSFORMS:
         name = "softmax_compact_online_"
         yield Case(name, transform.name, setting, _compact_online, (transform,))
-    yield Case("compact_matmul", "float32 += kept entries", setting, _matmul)
-    yield Case("compact_pack", "in order, and out of room", setting, _pack)
+    yield Case("pack_entries", "in order, and out of room", setting, _pack)
     yield Case("compact_weight_gradient", "some columns of a tile", setting, _weight_gradient)
     for variant in VARIANTS:
-        yield Case("sparse_linear_logps", variant.name, setting, _linear_logps, (variant,))
+        yield Case("linear_logps_sparse", variant.name, setting, _linear_logps, (variant,))
 
 
-def _in_slots(setting: Setting) -> bool:
-    """Whether kept entries are a GPU's slots there: columns of 64 rows, in bfloat16."""
-    return has_slots(setting.device, setting.dtype)
-
-
-def _compacted(setting: Setting, transform: Transform, *, in_slots: bool) -> Compacted:
+def _slotted(setting: Setting, transform: Transform) -> Slotted:
     generator = setting.generator()
-    logits = setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator))
-    if in_slots:
-        logits = tile_with_room(logits)
+    logits = _with_room(setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator)))
     bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
     labels = torch.randint(0, 2500, (2, ROWS), generator=generator)
     labels[:, ::7] = -1
@@ -91,39 +97,45 @@ def _compacted(setting: Setting, transform: Transform, *, in_slots: bool) -> Com
     E = reference.softmax_grad(z, slope, level.double())
     total = (torch.exp(z - level.double()[:, None]).sum(1) + 0.25).float()
     tail = torch.zeros(2, COLUMNS, device=setting.device)
-    with setting.all_threads():
-        kept = softmax_compact(
-            logits, None if bias is None else bias.to(setting.device), labels.to(setting.device),
-            FIRST_COLUMN, level.to(setting.device), total.to(setting.device), EPS, *options,
-            groups.to(setting.device), tail, None if in_slots else ROWS * COLUMNS,
-        )  # fmt: skip
-        entries = torch.zeros(ROWS, COLUMNS, device=setting.device)
-        compact_matmul(entries, kept, torch.eye(COLUMNS, device=setting.device))
-    return Compacted(kept, exact(entries), E, total.double(), groups, tail, rounded, in_slots)
+    slots = launcher("softmax_compact", "softmax_compact")(
+        logits, None if bias is None else bias.to(setting.device), labels.to(setting.device),
+        FIRST_COLUMN, level.to(setting.device), total.to(setting.device), EPS, *options,
+        groups.to(setting.device), tail,
+    )  # fmt: skip
+    entries = torch.zeros(ROWS, COLUMNS, device=setting.device)
+    launcher("gather_matmul", "slot_matmul")(
+        entries, slots, torch.eye(COLUMNS, device=setting.device)
+    )
+    return Slotted(slots, exact(entries), E, total.double(), groups, tail, rounded)
+
+
+def _with_room(logits: Tensor) -> Tensor:
+    """A copy of a tile that has the room for its slots."""
+    rows, columns = logits.shape
+    blocks = -(-rows // COMPACT_ROWS) * COMPACT_ROWS
+    room = logits.new_empty(blocks, slot_pitch(columns))
+    return room[:rows, :columns].copy_(logits)
 
 
 def _compact(setting: Setting, transform: Transform) -> Iterator[Figure]:
-    tile = _compacted(setting, transform, in_slots=_in_slots(setting))
-    kept, entries = tile.kept, tile.entries
+    tile = _slotted(setting, transform)
+    slots, entries = tile.slots, tile.entries
     live, share = entries != 0, tile.E / tile.total[:, None]
-    counted = _shared_columns(live) if tile.in_slots else live
     # Rounding decides about an entry this close to eps.
     lost = ~live & (share > EPS * (1 + (64 + tile.rounded) * EPS32))
     yield Figure("entries over eps that are dropped", float(lost.sum()), 0.0)
-    yield Figure(
-        "kept entries not counted", float((exact(kept[2]) - counted.sum()).abs().sum()), 0.0
-    )
+    counted = exact(slots.entries) - _shared_columns(live).sum()
+    yield Figure("kept entries not counted", float(counted.abs().sum()), 0.0)
     yield _kept_entries(setting, tile)
-    yield rounded_once("sum of the kept", kept[0], entries.sum(1))
+    yield rounded_once("sum of the kept", slots.mass, entries.sum(1))
     if transform.softcap is not None:
-        yield rounded_once("sum of all", kept[1], tile.E.sum(1), tile.rounded)
+        yield rounded_once("sum of all", slots.row_sum, tile.E.sum(1), tile.rounded)
     dropped = torch.where(live, 0.0, share)
     truth = torch.stack([dropped[tile.groups == group].sum(0) for group in (0, 1)])
     yield rounded_once("tail", tile.tail, truth, tile.rounded + 16)
 
 
-def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
-    """One tile at a look: its list, what is summed instead, and the tile with too many entries."""
+def _listed(setting: Setting, transform: Transform, capacity: int = COLUMNS) -> Listed:
     generator = setting.generator()
     logits = setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator))
     bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
@@ -135,42 +147,52 @@ def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
     rounded = 0.0 if wide is None else largest(exact(logits) + wide)
     level = z.amax(1)
     e = torch.exp(z - level[:, None])
-    share = e * slope / e.sum(1)[:, None]
+    row_max = torch.full((ROWS,), torch.finfo(torch.float32).min, device=setting.device)
+    sum_exp, tail = torch.zeros_like(row_max), torch.zeros(2, COLUMNS, device=setting.device)
+    with setting.all_threads():
+        _, *lists, dropped = softmax_compact_online_(
+            logits.clone(), None if bias is None else bias.to(setting.device),
+            labels.to(setting.device), FIRST_COLUMN, row_max, sum_exp, None, None, None, EPS,
+            torch.inf, ROWS, *options, groups.to(setting.device), tail, capacity,
+        )  # fmt: skip
+    entries = Entries(*lists)
+    rows = torch.arange(ROWS).repeat_interleave(entries.offsets.cpu().diff())
+    matrix = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    matrix[rows, entries.columns.cpu().long()] = exact(entries.values)
+    sums = (level, row_max, sum_exp, dropped, tail, groups, rounded)
+    return Listed(entries, matrix, e, slope, *sums)
+
+
+def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
+    """One tile at a look: its list, what is summed instead, and the tile with too many entries."""
     for capacity in (COLUMNS, 0):
-        row_max = torch.full((ROWS,), torch.finfo(torch.float32).min, device=setting.device)
-        sum_exp, tail = torch.zeros_like(row_max), torch.zeros(2, COLUMNS, device=setting.device)
-        with setting.all_threads():
-            _, offsets, columns, values, dropped = softmax_compact_online_(
-                logits.clone(), None if bias is None else bias.to(setting.device),
-                labels.to(setting.device), FIRST_COLUMN, row_max, sum_exp, None, None, None, EPS,
-                torch.inf, ROWS, *options, groups.to(setting.device), tail, capacity,
-            )  # fmt: skip
-        yield rounded_once("max", row_max, level)
-        yield Figure("sum", largest(exact(sum_exp) / e.sum(1) - 1.0), setting.eps / 8 + 64 * EPS32)
+        tile = _listed(setting, transform, capacity)
+        e, slope, matrix = tile.e, tile.slope, tile.matrix
+        yield rounded_once("max", tile.row_max, tile.level)
+        error = largest(exact(tile.sum_exp) / e.sum(1) - 1.0)
+        yield Figure("sum", error, setting.eps / 8 + 64 * EPS32)
         if capacity == 0:
-            refused = not tail.any() and dropped.numel() == columns.numel() == 0
+            empty = tile.dropped.numel() == tile.entries.columns.numel() == 0
+            refused = not tile.tail.any() and empty
             yield Figure("over the capacity, and not refused", float(not refused), 0.0)
             continue
-        rows = torch.arange(ROWS).repeat_interleave(offsets.cpu().diff())
-        entries = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
-        entries[rows, columns.cpu().long()] = exact(values)
-        live = entries != 0
+        live, share = matrix != 0, e * slope / e.sum(1)[:, None]
         # Rounding decides about an entry this close to eps.
         sure = (share / EPS - 1).abs() > 2 * setting.eps
         wrong = (live != (share > EPS)) & sure
         yield Figure("entries chosen wrongly", float(wrong.sum()), 0.0)
         rest = torch.where(live, 0.0, share)
-        truth = torch.stack([rest[groups == group].sum(0) for group in (0, 1)])
-        limit = setting.eps + (64 + rounded) * EPS32
-        yield Figure("values", largest((entries / (e * slope) - 1.0)[live]), limit)
-        yield Figure("tail", largest(exact(tail) - truth) / largest(truth), limit)
-        error = exact(dropped) - rest.sum(1) * e.sum(1)
-        yield Figure("dropped", largest(error) / largest(e.sum(1)), limit)
+        truth = torch.stack([rest[tile.groups == group].sum(0) for group in (0, 1)])
+        limit = setting.eps + (64 + tile.rounded) * EPS32
+        yield Figure("values", largest((matrix / (e * slope) - 1.0)[live]), limit)
+        yield Figure("tail", largest(exact(tile.tail) - truth) / largest(truth), limit)
+        error = largest(exact(tile.dropped) - rest.sum(1) * e.sum(1))
+        yield Figure("dropped", error / largest(e.sum(1)), limit)
 
 
-def _kept_entries(setting: Setting, tile: Compacted) -> Figure:
+def _kept_entries(setting: Setting, tile: Slotted) -> Figure:
     error = (tile.entries / tile.E - 1.0)[tile.entries != 0]
-    step = max(setting.eps, KEPT_ROUNDING) if tile.in_slots else setting.eps
+    step = max(setting.eps, KEPT_ROUNDING)
     return Figure("kept entries", largest(error), step + (64 + tile.rounded) * EPS32)
 
 
@@ -182,35 +204,33 @@ def _shared_columns(mask: Tensor) -> Tensor:
 
 def _matmul(setting: Setting) -> Iterator[Figure]:
     generator = setting.generator()
-    tile = _compacted(setting, TRANSFORMS[0], in_slots=_in_slots(setting))
-    weight = torch.randn(COLUMNS, WIDTH, generator=generator)
+    tile = _slotted(setting, TRANSFORMS[0])
     # The product of slots rounds a float32 head to their dtype.
-    weight = setting.put(weight.bfloat16() if tile.in_slots else weight)
+    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator).bfloat16())
     before = torch.randn(ROWS, WIDTH, generator=generator)
     sums = before.to(setting.device, copy=True)
-    with setting.all_threads():
-        compact_matmul(sums, tile.kept, weight)
+    launcher("gather_matmul", "slot_matmul")(sums, tile.slots, weight)
     yield _kept_entries(setting, tile)
     yield rounded_once("sums", sums, before.double() + tile.entries @ exact(weight))
 
 
 def _pack(setting: Setting) -> Iterator[Figure]:
-    kept = _compacted(setting, TRANSFORMS[0], in_slots=False).kept
+    entries = _listed(setting, TRANSFORMS[0]).entries
     store, table = _store(setting)
-    compact_pack(kept, store, table, 0)
-    compact_pack([], store, table, 1)
-    compact_pack(kept, store, table, 2)
+    pack_entries(entries, store, table, 0)
+    pack_entries(None, store, table, 1)
+    pack_entries(entries, store, table, 2)
     first, size = (int(each) for each in table[2])
-    compact_pack(kept, store[: first + size + 8], table, 3)
+    pack_entries(entries, store[: first + size + 8], table, 3)
     found = table.tolist()
     yield Figure("packed over another", float(found[2][0] < found[0][0] + found[0][1]), 0.0)
     yield Figure("refused with room", float(found[0][1] <= 0) + float(size <= 0), 0.0)
-    yield Figure("empty, and not refused", float(found[1][1] >= 0), 0.0)
+    yield Figure("none, and not refused", float(found[1][1] >= 0), 0.0)
     yield Figure("without room, and not refused", float(found[3][1] >= 0), 0.0)
 
 
 def _store(setting: Setting) -> tuple[Tensor, Tensor]:
-    """Room for three tiles and more in any form, and a table of four."""
+    """Room for three tiles and more, and a table of four."""
     store = torch.empty(64 * ROWS * COLUMNS, dtype=torch.uint8, device=setting.device)
     return store, torch.zeros(4, 2, dtype=torch.int64, device=setting.device)
 
@@ -221,9 +241,9 @@ def _weight_gradient(setting: Setting) -> Iterator[Figure]:
     hidden = setting.put(torch.randn(ROWS, WIDTH, generator=generator))
     coefficients = torch.randn(ROWS, generator=generator)
     store, table = _store(setting)
-    tiles = [_compacted(setting, each, in_slots=False) for each in TRANSFORMS[:2]]
+    tiles = [_listed(setting, each) for each in TRANSFORMS[:2]]
     for item, tile in enumerate(tiles):
-        compact_pack(tile.kept, store, table, item)
+        pack_entries(tile.entries, store, table, item)
     before = torch.randn(300, WIDTH, generator=generator)
     block = before.to(setting.device, copy=True)
     with setting.all_threads():
@@ -231,7 +251,7 @@ def _weight_gradient(setting: Setting) -> Iterator[Figure]:
             block, store, table, 1, 50, coefficients.to(setting.device), hidden
         )  # fmt: skip
     scaled = coefficients.double()[:, None] * exact(hidden)
-    truth = before.double() - tiles[1].entries[:, 50:350].t() @ scaled
+    truth = before.double() - tiles[1].matrix[:, 50:350].t() @ scaled
     yield rounded_once("block", block, truth, 16)
 
 
@@ -240,9 +260,9 @@ def _linear_logps(setting: Setting, variant: logps.Variant) -> Iterator[Figure]:
     here = logps.problem(setting, variant)
     true, eager = here.true(), here.evaluate(logps.materialised)
     groups = torch.randint(0, 2, (logps.ROWS,), generator=setting.generator())
-    density_guard.forget()  # of a head that lay in the same memory
     found = here.evaluate(logps.ours, gradient="sparse", eps=EPS, tail_groups=groups)
-    truth, in_slots = true.evaluate(logps.definition), _in_slots(setting)
+    truth = true.evaluate(logps.definition)
+    in_slots = has_slots(setting.device, setting.dtype)
     changed = truth | _definition(true, groups, in_slots=in_slots)
     for what, actual in found.items():
         rounded = changed[what] + (exact(eager[what]) - truth[what])

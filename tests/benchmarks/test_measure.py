@@ -112,13 +112,13 @@ def test_a_peer_without_softcap_is_skipped_by_name():
 
 
 def test_the_plain_torch_form_is_really_what_runs(workload):
-    from orpo_kernels.engine import exact
+    from orpo_kernels.engine import tile_loop
 
-    dispatched = exact.softmax_stats
+    dispatched = tile_loop.softmax_collect_
     with plain_torch_tiles():
-        assert exact.softmax_stats is not dispatched
+        assert tile_loop.softmax_collect_ is not dispatched
         step = Step(IMPLEMENTATIONS["ours-exact"], workload, "frozen")
         inside = step.run()
-    assert exact.softmax_stats is dispatched
+    assert tile_loop.softmax_collect_ is dispatched
     step.clear()
     torch.testing.assert_close(step.run(), inside)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from orpo_kernels.engine import native, tiles
+from orpo_kernels.engine import tiles
+from orpo_kernels.engine.tiles import native
 
 EPS32 = torch.finfo(torch.float32).eps
 

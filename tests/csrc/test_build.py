@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orpo_kernels.engine import native
+from orpo_kernels.engine.tiles import native
 
 ROOT = Path(__file__).parents[2]
 REPORT = """
 import orpo_kernels.engine.tiles, torch
-from orpo_kernels.engine import native
+from orpo_kernels.engine.tiles import native
 from orpo_kernels import linear_logps
 h = torch.ones(3, 4, requires_grad=True)
 linear_logps(h, torch.eye(4), torch.tensor([0, 1, 2])).sum().backward()

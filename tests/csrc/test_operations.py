@@ -7,6 +7,7 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine import tiles
+from orpo_kernels.engine.budget import accumulation_dtype
 from tests.csrc.forms import EPS32, needs_extension, no_labels, plain
 from tests.helpers import assert_logit_sums
 
@@ -121,7 +122,7 @@ def test_softmax_stats(case):
 def test_softmax_grad(case):
     tile, bias, labels = problem(case)
     z, slope = truth(case, tile, bias, labels)
-    level = (z.amax(1).clamp(min=0) + 0.5).to(tiles.accumulation_dtype(case.dtype))
+    level = (z.amax(1).clamp(min=0) + 0.5).to(accumulation_dtype(case.dtype))
     exact = reference.softmax_grad(z, slope, level.double())
     results = []
     for form in (tiles.softmax_grad_, lambda *args: plain(tiles.softmax_grad_, *args)):

@@ -2,14 +2,15 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from orpo_kernels import linear_logps
-from orpo_kernels.engine import exact, policy, sparse
+from orpo_kernels.engine import policy, run
 from orpo_kernels.engine.policy import choose, explain
-from tests.engine.test_chunks import CPU, CUDA, sizes
+from tests.engine.test_budget import CPU, CUDA, sizes
 
 LLAMA = (4096, 128_256)
 MIB = 2**20
@@ -18,7 +19,7 @@ MIB = 2**20
 @pytest.fixture
 def gpu_here(monkeypatch):
     """Whatever this machine has: Triton's kernels, on the card the plan is for."""
-    monkeypatch.setattr(policy, "gpu_backend", lambda: "triton")
+    monkeypatch.setattr(policy, "runs_triton", lambda device, dtype: device.type == "cuda")
     monkeypatch.setattr(policy, "has_tensor_cores", lambda device: True)
 
 
@@ -44,24 +45,23 @@ def test_the_table(gpu_here, needs_dhidden, needs_dweight, budget, strategy, pas
     assert found.workspace_bytes <= budget
 
 
-def test_half_a_megabyte_is_legal_on_a_gpu_only(gpu_here, monkeypatch):
+def test_half_a_megabyte_is_legal_on_a_gpu_only(gpu_here):
     few = {"needs_dhidden": False, "needs_dweight": False}
     plan = choose(sizes(LLAMA, CUDA), MIB // 2, **few).plan
     assert plan.columns == LLAMA[1]
     assert 16 <= plan.rows <= 64
     refused = [
-        (sizes(LLAMA, CPU), {}),  # a CPU
-        (sizes(LLAMA, CUDA, dtype=torch.float64), {}),  # no such kernel
-        (sizes(LLAMA, CUDA), {"in_rows": False}),  # a transposed head
+        sizes(LLAMA, CPU),
+        sizes(LLAMA, CUDA, dtype=torch.float64),  # no such kernel
     ]
-    for problem, options in refused:
+    for problem in refused:
         with pytest.raises(ValueError, match="raise workspace_bytes to at least"):
-            choose(problem, MIB // 2, **few, **options)
+            choose(problem, MIB // 2, **few)
     with pytest.raises(ValueError, match=r"16 rows of a head .* without any logit"):
         choose(sizes(LLAMA, CUDA), 100_000, **few)
-    monkeypatch.setattr(policy, "gpu_backend", lambda: "torch")
+    without_triton = replace(sizes(LLAMA, CUDA), on_triton=False)
     with pytest.raises(ValueError, match="the smallest tile"):
-        choose(sizes(LLAMA, CUDA), MIB // 2, **few)
+        choose(without_triton, MIB // 2, **few)
 
 
 def test_the_least_it_names_is_enough(gpu_here):
@@ -93,13 +93,13 @@ def test_the_engine_runs_what_is_decided(monkeypatch, caplog):
     hidden, weight = torch.randn(1100, 16, requires_grad=True), torch.randn(9000, 16)
     labels = torch.randint(0, 9000, (1100,))
     ran = []
-    real = exact.Forward.chunk
+    real = run.tile_loop.forward
 
-    def chunk(self, start, stop, kept=None):
-        ran.append((stop - start, self.plan.columns, kept is not None))
-        return real(self, start, stop, kept)
+    def forward(operands, plan, kept, out):
+        ran.append((plan.rows, plan.columns))
+        real(operands, plan, kept, out)
 
-    monkeypatch.setattr(exact.Forward, "chunk", chunk)
+    monkeypatch.setattr(run.tile_loop, "forward", forward)
     policy._log.cache_clear()
     with caplog.at_level(logging.DEBUG, logger="orpo_kernels"):
         for trains in (False, True, True):
@@ -109,9 +109,7 @@ def test_the_engine_runs_what_is_decided(monkeypatch, caplog):
         for trains in (False, True)
     ]
     assert [each.strategy for each in expected] == ["two passes", "E kept"]
-    assert {(rows, columns) for rows, columns, _ in ran} == {
-        (each.plan.rows, each.plan.columns) for each in expected
-    }
+    assert set(ran) == {(each.plan.rows, each.plan.columns) for each in expected}
     assert [record.message for record in caplog.records] == [
         f"linear_logps: {each}" for each in expected
     ]
@@ -124,13 +122,14 @@ def test_a_sparse_call_says_so(monkeypatch, caplog, trains):
     hidden, weight = torch.randn(1100, 16, requires_grad=True), torch.randn(9000, 16)
     labels, groups = torch.randint(0, 9000, (1100,)), torch.arange(1100) % 2
     ran = []
-    real = sparse.SparseForward.sparse_chunk
+    real = run.sparse_tile_loop.forward
 
-    def chunk(self, start, stop, packed):
-        ran.append((stop - start, self.plan.columns))
-        return real(self, start, stop, packed)
+    def forward(operands, plan, *rest):
+        even = plan.tile.even(operands.sizes.rows)
+        ran.append((even.rows, even.columns))
+        return real(operands, plan, *rest)
 
-    monkeypatch.setattr(sparse.SparseForward, "sparse_chunk", chunk)
+    monkeypatch.setattr(run.sparse_tile_loop, "forward", forward)
     options = {"gradient": "sparse", "tail_groups": groups}
     policy._log.cache_clear()
     with caplog.at_level(logging.DEBUG, logger="orpo_kernels"):

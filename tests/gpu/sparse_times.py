@@ -1,6 +1,6 @@
 """Time of the sparse gradient's kernels over what they cannot go under.
 
-`softmax_compact`: bytes of the tile / copy bandwidth. `compact_matmul`: FLOP of what is kept over
+`softmax_compact`: bytes of the tile / copy bandwidth. `slot_matmul`: FLOP of what is kept over
 the rate of a square GEMM. The weight gradient: bytes of dW / copy bandwidth. Of a tile that keeps
 one row's entry in 1, 5 or 15 % of the columns of every 64 rows. And the whole of `linear_logps`,
 forward and backward, beside the exact gradient, on hidden states that are near their label's row.
@@ -15,8 +15,8 @@ import torch
 
 from orpo_kernels import linear_logps
 from orpo_kernels.constants import DEFAULT_EPS
-from orpo_kernels.engine.compact import compact_matmul, softmax_compact
-from orpo_kernels.kernels import has_slots
+from orpo_kernels.kernels import has_slots, launcher
+from orpo_kernels.kernels.segment_store import Slots
 from tests.gpu.timing import median_s
 
 ROUNDS = 10
@@ -54,7 +54,10 @@ def _kernels(
     device: str, shape: Shape, timed: Callable[..., float], bandwidth: float, flops: float
 ) -> Iterator[tuple[str, float, float]]:
     R, H, V = shape
-    in_slots = has_slots(torch.device(device), torch.float32)
+    if not has_slots(torch.device(device), torch.float32):
+        return  # a dry run: no kernel of these runs there
+    softmax_compact = launcher("softmax_compact", "softmax_compact")
+    slot_matmul = launcher("gather_matmul", "slot_matmul")
     labels = torch.zeros((1, R), dtype=torch.int64, device=device)
     level, groups = torch.zeros(R, device=device), torch.arange(R, device=device) % 2
     weight = torch.randn(V, H, device=device).to(torch.bfloat16)
@@ -71,48 +74,47 @@ def _kernels(
             def compact(tile=tile, tail=tail, restore=restore):
                 restore()
                 return softmax_compact(
-                    tile, None, labels, 0, level, level + 1, DEFAULT_EPS, 1.0, None, groups, tail,
-                    None if in_slots else R * V,
-                )  # fmt: skip
+                    tile, None, labels, 0, level, level + 1, DEFAULT_EPS, 1.0, None, groups, tail
+                )
 
             name = f"{str(dtype).removeprefix('torch.')}, {percent} % of {R} x {V}"
             seconds = max(timed(compact) - timed(restore), 1e-9)
             size = tile.numel() * tile.element_size()
             yield f"softmax_compact {name}", seconds, size / bandwidth
             kept, sums = compact(), torch.zeros(R, H, device=device)
-            work = 2.0 * int(kept[2]) * H / flops
-            product = functools.partial(compact_matmul, sums, kept, weight)
-            yield f"compact_matmul {name}", timed(product), work
-            if in_slots and dtype == torch.float32:
+            work = 2.0 * int(kept.entries) * H / flops
+            product = functools.partial(slot_matmul, sums, kept, weight)
+            yield f"slot_matmul {name}", timed(product), work
+            if dtype == torch.float32:
                 yield from _weight_gradient(shape, kept, timed, bandwidth, name)
 
 
 def _weight_gradient(
-    shape: Shape, kept: list[torch.Tensor], timed: Callable[..., float], bandwidth: float, name: str
+    shape: Shape, kept: Slots, timed: Callable[..., float], bandwidth: float, name: str
 ) -> Iterator[tuple[str, float, float]]:
     from orpo_kernels.kernels import row_segments, weight_gradient
     from orpo_kernels.kernels.segment_store import segment_store, table_bytes
 
     R, H, V = shape
-    new = functools.partial(torch.empty, device=kept[0].device)
+    new = functools.partial(torch.empty, device=kept.mass.device)
     size = table_bytes(R, V, 1) + 128 * R * V // 256
     store = segment_store(new(size, dtype=torch.uint8), R, V, 1)
     store.used[:1].zero_()
-    pack = functools.partial(row_segments.compact_pack, store, kept, 0, 0, 0)
+    pack = functools.partial(row_segments.pack_segments, store, kept, 0, 0, 0)
     seconds = timed(pack)
     moved = 3 * 128 * int(store.used[1])
-    yield f"compact_pack {name}", seconds, moved / bandwidth
+    yield f"pack_segments {name}", seconds, moved / bandwidth
     lists = weight_gradient.list_tokens(store, 0, V)
-    hidden = torch.randn(R, H, device=kept[0].device).to(torch.bfloat16)
+    hidden = torch.randn(R, H, device=kept.mass.device).to(torch.bfloat16)
     labels = torch.randint(0, V, (1, R), device=hidden.device)
     targets = weight_gradient.sort_targets(labels, torch.ones_like(labels, dtype=torch.float), 0, V)
     dweight, ones = new((V, H), dtype=torch.bfloat16), torch.ones(1, device=hidden.device)
     tail, rows = torch.rand(2, V, device=hidden.device), torch.rand(2, H, device=hidden.device)
     gradient = functools.partial(
-        weight_gradient.compact_weight_gradient, dweight, store, lists, hidden, ones, tail, rows,
+        weight_gradient.segment_weight_gradient, dweight, store, lists, hidden, ones, tail, rows,
         targets, hidden,
     )  # fmt: skip
-    yield f"compact_weight_gradient {name}", timed(gradient), dweight.nbytes / bandwidth
+    yield f"segment_weight_gradient {name}", timed(gradient), dweight.nbytes / bandwidth
 
 
 def _steps(device: str, shape: Shape, timed: Callable[..., float]) -> Iterator[tuple[str, float]]:

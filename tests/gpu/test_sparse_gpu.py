@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps, reference
-from orpo_kernels.engine import segments, selection, slots, sparse, sparse_weight
-from orpo_kernels.engine.compact import compact_matmul, softmax_compact
-from orpo_kernels.engine.guard import density_guard
-from orpo_kernels.kernels import has_slots
+from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine.sparse import plan
+from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
+from orpo_kernels.kernels import has_slots, launcher
 
 pytestmark = pytest.mark.gpu
 
@@ -19,9 +19,8 @@ EPS = 2.0**-6
 
 
 @pytest.fixture(autouse=True)
-def _no_guard(monkeypatch):
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
-    density_guard.forget()
+def _any_density(monkeypatch):
+    monkeypatch.setattr(plan, "live_share", lambda device: 1.0)
 
 
 def problem(gpu, dtype, *, trains=True, bias=False, N=700, H=256, V=5003):
@@ -92,8 +91,8 @@ def test_against_float64(gpu, dtype, softcap, bias, trains, workspace):
 
 def test_the_kernels_against_their_product(gpu):
     # The kept entries of a tile times the identity are the tile's, but for the small ones.
-    rows, columns = (300, 5003) if gpu.real else (70, 300)
-    in_slots = gpu.real and has_slots(gpu.device, torch.float32)
+    gpu.needs_cuda()
+    rows, columns = 300, 5003
     pitch = -(-columns // 128) * 128
     owner = torch.full((-(-rows // 64) * 64, pitch), torch.nan, device=gpu.device)
     logits = owner[:rows, :columns].copy_(torch.randn(rows, columns, device=gpu.device) * 4)
@@ -105,17 +104,16 @@ def test_the_kernels_against_their_product(gpu):
     total = E.sum(1).float()
     groups = torch.arange(rows, device=gpu.device) % 2
     tail = torch.zeros(2, columns, device=gpu.device)
-    kept = softmax_compact(
-        logits, None, labels, 0, level, total, EPS, 1.0, None, groups, tail,
-        None if in_slots else rows * columns,
-    )  # fmt: skip
+    kept = launcher("softmax_compact", "softmax_compact")(
+        logits, None, labels, 0, level, total, EPS, 1.0, None, groups, tail
+    )
     found = torch.zeros(rows, columns, device=gpu.device)
-    compact_matmul(found, kept, torch.eye(columns, device=gpu.device))
+    launcher("gather_matmul", "slot_matmul")(found, kept, torch.eye(columns, device=gpu.device))
     live = found != 0
     share = E / total.double()[:, None]
     assert live[share > EPS * 1.0001].all()
     torch.testing.assert_close(found.double(), E.where(live, 0.0), rtol=2.0**-8 + 1e-4, atol=1e-30)
-    torch.testing.assert_close(kept[0].double(), found.double().sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kept.mass.double(), found.double().sum(1), rtol=1e-5, atol=1e-6)
     dropped = share.masked_fill(live, 0.0)
     true = torch.stack([dropped[groups == group].sum(0) for group in (0, 1)])
     torch.testing.assert_close(tail.double(), true, rtol=1e-4, atol=1e-9)
@@ -127,15 +125,14 @@ def test_an_overflowing_store(gpu, monkeypatch):
     given = problem(gpu, torch.float32, bias=True)
     options = {"workspace_bytes": 40 * 2**20}
     stored = run(*given, **options)
-    monkeypatch.setattr(slots, "_STORE_ROW_BYTES", 200)
+    monkeypatch.setattr(plan, "_SEGMENT_ROW_BYTES", 200)
     looked, stored_tiles = [], sparse_weight.stored_tiles
 
     def look(*args):
         looked.append(stored_tiles(*args))
         return looked[-1]
 
-    for module in (segments, sparse_weight):
-        monkeypatch.setattr(module, "stored_tiles", look)
+    monkeypatch.setattr(sparse_weight, "stored_tiles", look)
     found = run(*given, **options)
     assert torch.equal(found[1], stored[1])  # dhidden does not ask
     wide = [t.detach().double().requires_grad_() for t in given[:3]]
@@ -178,7 +175,7 @@ def test_cuda_graph(gpu, trains):
         if trains:  # what the captured backward will launch
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sparse_weight, "is_capturing", lambda device: True)
-                patch.setattr(segments, "is_capturing", lambda device: True)
+                patch.setattr(host_copy, "is_capturing", lambda device: True)
                 run(*given)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -191,7 +188,7 @@ def test_cuda_graph(gpu, trains):
         labels[9] = seed
         graph.replay()
         with pytest.MonkeyPatch.context() as patch:  # the same rows share their columns
-            for module in (selection, segments, sparse_weight):
+            for module in (operands, host_copy, sparse_weight):
                 patch.setattr(module, "is_capturing", lambda device: True)
             eager = run(*given)
         for mine, true in zip(captured, eager, strict=True):
@@ -231,14 +228,14 @@ def test_more_than_2_31_logits(gpu):
     level, total = logits.amax(1).float(), torch.full((rows,), float(columns), device=gpu.device)
     total[-1] = 1.0
     tail = torch.zeros(1, columns, device=gpu.device)
-    kept = softmax_compact(
+    kept = launcher("softmax_compact", "softmax_compact")(
         logits, None, labels, 0, level, total, 0.5, 1.0, None,
-        torch.zeros(rows, dtype=torch.int64, device=gpu.device), tail, None,
+        torch.zeros(rows, dtype=torch.int64, device=gpu.device), tail,
     )  # fmt: skip
     out = torch.zeros(rows, 8, device=gpu.device)
     weight = torch.zeros(columns, 8, dtype=torch.bfloat16, device=gpu.device)
     weight[-1] = 3.0
-    compact_matmul(out, kept, weight)
-    assert kept[2].item() == 64
+    launcher("gather_matmul", "slot_matmul")(out, kept, weight)
+    assert kept.entries.item() == 64
     assert out[-1].tolist() == [3.0] * 8
     assert out[-65].tolist() == [0.0] * 8

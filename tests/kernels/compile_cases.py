@@ -166,12 +166,12 @@ def _small_cases() -> Iterator[Case]:
     yield Case("odds_ratio", "odds_ratio", wide, pairs, wide_loads=False)
 
 
-def _store(rows: int, columns: int) -> segment_store.Store:
+def _store(rows: int, columns: int) -> segment_store.SegmentStore:
     size = segment_store.table_bytes(rows, columns, 1) + 2**24
     return segment_store.segment_store(_cuda(size, dtype=torch.uint8), rows, columns, 1)
 
 
-def _kept(rows: int, columns: int) -> list[torch.Tensor]:
+def _kept(rows: int, columns: int) -> segment_store.Slots:
     B, T = rows // 64, columns // 128
     lists = [_cuda(B, columns, dtype=torch.int32) for _ in range(2)]
     live, slots = (
@@ -179,7 +179,7 @@ def _kept(rows: int, columns: int) -> list[torch.Tensor]:
         _cuda(rows, 2 * columns, dtype=torch.bfloat16),
     )
     ends, count = _cuda(B, T, dtype=torch.int32), _cuda(1, dtype=torch.int64)
-    return [_cuda(rows), _cuda(0), count, slots, *lists, ends, live, _cuda(rows)]
+    return segment_store.Slots(_cuda(rows), _cuda(0), count, slots, *lists, ends, live, _cuda(rows))
 
 
 def _compact_cases() -> Iterator[Case]:
@@ -205,12 +205,12 @@ def _compact_cases() -> Iterator[Case]:
             )  # fmt: skip
 
     def pack() -> None:
-        row_segments.compact_pack(_store(R, 2048), _kept(R, 2048), 0, 0, 0)
+        row_segments.pack_segments(_store(R, 2048), _kept(R, 2048), 0, 0, 0)
 
     def lists() -> None:
         store = _store(R, 2048)
         found = weight_gradient.list_tokens(store, 0, 2048)
-        weight_gradient.compact_column_sums(store, found, _cuda(R), 2048)
+        weight_gradient.segment_column_sums(store, found, _cuda(R), 2048)
 
     yield Case(
         "pack_segments", "pack_segments", torch.bfloat16, pack, wide_stores=True,
@@ -225,16 +225,14 @@ def _product_cases() -> Iterator[Case]:
         for suffix, columns in (("", H), ("_odd", H + 1)):
 
             def product(dtype=dtype, h=columns):
-                gather_matmul.compact_matmul(
-                    _cuda(R, h), _kept(R, 2048), _cuda(2048, h, dtype=dtype)
-                )
+                gather_matmul.slot_matmul(_cuda(R, h), _kept(R, 2048), _cuda(2048, h, dtype=dtype))
 
             def gradient(dtype=dtype, h=columns):
                 store = _store(R, 2048)
                 lists = weight_gradient.list_tokens(store, 0, 2048)
                 targets = weight_gradient.sort_targets(_labels(1, R), _cuda(1, R), 0, 2048)
                 rows, hidden = (_cuda(R, h, dtype=dtype) for _ in range(2))
-                weight_gradient.compact_weight_gradient(
+                weight_gradient.segment_weight_gradient(
                     _cuda(2048, h, dtype=dtype), store, lists, rows, _cuda(1), _cuda(2, 2048),
                     _cuda(2, h), targets, hidden,
                 )  # fmt: skip
@@ -242,7 +240,7 @@ def _product_cases() -> Iterator[Case]:
             def added(dtype=dtype, h=columns):
                 store = _store(R, 2048)
                 lists = weight_gradient.list_tokens(store, 0, 2048)
-                weight_gradient.compact_weight_gradient_add(
+                weight_gradient.segment_weight_gradient_add(
                     _cuda(2048, h), store, lists, _cuda(R, h, dtype=dtype)
                 )
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from orpo_kernels.engine import chunks, exact, mean_logits, selection, weight_gradient
-from orpo_kernels.linear_logps import _linear_logps, _linear_logps_dweight
+from orpo_kernels.engine import mean_logits, operands, weight_gradient
 from orpo_kernels.loss import orpo_loss_from_logps
+from orpo_kernels.ops import exact
 
 pytest.importorskip("triton")
 
@@ -32,13 +32,10 @@ BUDGET = 64 * 2**20
 @pytest.fixture
 def launchers(monkeypatch):
     """The launchers where dispatch would put them: fake tensors dispatch to fakes."""
-    for module in (exact, mean_logits):
-        monkeypatch.setattr(module, "softmax_stats", softmax_stats.softmax_stats)
-    for module in (exact, weight_gradient):
-        monkeypatch.setattr(module, "softmax_grad_", softmax_grad.softmax_grad_)
+    monkeypatch.setattr(mean_logits, "softmax_stats", softmax_stats.softmax_stats)
+    monkeypatch.setattr(weight_gradient, "softmax_grad_", softmax_grad.softmax_grad_)
     monkeypatch.setattr(weight_gradient, "column_sums", column_sums.column_sums)
-    monkeypatch.setattr(selection, "is_capturing", lambda device: True)  # nonzero has no fake
-    monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: True)
+    monkeypatch.setattr(operands, "is_capturing", lambda device: True)  # nonzero has no fake
 
 
 def cuda(*shape, dtype=torch.bfloat16):
@@ -52,12 +49,14 @@ def forward_and_backward(rows, H, V, *, sets=1, bias=False, trains=True, budget=
     labels = cuda(sets, rows, dtype=torch.int64)
     bias = cuda(V, dtype=dtype) if bias else None
     inputs, options = (hidden, weight, labels, bias, None, None), (1.0, None, -100, dtype, budget)
-    _, statistics, _, _, kept = _linear_logps._init_fn(*inputs, *options, True, trains, True)
+    _, statistics, _, _, kept = exact.linear_logps_exact._init_fn(
+        *inputs, *options, True, trains, True
+    )
     if not trains:
         return
     dlogps = cuda(sets, rows, dtype=torch.float32)
     wanted = [True, bias is not None, False]
-    _linear_logps_dweight._init_fn(dlogps, statistics, kept, *inputs, *options, wanted)
+    exact.linear_logps_exact_dweight._init_fn(dlogps, statistics, kept, *inputs, *options, wanted)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])

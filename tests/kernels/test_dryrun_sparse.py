@@ -9,28 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_kernels import sparse_logps
-from orpo_kernels.engine import (
-    chunks,
-    exact,
-    segments,
-    selection,
-    sparse,
-    sparse_weight,
-    weight_gradient,
-)
+from orpo_kernels.engine import host_copy, operands, weight_gradient
+from orpo_kernels.engine.sparse import tail as sparse_tail
+from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
+from orpo_kernels.ops import sparse as ops
 
 pytest.importorskip("triton")
 
-from orpo_kernels.kernels import column_sums, softmax_grad, softmax_stats
-from orpo_kernels.kernels.gather_matmul import compact_matmul, further_pieces
-from orpo_kernels.kernels.row_segments import compact_pack
+from orpo_kernels.kernels import column_sums, softmax_grad
+from orpo_kernels.kernels.gather_matmul import further_pieces, slot_matmul
+from orpo_kernels.kernels.row_segments import pack_segments
 from orpo_kernels.kernels.segment_store import segment_store
 from orpo_kernels.kernels.softmax_compact import softmax_compact
 from orpo_kernels.kernels.weight_gradient import (
-    compact_column_sums,
-    compact_weight_gradient,
     list_tokens,
+    segment_column_sums,
+    segment_weight_gradient,
     sort_targets,
 )
 from tests.kernels.dryrun import SHARED_LIMIT, dryrun, resources
@@ -53,16 +47,16 @@ def both_gradients(R, H, V, *, count=1, trains=True):
             logits, None, labels[:, start:stop], 0, cuda(R), cuda(R), 2.0**-12, 1.0, None,
             groups[start:stop], tail,
         )  # fmt: skip
-        compact_matmul(cuda(R, H), kept, weight)
+        slot_matmul(cuda(R, H), kept, weight)
         if trains:
-            compact_pack(store, kept, chunk, chunk * -(-R // 64), start)
+            pack_segments(store, kept, chunk, chunk * -(-R // 64), start)
     if trains:
         lists = list_tokens(store, 0, V)
-        compact_weight_gradient(
+        segment_weight_gradient(
             cuda(V, H, dtype=narrow), store, lists, hidden, cuda(1), tail, cuda(2, H),
             sort_targets(labels, cuda(1, N), 0, V), hidden,
         )  # fmt: skip
-        compact_column_sums(store, lists, cuda(N), V)
+        segment_column_sums(store, lists, cuda(N), V)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])
@@ -109,17 +103,11 @@ BUDGET = 256 * 2**20
 @pytest.fixture
 def engine(monkeypatch):
     """The launchers where dispatch would put them, and a backward that knows what was stored."""
-    for module in (exact, sparse):
-        monkeypatch.setattr(module, "softmax_stats", softmax_stats.softmax_stats)
-    for module in (exact, weight_gradient):
-        monkeypatch.setattr(module, "softmax_grad_", softmax_grad.softmax_grad_)
-    for module in (sparse, sparse_weight, weight_gradient):
+    monkeypatch.setattr(weight_gradient, "softmax_grad_", softmax_grad.softmax_grad_)
+    for module in (sparse_tail, sparse_weight, weight_gradient):
         monkeypatch.setattr(module, "column_sums", column_sums.column_sums)
-    monkeypatch.setattr(sparse, "softmax_compact", softmax_compact)
-    monkeypatch.setattr(sparse, "compact_matmul", compact_matmul)
-    monkeypatch.setattr(chunks, "gemm_widens", lambda device, dtype: True)
     # nonzero has no fake: every row is processed, as while a graph is captured.
-    for module in (selection, sparse_logps, segments):
+    for module in (operands, host_copy, sparse_weight):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
     def stores(pattern):
@@ -128,8 +116,7 @@ def engine(monkeypatch):
                 return [[False] * blocks] * count
             return [[pattern[i % len(pattern)]] for i in range(count)]
 
-        for module in (sparse_weight, segments):
-            monkeypatch.setattr(module, "stored_tiles", stored)
+        monkeypatch.setattr(sparse_weight, "stored_tiles", stored)
 
     stores([True])
     return stores
@@ -141,13 +128,14 @@ def whole_loss(rows, H, V, *, trains=True, sets=1, bias=False, budget=BUDGET):
     hidden, weight = cuda(rows, H, dtype=dtype), cuda(V, H, dtype=dtype)
     labels, groups = cuda(sets, rows, dtype=torch.int64), cuda(rows, dtype=torch.int64)
     bias = cuda(V, dtype=dtype) if bias else None
-    inputs = (hidden, weight, labels, bias, None, None, groups)
-    options = (1.0, None, 2.0**-12, -100, dtype, budget)
-    outputs = sparse_logps.sparse_linear_logps._init_fn(*inputs, *options, True, trains, True)
-    _, _, statistics, _, _, _, sums, store, table, blocks = outputs
+    problem = (
+        hidden, weight, labels, bias, None, None, 1.0, None, -100, dtype, budget, groups, 2.0**-12,
+    )  # fmt: skip
+    outputs = ops.linear_logps_sparse._init_fn(*problem, True, trains, True)
+    _, _, statistics, _, _, _, sums, store, table, per_block = outputs
     if trains:
-        sparse_logps._sparse_linear_logps_dweight._init_fn(
-            cuda(sets, rows), statistics, sums, store, table, blocks, *inputs, *options,
+        ops.linear_logps_sparse_dweight._init_fn(
+            cuda(sets, rows), statistics, sums, store, table, per_block, *problem,
             [True, bias is not None, False],
         )  # fmt: skip
     return store.shape[0] > 0

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from orpo_kernels import kernels
-from orpo_kernels.engine import compact, tiles  # noqa: F401 - registers
+from orpo_kernels.engine import linear_lse, tiles  # noqa: F401 - registers
 
 OPERATIONS = [
     "softmax_stats", "softmax_grad_", "column_sums", "linear_lse", "sequence_mean", "odds_ratio",
-    "odds_ratio_backward", "softmax_compact", "compact_matmul",
+    "odds_ratio_backward",
 ]  # fmt: skip
 
 
@@ -92,18 +92,6 @@ def test_slots_need_tensor_cores_and_a_dtype_with_kernels(card, monkeypatch):
     assert not kernels.has_slots(cpu, torch.bfloat16)
     monkeypatch.setattr(kernels, "gpu_backend", lambda: "torch")
     assert not kernels.has_slots(cuda, torch.bfloat16)
-
-
-def test_what_is_kept_says_which_form_it_has(card):
-    # A capacity asks for the plain form; its kept entries go to its own product.
-    card(9, 0)
-    tile = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    assert kernels._into_the_tile(tile, *[None] * 10, None)
-    assert not kernels._into_the_tile(tile, *[None] * 10, 5)
-    plain = [torch.zeros(2), torch.zeros(0), torch.zeros(1), torch.zeros(3, dtype=torch.int32)]
-    slots = [*plain[:3], torch.zeros(64, 256, dtype=torch.bfloat16)]
-    assert kernels._are_slots(plain[0], slots, plain[0])
-    assert not kernels._are_slots(plain[0], plain, plain[0])
 
 
 def test_without_triton_one_warning_and_the_plain_form(chooser, monkeypatch):

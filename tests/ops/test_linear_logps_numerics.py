@@ -138,7 +138,7 @@ def test_rounded_logits_are_refined(monkeypatch, workspace):
     assert logps < 5e-4
     assert dhidden < 1e-4
     assert dweight < 2e-3  # the operands of its GEMM are rounded: probabilities, a_t h_t
-    monkeypatch.setattr("orpo_kernels.engine.exact.LARGE", 2.0)
+    monkeypatch.setattr("orpo_kernels.engine.tile_loop.LARGE", 2.0)
     monkeypatch.setattr("orpo_kernels.engine.weight_gradient.LARGE", 2.0)
     unrefined = errors()
     assert unrefined[0] > 10 * logps

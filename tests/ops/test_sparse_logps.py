@@ -5,10 +5,12 @@ import torch
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
-from orpo_kernels import linear_logps, sparse_logps
-from orpo_kernels.engine import selection, sparse, sparse_weight
-from orpo_kernels.engine.chunks import workspace_budget
-from orpo_kernels.engine.selection import problem_sizes
+from orpo_kernels import linear_logps
+from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine.problem import Problem, Transform
+from orpo_kernels.engine.run import sparse_plan
+from orpo_kernels.engine.sparse import plan, tile_loop
+from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
 from tests.helpers import peak_bytes
 from tests.ops.test_linear_logps import CASES, DTYPES, call, cast, gradients, make
 from tests.sparse import sparse_gradients
@@ -19,8 +21,8 @@ EPS = 2.0**-8  # of 100 to 5,000 entries: many on either side of it
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch):
     # The toy heads here are flat: their tiles would go the exact way, or out of the store.
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
-    monkeypatch.setattr(sparse, "_STORE_ROW_BYTES_CPU", 2**15)
+    monkeypatch.setattr(plan, "live_share", lambda device: 1.0)
+    monkeypatch.setattr(plan, "_LIST_ROW_BYTES", 2**15)
 
 
 def sparse_call(case, inputs, labels, **options):
@@ -32,12 +34,13 @@ def sparse_call(case, inputs, labels, **options):
 
 
 def plan_of(case, inputs, dtype, groups=2):
-    hidden = (inputs["hidden"], inputs.get("hidden_r"))
-    weight = (inputs["weight"], inputs.get("weight_r"))
-    rows = inputs["hidden"].shape[:-1].numel()
-    sizes = problem_sizes(rows, hidden, weight, case.sets, dtype)
-    budget = workspace_budget(case.workspace_bytes, torch.device("cpu"))
-    return sparse.sizing(sizes, groups, budget, trainable=True).plan
+    labels = torch.zeros(case.sets, *inputs["hidden"].shape[:-1], dtype=torch.int64)
+    problem = Problem(
+        inputs["hidden"], inputs["weight"], labels, inputs.get("bias"), inputs.get("hidden_r"),
+        inputs.get("weight_r"), Transform(), -100, dtype, case.workspace_bytes, trainable=True,
+        groups=labels[0] if groups == 2 else None,
+    )  # fmt: skip
+    return sparse_plan(problem).tile
 
 
 def flat(case, inputs, labels):
@@ -114,7 +117,7 @@ def test_extreme_eps(eps):
 
 
 def store_of(monkeypatch, row_bytes):
-    monkeypatch.setattr(sparse, "_STORE_ROW_BYTES_CPU", row_bytes)
+    monkeypatch.setattr(plan, "_LIST_ROW_BYTES", row_bytes)
 
 
 @pytest.mark.parametrize("name", ["blocks", "two sets, all"])
@@ -152,17 +155,17 @@ def unstored_tiles(case, inputs, labels, groups):
     """(blocks, N) bool, from the table of the op."""
     scale, cap = case.options.get("logit_scale", 1.0), case.options.get("softcap")
     with torch.no_grad():
-        outputs = torch.ops.orpo_kernels.sparse_linear_logps(
+        outputs = torch.ops.orpo_kernels.linear_logps_sparse(
             inputs["hidden"], inputs["weight"], torch.stack(labels), inputs.get("bias"),
-            inputs.get("hidden_r"), inputs.get("weight_r"), groups, scale, cap, EPS,
-            case.options.get("ignore_index", -100), torch.float64, case.workspace_bytes,
-            True, True, False,
+            inputs.get("hidden_r"), inputs.get("weight_r"), scale, cap,
+            case.options.get("ignore_index", -100), torch.float64, case.workspace_bytes, groups,
+            EPS, True, True, False,
         )  # fmt: skip
     table, blocks = outputs[8:]
     ignore = case.options.get("ignore_index", -100)
     scored = (torch.stack(labels) != ignore).any(0).view(-1)
     rows = int(scored.sum())
-    per_chunk = sparse.even_plan(plan_of(case, inputs, torch.float64), rows).rows
+    per_chunk = plan_of(case, inputs, torch.float64).even(rows).rows
     missing = (table[:, 1] < 0).view(-1, blocks.shape[0]).repeat_interleave(per_chunk, 0)[:rows]
     found = torch.zeros(blocks.shape[0], scored.shape[0], dtype=torch.bool)
     found[:, scored] = missing.t()
@@ -171,7 +174,7 @@ def unstored_tiles(case, inputs, labels, groups):
 
 def test_a_dense_tile_goes_the_exact_way(monkeypatch):
     # Flat rows: the first tile of each chunk is looked at, none is kept.
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1 / 16)
+    monkeypatch.setattr(plan, "live_share", lambda device: 1 / 16)
     case = next(case for case in CASES if case.name == "blocks")
     inputs, labels = make(case, torch.bfloat16)
     with torch.no_grad():
@@ -189,20 +192,20 @@ def test_a_dense_tile_goes_the_exact_way(monkeypatch):
 
 def kept_tiles(monkeypatch):
     """Of every tile that is looked at, whether its entries are kept."""
-    kept, compact = [], sparse.softmax_compact_online_
+    kept, compact = [], tile_loop.softmax_compact_online_
 
     def counted(*args):
         results = compact(*args)
         kept.append(results[-1].numel() > 0)
         return results
 
-    monkeypatch.setattr(sparse, "softmax_compact_online_", counted)
+    monkeypatch.setattr(tile_loop, "softmax_compact_online_", counted)
     return kept
 
 
 def test_a_sparse_step_has_one_matrix_product(monkeypatch):
     # Peaked rows on the default budget: no product but hidden @ weight.T, forward and backward.
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1 / 16)
+    monkeypatch.setattr(plan, "live_share", lambda device: 1 / 16)
     weight = torch.randn(3000, 16, requires_grad=True)
     labels = torch.randint(0, 3000, (50,))
     hidden = (weight.detach()[labels] * 3).requires_grad_()
@@ -289,7 +292,7 @@ def test_auto_is_sparse_for_16_bit(dtype, sparse_calls, monkeypatch):
     ],
 )
 def test_workspace_is_within_the_budget(spread, trainable, dtype, budget, monkeypatch):
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1 / 16)
+    monkeypatch.setattr(plan, "live_share", lambda device: 1 / 16)
     hidden = (torch.randn(700, 64) * spread).to(dtype).requires_grad_()
     weight = torch.randn(16_000, 64, dtype=dtype, requires_grad=trainable)
     labels = torch.randint(0, 16_000, (700,))
@@ -312,10 +315,10 @@ def test_opcheck(sets):
     labels[0, 2] = -100
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     args = (
-        hidden, weight, labels, bias, None, None, groups, 1.0, None, EPS, -100, torch.float32, None,
+        hidden, weight, labels, bias, None, None, 1.0, None, -100, torch.float32, None, groups, EPS,
         True, True, False,
     )  # fmt: skip
-    opcheck(torch.ops.orpo_kernels.sparse_linear_logps.default, args)
+    opcheck(torch.ops.orpo_kernels.linear_logps_sparse.default, args)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -348,7 +351,7 @@ def test_compiles_without_breaks_or_extra_recompiles(backend):
         ({"eps": 1.5}, ValueError, "eps must be a probability"),
         ({"logit_scale": 0.0}, ValueError, "positive logit_scale"),
         ({"tail_groups": torch.zeros(2, 2).long()}, ValueError, "the shape of labels"),
-        ({"tail_groups": torch.zeros(2, 3)}, TypeError, "tail_groups must be integer"),
+        ({"tail_groups": torch.zeros(2, 3)}, TypeError, "tail_groups must be an integer"),
         ({"tail_groups": torch.full((2, 3), 2)}, ValueError, "0 or 1 everywhere"),
         ({"workspace_bytes": 100}, ValueError, "raise workspace_bytes"),
     ],
@@ -381,7 +384,7 @@ def test_unscored_rows_under_capture_are_in_no_tail(monkeypatch):
         return gradients(ours, upstream, inputs)
 
     plain = run()
-    for module in (selection, sparse_logps, sparse_weight):
+    for module in (operands, host_copy, sparse_weight):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     for name, found, expected in zip(inputs, run(), plain, strict=True):
         if "hidden" in name:  # the store is not looked at: the weight gradient is exact

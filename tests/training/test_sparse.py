@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from orpo_kernels.engine import sparse
+from orpo_kernels.engine.sparse import plan
 from orpo_kernels.integrations.transformers import fuse_head
 from orpo_kernels.loss import ORPOLoss
 from tests.integrations.helpers import make_batch
@@ -20,7 +20,7 @@ METRICS = ("sparse/kept_share", "sparse/tail_mass", "sparse/residual_rms")
 
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)  # tiny models are flat
+    monkeypatch.setattr(plan, "live_share", lambda device: 1.0)  # tiny models are flat
 
 
 @pytest.mark.parametrize("trained", ["all", "lora", "head"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from orpo_kernels import linear_logps, reference
+from orpo_kernels import kernels, linear_logps, reference
 from orpo_kernels.engine import policy
-from orpo_kernels.engine.linear_lse import linear_lse
+from orpo_kernels.engine.tiles import linear_lse
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.tuning import Device, Share, Tile, share_columns
 from tests.kernels.interpreted.plugin import launches
@@ -182,7 +182,7 @@ def chosen(device, monkeypatch):
     device(AMPERE)
     monkeypatch.setattr(policy, "device_class", lambda _: "cuda sm_80+")
     monkeypatch.setattr(policy, "FASTER_ON", frozenset({"cuda sm_80+"}))
-    policy.gpu_backend.cache_clear()
+    kernels.gpu_backend.cache_clear()
 
 
 @pytest.mark.parametrize("low_rank", [False, True], ids=["head as it is", "joined with a LoRA"])

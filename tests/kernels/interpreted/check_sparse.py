@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from orpo_kernels import reference
-from orpo_kernels.kernels.gather_matmul import compact_matmul
-from orpo_kernels.kernels.row_segments import compact_pack
+from orpo_kernels.kernels.gather_matmul import slot_matmul
+from orpo_kernels.kernels.row_segments import pack_segments
 from orpo_kernels.kernels.segment_store import segment_store, table_bytes
 from orpo_kernels.kernels.softmax_compact import softmax_compact
 from orpo_kernels.kernels.weight_gradient import (
-    compact_column_sums,
-    compact_weight_gradient,
     list_tokens,
+    segment_column_sums,
+    segment_weight_gradient,
     sort_targets,
 )
 
@@ -44,7 +44,7 @@ def figures(logits, bias, labels, first, scale, softcap):
 
 def dense(kept, rows, columns):
     """The kept E as a matrix, from lists and slots; checks that the lists are sorted."""
-    _, _, _, slots, ids, addresses, ends, live, _ = kept
+    slots, ids, addresses, ends, live = kept[3:8]
     flat = slots.as_strided((slots.untyped_storage().nbytes() // 2,), (1,), 0)
     result = torch.zeros(len(ids) * 64, columns)
     is_kept = torch.zeros(len(ids), columns, dtype=torch.bool)
@@ -102,14 +102,14 @@ def test_compact(dtype, rows, columns, extra, G, K, scale, softcap, with_bias, e
     torch.testing.assert_close(
         found.double(), true.where(is_kept, 0.0), rtol=2.0**-8 + 1e-5, atol=1e-37
     )
-    torch.testing.assert_close(kept[0].double(), found.double().sum(1), rtol=1e-6, atol=1e-7)
-    assert kept[2].tolist() == [int(is_kept.sum())]
+    torch.testing.assert_close(kept.mass.double(), found.double().sum(1), rtol=1e-6, atol=1e-7)
+    assert kept.entries.tolist() == [int(is_kept.sum())]
     dropped = u.masked_fill(is_kept, 0.0)
     for group in range(G):
         sums = 0.25 + dropped[groups == group].sum(0)
         torch.testing.assert_close(tail[group].double(), sums, rtol=1e-5, atol=1e-9)
     if softcap is not None:
-        torch.testing.assert_close(kept[1].double(), true.sum(1), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(kept.row_sum.double(), true.sum(1), rtol=1e-5, atol=1e-7)
 
 
 def test_no_room():
@@ -152,7 +152,7 @@ def test_matmul(rows, columns, H, dtype):
     weight, accumulator = torch.randn(columns, H).to(dtype), torch.randn(rows, H)
     operand = weight.bfloat16() if dtype == torch.float32 else weight
     true = accumulator.double() + dense(kept, rows, columns)[0].double() @ operand.double()
-    compact_matmul(accumulator, kept, weight)
+    slot_matmul(accumulator, kept, weight)
     scale = true.abs().max()
     torch.testing.assert_close(accumulator.double(), true, rtol=1e-5, atol=1e-6 * float(scale))
 
@@ -177,9 +177,9 @@ def test_matmul_of_unbalanced_blocks_and_bits():
         kept, _ = compacted(each, eps=1.001e-3)
         accumulator = torch.zeros(200, 40)
         weight = torch.randn(1000, 40).bfloat16()
-        compact_matmul(accumulator, kept, weight)
+        slot_matmul(accumulator, kept, weight)
         results.append(accumulator)
-    counts = kept[6][:, -1].tolist()
+    counts = kept.ends[:, -1].tolist()
     assert counts[1:3] == [1, 0]
     assert counts[0] > 4 * counts[3] > 0
     assert counts[0] > 256 + 1  # cut in pieces
@@ -203,7 +203,7 @@ def packed(chunks, store, eps=EPS):
     for index, logits in enumerate(chunks):
         kept, total = compacted(logits, eps)
         e = dense(kept, *logits.shape)[0]
-        mass = compact_pack(store, kept, index, block, row)
+        mass = pack_segments(store, kept, index, block, row)
         everything.append((e, eps * total, mass))
         block, row = block + -(-len(logits) // 64), row + len(logits)
     return everything
@@ -252,7 +252,7 @@ def test_weight_gradient(first, rest, V, H, dtype, out_dtype):
         lists = list_tokens(store, start, stop - start)
         out = torch.full((stop - start, H), torch.nan, dtype=out_dtype)
         targets = sort_targets(labels, shares, start, stop - start)
-        compact_weight_gradient(
+        segment_weight_gradient(
             out,
             store,
             lists,
@@ -268,7 +268,7 @@ def test_weight_gradient(first, rest, V, H, dtype, out_dtype):
         torch.testing.assert_close(
             out.double(), true, rtol=eps, atol=2e-6 * float(true.abs().max())
         )
-        sums = compact_column_sums(store, lists, coefficients, stop - start)
+        sums = segment_column_sums(store, lists, coefficients, stop - start)
         true = (e.t() @ coefficients.double())[start:stop]
         torch.testing.assert_close(sums.double(), true, rtol=1e-5, atol=1e-5)
 
@@ -284,7 +284,7 @@ def test_a_chunk_that_does_not_fit():
     assert store.used.tolist() == [0, counts[0], counts[0], counts[0] + counts[2]]
     e = torch.cat([entries[0][0], torch.zeros(64, 256), entries[2][0]]).double()
     lists = list_tokens(store, 0, 256)
-    found = compact_column_sums(store, lists, torch.ones(84), 256)
+    found = segment_column_sums(store, lists, torch.ones(84), 256)
     torch.testing.assert_close(found.double(), e.sum(0), rtol=1e-5, atol=1e-6)
 
 
@@ -329,29 +329,29 @@ def test_both_gradients_of_the_definition(common):
         logits, None, labels[None], 0, level, total, eps, 1.0, None, groups, tail
     )
     sparse = torch.zeros(N, H)
-    compact_matmul(sparse, kept, weight)
+    slot_matmul(sparse, kept, weight)
     q = tail / tail.sum(1, keepdim=True)
-    m = share - kept[0] / total
+    m = share - kept.mass / total
     label_rows = share[:, None] * weight[labels].float()
     ours = a[:, None] * (
         label_rows - sparse / total[:, None] - m[:, None] * (q @ weight.float())[groups]
     )
 
     store = empty_store(192, V, 1, 30_000)
-    m_packed = share - compact_pack(store, kept, 0, 0, 0) / total
+    m_packed = share - pack_segments(store, kept, 0, 0, 0) / total
     assert store.overflow.tolist() == [0]
     unit = (a / total).abs().amax()[None]
     rows = ((a / total / unit)[:, None] * hidden).bfloat16()
     per_row = (a * m_packed)[:, None] * hidden.float()
     tail_rows = torch.stack([per_row[groups == g].sum(0) for g in (0, 1)])
     found = torch.empty(V, H)
-    compact_weight_gradient(
+    segment_weight_gradient(
         found, store, list_tokens(store, 0, V), rows, unit, q, tail_rows,
         sort_targets(labels[None], (a * share)[None], 0, V), hidden,
     )  # fmt: skip
 
     e = torch.exp(rest - level[:, None])
-    is_kept = kept[7][:, :V].bool().repeat_interleave(64, 0)[:N]
+    is_kept = kept.live[:, :V].bool().repeat_interleave(64, 0)[:N]
     assert is_kept[(e / total[:, None]) > eps].all()
 
     def gradients(entries):

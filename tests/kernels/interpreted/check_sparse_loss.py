@@ -10,8 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from orpo_kernels import orpo_loss, reference, sparse_logps
-from orpo_kernels.engine import segments, selection, slots, sparse, sparse_weight
+from orpo_kernels import orpo_loss, reference
+from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine.sparse import plan, slot_loop
+from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import LogpsOptions
@@ -47,11 +49,6 @@ class Problem(NamedTuple):
     labels: torch.Tensor  # (K, N)
     groups: torch.Tensor | None
     a: torch.Tensor  # (K, N)
-
-
-@pytest.fixture(autouse=True)
-def _no_guard(monkeypatch):
-    monkeypatch.setattr(sparse, "live_share", lambda device: 1.0)
 
 
 def problem(case, monkeypatch):
@@ -182,7 +179,7 @@ def test_gradients(case, monkeypatch):
         )
     # The certificate of the definition, kept entries in bfloat16; a bound with a softcap.
     mass, residual = true.softmax.mass, certificate.residual_rms
-    unit = slots.KEPT_ROUNDING / (1 - slots.KEPT_ROUNDING)
+    unit = slot_loop.KEPT_ROUNDING / (1 - slot_loop.KEPT_ROUNDING)
     total = case.scale * (1 - torch.exp(logps.double()).sum(0))[true.rows]
     kept_sum = (true.entries.sum(1) if case.softcap is None else total) - mass
     expected = (EPS * (mass + unit * kept_sum).clamp(min=0.0)).sqrt().mean()
@@ -218,7 +215,7 @@ def test_the_certificate_counts_the_rounding_of_what_is_kept(monkeypatch):
     logps, certificate, _ = run(Case(torch.float32), given)
     assert abs(certificate.tail_mass) < 2e-4
     beside = -torch.expm1(logps[0][given.labels[0] != -100].double())
-    unit = slots.KEPT_ROUNDING / (1 - slots.KEPT_ROUNDING)
+    unit = slot_loop.KEPT_ROUNDING / (1 - slot_loop.KEPT_ROUNDING)
     expected = (eps * unit * beside).sqrt().mean()
     torch.testing.assert_close(certificate.residual_rms.double(), expected, rtol=0.1, atol=0)
 
@@ -237,7 +234,7 @@ def test_an_overflowing_store(workspace, monkeypatch):
     # Of two chunks the first fits; a single one does not, and is exact.
     case = Case(torch.float32, trains=True, bias=True, workspace=workspace)
     given = problem(case, monkeypatch)
-    monkeypatch.setattr(slots, "_STORE_ROW_BYTES", 170)
+    monkeypatch.setattr(plan, "_SEGMENT_ROW_BYTES", 170)
     tables = []
     stored_tiles = sparse_weight.stored_tiles
 
@@ -246,8 +243,7 @@ def test_an_overflowing_store(workspace, monkeypatch):
         tables.append(found)
         return found
 
-    for module in (sparse_weight, segments):
-        monkeypatch.setattr(module, "stored_tiles", looked_at)
+    monkeypatch.setattr(sparse_weight, "stored_tiles", looked_at)
     _, _, found = run(case, given)
     stored = [each[0] for each in tables[-1]]
     assert len(stored) == (1 if workspace is None else 2)
@@ -293,7 +289,7 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
     # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail.
     case = Case(torch.float32, trains=True, groups=False)
     given = problem(case, monkeypatch)
-    for module in (selection, sparse_logps, sparse_weight):
+    for module in (operands, host_copy, sparse_weight):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     _, _, found = run(case, given)
     # The definition of all rows, with a group of their own for those.

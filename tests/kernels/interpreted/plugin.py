@@ -12,7 +12,8 @@ os.environ["ORPO_KERNELS_CPU_BACKEND"] = "torch"  # the CPU dispatch key is ours
 import torch
 
 from orpo_kernels import kernels, odds_ratio, sequence_mean
-from orpo_kernels.engine import compact, linear_lse, tiles
+from orpo_kernels.engine import linear_lse
+from orpo_kernels.engine.tiles import plain
 from orpo_kernels.kernels import tuning
 from tests.kernels.interpreted import strict
 
@@ -37,9 +38,7 @@ def pytest_configure():
         getattr(kernels, module).launch = counted
     kernels.DEVICES = ("cpu",)
     for name in ("softmax_stats", "softmax_grad_", "column_sums"):
-        kernels.register_tile_operation(name, getattr(tiles, f"_{name}"))
-    for name in ("softmax_compact", "compact_matmul"):
-        kernels.register_tile_operation(name, getattr(compact, f"_{name}"))
+        kernels.register_tile_operation(name, getattr(plain, name))
     kernels.register_tile_operation("linear_lse", linear_lse._linear_lse)
     kernels.register_custom_op("sequence_mean", sequence_mean._sequence_mean)
     kernels.register_custom_op("odds_ratio", odds_ratio._odds_ratio)

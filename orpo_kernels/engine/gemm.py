@@ -1,0 +1,66 @@
+"""GEMMs into memory that is there, and sums of their products: cuBLAS and oneDNN through torch."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.tiles import accumulate_
+
+
+@functools.cache
+def gemm_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GEMM of 16-bit `dtype` operands writes float32 on this device.
+
+    NVIDIA from sm_80 on: older cards have no such bf16 GEMM. A ROCm build may refuse `out_dtype`,
+    which is asked once, by a GEMM of 16 x 16. Where it is refused, logits are rounded to `dtype`
+    and products are summed in float32 afterwards, as on a CPU.
+    """
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not torch.cuda.is_available():
+        return True  # a plan for a machine that has such a card
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    square = torch.zeros((16, 16), dtype=dtype, device=device)
+    wide = torch.empty_like(square, dtype=torch.float32)
+    try:
+        matmul_into(wide, square, square)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out = a @ b`, widened in the GEMM when `out` is wider than `a` (CUDA)."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return _widening_mm(out, a, b)
+
+
+def _widening_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)  # type: ignore[no-any-return]
+
+
+def accumulate_product_(
+    accumulator: Tensor, rescale: Tensor | None, a: Tensor, b: Tensor, partial: Tensor
+) -> None:
+    """`accumulator <- rescale * accumulator + a @ b`, (R, C), rescaled by row (R,) or not at all.
+
+    `partial` (R or more, C) takes the product where the operands are narrower than the accumulator;
+    it has no rows where the GEMM adds by itself.
+    """
+    if partial.shape[0] > 0:
+        product = matmul_into(partial[: a.shape[0]], a, b)
+        accumulate_(accumulator, product, rescale)
+        return
+    if rescale is not None:
+        accumulator.mul_(rescale[:, None])
+    accumulator.addmm_(a, b)
+
+
+def tile_of(buffer: Tensor, rows: int, columns: int, pitch: int) -> Tensor:
+    """`(R, C)` at the start of a flat buffer, its rows `pitch` elements apart."""
+    return buffer[: rows * pitch].view(rows, pitch)[:, :columns]

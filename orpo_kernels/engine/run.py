@@ -1,0 +1,266 @@
+"""From a problem to its results: select the scored rows, choose, allocate, run a loop, scatter.
+
+    exact_forward, sparse_forward    log-probs, and what the backward needs
+    hidden_gradient_                 g, of the forward, becomes dhidden in place
+    exact_head_gradient,
+    sparse_head_gradient             dW and db
+
+The loops are `tile_loop.py` and `triton_loop.py` (exact), `linear_lse.py` (nothing needs a
+gradient) and those of `sparse/`. Allocations do not depend on which rows are scored: the registered
+ops allocate the same while they are traced.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine import linear_lse, tile_loop, triton_loop
+from orpo_kernels.engine.budget import accumulation_dtype, spans
+from orpo_kernels.engine.host_copy import HostCopy
+from orpo_kernels.engine.operands import (
+    Coefficients,
+    Head,
+    Operands,
+    Scored,
+    Statistics,
+    refuse_other_groups,
+    refuse_out_of_range,
+    score,
+    select,
+)
+from orpo_kernels.engine.policy import choose, describe_sparse, keeps, says_why
+from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.sparse import slot_loop
+from orpo_kernels.engine.sparse import tile_loop as sparse_tile_loop
+from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
+from orpo_kernels.engine.sparse.segments import segment_weight_gradient
+from orpo_kernels.engine.sparse.tail import Packed, Tail, certificate_fields
+from orpo_kernels.engine.sparse.weight_gradient import Kept, sparse_weight_gradient
+from orpo_kernels.engine.tile_loop import Results
+from orpo_kernels.engine.weight_gradient import Factors, HeadGradients, Work, weight_gradient
+
+_STRIP_BYTES = 2**24  # of the backward of hidden: a few MiB are as fast as more
+
+
+class ExactState(NamedTuple):
+    """What an exact forward leaves for the backward, besides the problem."""
+
+    statistics: Tensor  # (7, N)
+    g: Tensor  # (N, H), or (0, H) where hidden needs no gradient
+    g_r: Tensor  # (N, r), or (0, r)
+    kept: Tensor  # (N, V) E of the scored rows, the first ones; (0, V): it is recomputed
+
+
+class SparseState(NamedTuple):
+    """What a sparse forward leaves for the backward, besides the problem."""
+
+    statistics: Tensor  # (8, N)
+    g: Tensor
+    g_r: Tensor
+    product: Tensor  # (G, H + r) q W
+    sums: Tensor  # (G, V) of the tail; (G, 0) where the head is not trained
+    store: Tensor  # these three: of `Packed`
+    table: Tensor
+    per_block: Tensor
+
+
+def exact_state(problem: Problem, *, needs_dhidden: bool) -> ExactState:
+    """Its memory, zeros but for the E that is kept."""
+    sizes, count = problem.sizes(0), problem.count
+    fits = keeps(sizes, count, problem.budget, needs_dweight=problem.trainable)
+    statistics, g, g_r = _row_results(problem, 7, needs_dhidden=needs_dhidden)
+    return ExactState(
+        statistics, g, g_r,
+        problem.hidden.new_empty((count if fits else 0, sizes.vocabulary), dtype=problem.dtype),
+    )  # fmt: skip
+
+
+def sparse_state(problem: Problem, plan: SparsePlan, *, needs_dhidden: bool) -> SparseState:
+    """Its memory: zeros, but for the store, and no entry of the table."""
+    count, has_store = problem.count, plan.store_bytes > 0
+    sizes, new, G = problem.sizes(0), problem.hidden.new_zeros, problem.group_count
+    wide = accumulation_dtype(problem.dtype)
+    statistics, g, g_r = _row_results(problem, 8, needs_dhidden=needs_dhidden)
+    return SparseState(
+        statistics, g, g_r,
+        new((G, sizes.hidden_columns if needs_dhidden else 0), dtype=wide),
+        new((G, sizes.vocabulary if problem.trainable else 0), dtype=wide),
+        problem.hidden.new_empty(plan.store_bytes, dtype=torch.uint8),
+        problem.hidden.new_full((plan.items if has_store else 0, 2), -1, dtype=torch.int64),
+        new((plan.blocks if has_store else 0, 2, count), dtype=wide),
+    )  # fmt: skip
+
+
+def _row_results(
+    problem: Problem, figures: int, *, needs_dhidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, count = problem.hidden, problem.count
+    low_rank, g_rows = problem.hidden_r, count if needs_dhidden else 0
+    rank, like = (0, hidden) if low_rank is None else (low_rank.shape[-1], low_rank)
+    return (
+        hidden.new_zeros((figures, count), dtype=accumulation_dtype(problem.dtype)),
+        hidden.new_zeros((g_rows, hidden.shape[-1])),
+        like.new_zeros((g_rows, rank)),
+    )
+
+
+def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, ExactState]:
+    """Log-probs (K, ...), 0 where a label set does not score, and what the backward needs."""
+    scored = _scored(problem)
+    operands = select(problem, scored)
+    sizes, state = operands.sizes, exact_state(problem, needs_dhidden=needs_dhidden)
+    state.kept[sizes.rows :].zero_()  # of no row, but an output
+    if sizes.rows > 0:
+        decision = choose(
+            sizes, problem.budget, needs_dhidden=needs_dhidden, needs_dweight=problem.trainable,
+            kept=state.kept.shape[0],
+        )  # fmt: skip
+        out = Results(state.statistics, state.g, state.g_r)
+        if decision.strategy == "linear_lse":
+            linear_lse.forward(operands, decision.plan, out)
+        else:
+            loop = triton_loop.forward if sizes.on_triton else tile_loop.forward
+            loop(operands, decision.plan, _kept_rows(state.kept, operands), out)
+    return scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape), state
+
+
+def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Tensor, SparseState]:
+    """Log-probs (K, ...), the certificate (5,), and what the backward needs."""
+    scored = _scored(problem)
+    operands, plan = select(problem, scored), sparse_plan(problem)
+    state = sparse_state(problem, plan, needs_dhidden=needs_dhidden)
+    certificate, sizes = state.statistics.new_zeros(5, dtype=torch.float32), operands.sizes
+    if sizes.rows > 0:
+        if says_why():
+            describe_sparse(sizes, plan, problem.budget, trainable=problem.trainable)
+        sums = state.sums
+        if not problem.trainable:  # scratch, for a head that is not trained
+            sums = state.statistics.new_zeros((problem.group_count, sizes.vocabulary))
+        tail = Tail.of(problem, operands, sums)
+        packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
+        loop = slot_loop.forward if plan.slots else sparse_tile_loop.forward
+        out = Results(state.statistics, state.g, state.g_r)
+        kept = loop(operands, plan, tail, packed, out)
+        if needs_dhidden:
+            state.product.copy_(tail.product(operands.head, plan.tile.columns))
+        rounding = slot_loop.KEPT_ROUNDING if plan.slots else 0.0
+        share = kept[0] / sizes.vocabulary
+        figures = Statistics.of(state.statistics)
+        certificate.copy_(certificate_fields(problem, scored, figures, share, rounding))
+    logps = scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape)
+    return logps, certificate, state
+
+
+def sparse_plan(problem: Problem) -> SparsePlan:
+    """How the budget of a sparse call is divided, whichever of its rows are scored."""
+    sizes = problem.sizes(problem.count)
+    return plan_sparse(
+        sizes, problem.group_count, problem.budget, trainable=problem.trainable,
+        slots=takes_slots(sizes),
+    )  # fmt: skip
+
+
+def hidden_gradient_(
+    problem: Problem,
+    dlogps: Tensor,
+    statistics: Tensor,
+    g: tuple[Tensor, Tensor],
+    product: Tensor | None = None,
+) -> None:
+    """Turns g and its low-rank part into dhidden: a (1 - p) g, and the entries of two labels.
+
+    With `product`, q W (G, H + r) of the sparse gradient, g is first completed by it: row t lacks
+    `statistics.dropped[t]` times the row of its group.
+    """
+    scored = score(problem.labels, problem.ignore_index)
+    figures, a = Statistics.of(statistics), scored.coefficients(dlogps)
+    head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
+    shares: list[tuple[Tensor, Tensor]] = []
+    first, second = scored.labels
+    if second is not None:
+        distinct, both = second >= 0, figures.label_shares(a)
+        shares = [
+            (labels, torch.where(distinct, share, 0.0))
+            for labels, share in zip((first, second), both, strict=True)
+        ]
+    factor = a.total * figures.beside
+    # Widened rows, label entries and their cast.
+    row_bytes = (g[0].shape[1] + g[1].shape[1]) * factor.element_size() * 4
+    step = max(1, min(problem.budget, _STRIP_BYTES) // max(1, row_bytes))
+    for start, stop in spans(g[0].shape[0], step):
+        wide = factor[start:stop, None] * torch.cat([each[start:stop] for each in g], 1)
+        if product is not None and figures.dropped is not None:
+            share = factor[start:stop] * figures.dropped[start:stop]
+            of_row = product
+            if problem.groups is not None:
+                of_row = product[problem.groups.reshape(-1)[start:stop]]
+            wide -= share[:, None] * of_row
+        for labels, share in shares:
+            entries = head.entries(labels[start:stop], wide.dtype)
+            wide.addcmul_(entries, share[start:stop, None])
+        g[0][start:stop] = wide[:, : g[0].shape[1]]
+        g[1][start:stop] = wide[:, g[0].shape[1] :]
+
+
+def exact_head_gradient(
+    problem: Problem, dlogps: Tensor, statistics: Tensor, kept: Tensor, out: HeadGradients
+) -> None:
+    """Fills the gradients of the head, of an exact forward."""
+    operands, figures, a = _scored_again(problem, dlogps, statistics)
+    if operands.sizes.rows == 0:
+        _fill_nothing(out)
+        return
+    budget = problem.budget - kept.numel() * kept.element_size()
+    weight_gradient(operands, figures, a, _kept_rows(kept, operands), out, budget)
+
+
+def sparse_head_gradient(
+    problem: Problem, dlogps: Tensor, statistics: Tensor, sums: Tensor, packed: Packed,
+    out: HeadGradients,
+) -> None:  # fmt: skip
+    """Fills the gradients of the head, of a sparse forward."""
+    table = HostCopy(packed.table)  # before the host waits for the count of the scored rows
+    operands, figures, a = _scored_again(problem, dlogps, statistics)
+    if operands.sizes.rows == 0:
+        _fill_nothing(out)
+        return
+    if operands.places is not None:
+        packed = packed._replace(per_block=packed.per_block[:, :, operands.places])
+    packed = packed._replace(table=table.get())
+    plan, tail = sparse_plan(problem), Tail.of(problem, operands, sums)
+    work = Work(operands, figures, Factors.of(operands, figures, a), out)
+    kept = Kept.of(operands, packed, tail, plan, work)
+    gradient = segment_weight_gradient if plan.slots else sparse_weight_gradient
+    gradient(work, kept, problem.budget)
+
+
+def _scored(problem: Problem) -> Scored:
+    refuse_out_of_range(problem.labels, problem.ignore_index, problem.weight.shape[0])
+    if problem.groups is not None:
+        refuse_other_groups(problem.groups)
+    return score(problem.labels, problem.ignore_index)
+
+
+def _scored_again(
+    problem: Problem, dlogps: Tensor, statistics: Tensor
+) -> tuple[Operands, Statistics, Coefficients]:
+    """The scored rows, their statistics and their coefficients, in the backward."""
+    scored = score(problem.labels, problem.ignore_index)
+    operands = select(problem, scored)
+    a = scored.coefficients(dlogps)
+    if operands.places is None:
+        return operands, Statistics.of(statistics), a
+    rows = operands.places
+    return operands, Statistics.of(statistics[:, rows]), a.take(rows)
+
+
+def _kept_rows(kept: Tensor, operands: Operands) -> Tensor | None:
+    return kept[: operands.sizes.rows] if kept.shape[0] > 0 else None
+
+
+def _fill_nothing(out: HeadGradients) -> None:
+    """Nothing is scored: that has a gradient too."""
+    for each in (*out.weights, out.bias):
+        if each is not None:
+            each.zero_()

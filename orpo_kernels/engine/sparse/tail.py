@@ -1,0 +1,80 @@
+"""What the sparse gradient drops, what it gives back for it, and the certificate of the rest."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.budget import spans
+from orpo_kernels.engine.operands import Head, Operands, Scored, Statistics, in_rows
+from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.tiles import column_sums
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is dropped: entries up to `eps`, and their sums by group."""
+
+    eps: float
+    groups: Tensor  # (M,) int64, of the scored rows
+    sums: Tensor  # (G, V)
+
+    @classmethod
+    def of(cls, problem: Problem, operands: Operands, sums: Tensor) -> "Tail":
+        """With the group of each scored row, -1 where a captured graph has one that is not."""
+        first = operands.labels.first
+        if problem.groups is None:
+            of_row = torch.zeros_like(first)
+        else:
+            flat = problem.groups.reshape(-1)
+            of_row = flat if operands.places is None else flat[operands.places]
+        return cls(problem.eps, torch.where(first >= 0, of_row, -1), sums)
+
+    def mean(self) -> Tensor:
+        """The vectors q (G, V): each sums to 1, or is 0 where nothing was dropped."""
+        total = self.sums.sum(1, keepdim=True)
+        return self.sums * torch.where(total > 0, 1.0 / total, 0.0)
+
+    def product(self, head: Head, step: int) -> Tensor:
+        """The rows q W (G, H), from entries of the head that are not rounded."""
+        parts = [self.sums.new_zeros((self.sums.shape[0], w.shape[1])) for w in head.parts]
+        for v0, v1 in spans(self.sums.shape[1], step):
+            for total, weight in zip(parts, head.parts, strict=True):
+                total += column_sums(in_rows(weight[v0:v1]), self.sums[:, v0:v1])
+        mass = self.sums.sum(1, keepdim=True)
+        return torch.cat(parts, 1) * torch.where(mass > 0, 1.0 / mass, 0.0)
+
+
+class Packed(NamedTuple):
+    """The kept entries between forward and backward, by tile: chunk x block, block the faster."""
+
+    store: Tensor  # (bytes,) uint8
+    table: Tensor  # (items, 2) int64: first byte and bytes of an item, -1 for none
+    per_block: Tensor  # (blocks, 2, N): the m that E of a block refers to, and the E dropped in it
+
+
+def certificate_fields(
+    problem: Problem, scored: Scored, statistics: Statistics, kept: Tensor, rounding: float
+) -> Tensor:
+    """The fields of `Certificate`, (5,) float32; `kept`: entries over the vocabulary.
+
+    What was dropped may be as much more than m_t as the kept entries, `rounding` of each, were
+    rounded up by. Their sum is that of all, at most the scale times the mass beside the labels
+    (with a softcap less), without m_t.
+    """
+    is_scored, beside = scored.labels.first >= 0, statistics.beside
+    rows = is_scored.sum().clamp(min=1)
+    mass = torch.where(is_scored, _dropped(statistics) * beside, 0.0)
+    kept_sum = torch.where(is_scored, problem.transform.scale * beside - mass, 0.0).clamp(min=0.0)
+    dropped = mass + rounding / (1.0 - rounding) * kept_sum
+    residual = (problem.eps * dropped.clamp(min=0.0)).sqrt()
+    share = kept / rows
+    fields = (share, mass.sum() / rows, mass.amax(), residual.sum() / rows, residual.amax())
+    return torch.stack([each.to(torch.float32) for each in fields])
+
+
+def _dropped(statistics: Statistics) -> Tensor:
+    if statistics.dropped is None:
+        raise TypeError("these statistics are of an exact call: nothing was dropped")
+    return statistics.dropped

@@ -1,0 +1,1 @@
+"""What the dispatcher knows: the registered ops of `linear_logps`, exact and sparse."""
