@@ -1,4 +1,4 @@
-"""When `gradient="auto"` is to be exact: after a step whose softmax was too flat for the sparse one.
+"""When `gradient="auto"` is exact: after a step whose softmax was too flat for the sparse one.
 
 A flat softmax (an untrained model) has no few large entries. The sparse gradient is then slower
 than the exact one, and where it drops most of the mass, less accurate. What a step kept and dropped

@@ -1,4 +1,4 @@
-"""The guard of `gradient="auto"`: what makes a step exact, for how long, and what a resume keeps."""
+"""The guard of `gradient="auto"`: what makes a step exact, how long, and what a resume keeps."""
 
 import pytest
 import torch
