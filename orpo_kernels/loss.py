@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.odds_ratio import odds_ratio_loss
-from orpo_kernels.options import Certificate, LogpsOptions
+from orpo_kernels.options import Certificate, LogpsOptions, validate_labels
 from orpo_kernels.sequence_mean import sequence_mean
 
 NLL_REDUCTIONS = ("token", "pair")
@@ -119,7 +119,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         arXiv 2403.07691, equations 5 to 7.
     """
     ignore_index = options.get("ignore_index", IGNORE_INDEX)
-    labels = labels.to(torch.int64)  # unsigned labels could not hold the ignore index
+    labels, sequence_ids = _as_int64("labels", labels), _as_ids(sequence_ids)
     count = _num_sequences(labels, sequence_ids, num_sequences)
     keywords = {
         "beta": beta, "nll_reduction": nll_reduction, "ignore_index": ignore_index,
@@ -170,23 +170,26 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         `ORPOOutput`.
 
     Raises:
+        TypeError: labels or ids that are not integer, log-probs that are not floating point.
         ValueError: an odd number of sequences, shapes that do not match, an unknown reduction.
     """
     if nll_reduction not in NLL_REDUCTIONS:
         raise ValueError(f"nll_reduction must be one of {NLL_REDUCTIONS}, got {nll_reduction!r}")
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
+    labels, token_logps = _as_int64("labels", labels), _widened("token_logps", token_logps)
+    sequence_ids = _as_ids(sequence_ids)
     count = _num_sequences(labels, sequence_ids, num_sequences)
-    labels, token_logps = labels.to(torch.int64), _widened(token_logps)
+    _refuse_other_shape("token_logps", token_logps, labels)
     scored = labels != ignore_index
     means, counts = sequence_mean(token_logps, scored, sequence_ids, count)
     nll_means, nll_counts = means, counts
     if nll_token_logps is not None and nll_labels is not None:
         nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
+        nll_token_logps = _widened("nll_token_logps", nll_token_logps)
+        _refuse_other_shape("nll_token_logps", nll_token_logps, labels)
         nll_scored = nll_labels != ignore_index
-        nll_means, nll_counts = sequence_mean(
-            _widened(nll_token_logps), nll_scored, sequence_ids, count
-        )
+        nll_means, nll_counts = sequence_mean(nll_token_logps, nll_scored, sequence_ids, count)
 
     pairs = count // 2
     chosen, rejected = means[:pairs], means[pairs:]
@@ -250,6 +253,7 @@ def count_terms(
     Raises:
         ValueError: as `orpo_loss`.
     """
+    validate_labels("labels", labels)
     zeros = torch.zeros(labels.shape, device=labels.device)
     output = orpo_loss_from_logps(
         zeros, labels, None if nll_labels is None else zeros, nll_labels,
@@ -366,7 +370,7 @@ def _chosen_only(
     nll_labels: Tensor, labels: Tensor, sequence_ids: Tensor | None, count: int, ignore_index: int
 ) -> Tensor:
     """NLL labels with the rejected half ignored, in the shape of `labels`."""
-    pairs = count // 2
+    nll_labels, pairs = _as_int64("nll_labels", nll_labels), count // 2
     if sequence_ids is not None:
         if nll_labels.shape != labels.shape:
             raise ValueError(
@@ -379,10 +383,28 @@ def _chosen_only(
             f"got {tuple(nll_labels.shape)}"
         )
     ignored = torch.full_like(labels[pairs:], ignore_index)
-    return torch.cat((nll_labels[:pairs].to(labels), ignored))
+    return torch.cat((nll_labels[:pairs].to(labels.device), ignored))
 
 
-def _widened(logps: Tensor) -> Tensor:
+def _as_int64(name: str, labels: Tensor) -> Tensor:
+    validate_labels(name, labels)
+    return labels.to(torch.int64)  # unsigned labels could not hold the ignore index
+
+
+def _as_ids(sequence_ids: Tensor | None) -> Tensor | None:
+    return None if sequence_ids is None else _as_int64("sequence_ids", sequence_ids)
+
+
+def _refuse_other_shape(name: str, logps: Tensor, labels: Tensor) -> None:
+    if logps.shape != labels.shape:
+        raise ValueError(
+            f"{name} must have the shape of labels, {tuple(labels.shape)}, got {tuple(logps.shape)}"
+        )
+
+
+def _widened(name: str, logps: Tensor) -> Tensor:
+    if not logps.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {logps.dtype}")
     return logps.to(torch.promote_types(logps.dtype, torch.float32))
 
 

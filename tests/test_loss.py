@@ -270,33 +270,3 @@ def test_sparse_averages_chosen_and_rejected_apart(two_sets, packed, monkeypatch
     expected = (0.02 * certificate.tail_mass_max).sqrt()
     torch.testing.assert_close(certificate.residual_rms_max, expected)
     assert certificate.residual_rms < certificate.residual_rms_max
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda h, w, l: (h[:3], w, l[:3], {}), "in pairs.*got 3 sequences"),
-        (lambda h, w, l: (h[0], w, l[0], {}), "packed .* needs sequence_ids"),
-        (lambda h, w, l: (h, w, l[:4], {}), "labels must have the shape"),
-        (lambda h, w, l: (h, w, l, {"nll_labels": l[:1]}), "nll_labels must be"),
-        (lambda h, w, l: (h, w, l, {"nll_reduction": "mean"}), "nll_reduction must be one of"),
-        (lambda h, w, l: (h[0], w, l[0], {"sequence_ids": l}), "must both be"),
-        (
-            lambda h, w, l: (h[0], w, l[0], {"sequence_ids": l[0] * 0 + 4, "num_sequences": 2}),
-            "sequence_ids must be in",
-        ),
-    ],
-)
-def test_rejects(change, message):
-    hidden, weight, labels, options = change(*batch())
-    with pytest.raises(ValueError, match=message):
-        orpo_loss(hidden, weight, labels, **options)
-
-
-def test_rejects_unknown_names():
-    with pytest.raises(ValueError, match="nll_reduction"):
-        ORPOLoss(nll_reduction="sum")
-    with pytest.raises(ValueError, match="preset must be one of"):
-        ORPOLoss.from_preset("unknown")
-    with pytest.raises(ValueError, match="go together"):
-        orpo_loss_from_logps(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2, 2))

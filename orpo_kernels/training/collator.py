@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.options import validate_labels
 from orpo_kernels.training.data import COLUMNS
 
 _SIDES = ("chosen", "rejected")
@@ -71,12 +72,13 @@ class PreferenceCollator:
             The batch described above.
 
         Raises:
+            TypeError: ids or labels that are not integers.
             ValueError: missing columns, ids and labels of different lengths, ids or labels out of
                 range.
         """
         _check_features(features)
         ids, labels = (
-            [torch.as_tensor(row[f"{side}_{kind}"]) for side in _SIDES for row in features]
+            [_ids(f"{side}_{kind}", row[f"{side}_{kind}"]) for side in _SIDES for row in features]
             for kind in ("input_ids", "labels")
         )
         longest = max(len(sequence) for sequence in ids)
@@ -118,6 +120,14 @@ class PreferenceCollator:
                 f"{name} must be in {vocabulary} (or {IGNORE_INDEX} in labels), got values from "
                 f"{low} to {high}; prepare the dataset with the tokenizer of this model"
             )
+
+
+def _ids(name: str, values: Any) -> torch.Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.numel() == 0:  # which torch makes floating point
+        return tensor.to(torch.int64)
+    validate_labels(name, tensor)
+    return tensor
 
 
 def _pad(sequences: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:

@@ -83,6 +83,20 @@ def test_bad_rows() -> None:
         collator([])
 
 
+@pytest.mark.parametrize("column", ROW)
+def test_masks_and_floats_are_no_ids(column: str) -> None:
+    # Cast, a mask would train on the tokens 0 and 1, and 6.9 on the token 6.
+    collator = PreferenceCollator(tiny_tokenizer())
+    for values in ([6.9] * len(ROW[column]), [True] * len(ROW[column])):
+        with pytest.raises(TypeError, match=f"{column} must be integer"):
+            collator([row(**{column: values})])
+
+
+def test_an_empty_answer_has_no_dtype() -> None:
+    batch = PreferenceCollator(tiny_tokenizer())([row(rejected_input_ids=[], rejected_labels=[])])
+    assert batch["labels"][1].tolist() == [-100] * 3
+
+
 def test_bad_arguments() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
