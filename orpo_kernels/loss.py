@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.odds_ratio import odds_ratio_loss
-from orpo_kernels.options import Certificate, LogpsOptions, validate_labels
+from orpo_kernels.options import Certificate, LogpsOptions, check_integer, validate_labels
 from orpo_kernels.sequence_mean import sequence_mean
 
 NLL_REDUCTIONS = ("token", "pair")
@@ -96,8 +96,8 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         beta: weight of the odds-ratio term (the paper's lambda).
         nll_reduction: "token" (mean over NLL tokens) or "pair" (mean over pairs of their means).
         sequence_ids: (N,) integer in [0, 2P) when packed; sequence i is paired with P + i.
-        num_sequences: 2P when packed; default: the largest id + 1 (one sync on a GPU; give it when
-            the last sequence may be empty).
+        num_sequences: 2P; needed when packed, where the ids cannot tell it: a sequence without a
+            token, the last one say, has no id, and its pair would be another.
         num_nll_tokens: what the NLL is divided by, default this batch's count. Give the count over
             all micro-batches (see `count_terms`) and their gradients sum to the large batch's.
         num_pairs: the same for the pair term, and for the NLL when `nll_reduction="pair"`.
@@ -335,9 +335,15 @@ def _num_sequences(labels: Tensor, sequence_ids: Tensor | None, num_sequences: i
     if sequence_ids is None:
         if labels.ndim != 2:
             raise ValueError(
-                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs sequence_ids"
+                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs "
+                "sequence_ids and num_sequences"
             )
         count: int = labels.shape[0]
+        if num_sequences not in (None, count):
+            raise ValueError(
+                f"num_sequences is for packed labels with sequence_ids; labels (2P, T) have "
+                f"{count} rows, got num_sequences={num_sequences}"
+            )
     else:
         if labels.ndim != 1 or sequence_ids.shape != labels.shape:
             raise ValueError(
@@ -348,14 +354,18 @@ def _num_sequences(labels: Tensor, sequence_ids: Tensor | None, num_sequences: i
     if count % 2:
         raise ValueError(
             f"sequences must come in pairs, P chosen then P rejected, got {count} sequences; "
-            "stack both halves (packed: pass num_sequences=2P when the last one may be empty)"
+            "stack both halves"
         )
     return count
 
 
 def _packed_count(sequence_ids: Tensor, num_sequences: int | None) -> int:
     if num_sequences is None:
-        return int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+        raise ValueError(
+            "packed sequences need num_sequences: sequence_ids do not tell how many there are when "
+            "the last are empty; pass num_sequences=2P"
+        )
+    check_integer("num_sequences", num_sequences, least=0)
     if sequence_ids.device.type == "cpu" and sequence_ids.numel():
         low, high = (int(bound) for bound in sequence_ids.aminmax())
         if low < 0 or high >= num_sequences:

@@ -71,19 +71,17 @@ def test_packed_equals_padded(reduction, with_nll):
     packed = orpo_loss(
         hidden.reshape(-1, H)[order], weight, labels.reshape(-1)[order],
         nll_labels=None if nll is None else nll.reshape(-1)[order],
-        nll_reduction=reduction, sequence_ids=ids,
+        nll_reduction=reduction, sequence_ids=ids, num_sequences=2 * P,
     )  # fmt: skip
     compare(packed, padded, (hidden, weight))
 
 
 def test_packed_with_an_empty_last_sequence():
-    # Inferred from the ids, its pair would be missing: num_sequences says what is there.
+    # Inferred from the ids, its pair would be missing, or with both of the last empty another.
     hidden, weight, labels = batch()
     keep = torch.arange(2 * P).repeat_interleave(T) < 2 * P - 1
     ids = torch.arange(2 * P).repeat_interleave(T)[keep]
     flat = hidden.reshape(-1, H)[keep], weight, labels.reshape(-1)[keep]
-    with pytest.raises(ValueError, match="num_sequences=2P"):
-        orpo_loss(*flat, sequence_ids=ids)
     found = orpo_loss(*flat, sequence_ids=ids, num_sequences=2 * P)
     assert found.skipped_pairs == 1
     labels[-1] = -100
@@ -207,7 +205,7 @@ def test_long_packed_sequences_keep_their_digits():
     logps = -torch.rand(131_072)
     labels = torch.ones(131_072, dtype=torch.int64)
     ids = torch.arange(2).repeat_interleave(65_536)
-    found = orpo_loss_from_logps(logps, labels, sequence_ids=ids)
+    found = orpo_loss_from_logps(logps, labels, sequence_ids=ids, num_sequences=2)
     truth = logps.double().view(2, -1).mean(1)
     torch.testing.assert_close(found.chosen_logps.double(), truth[:1], rtol=1e-7, atol=0)
 

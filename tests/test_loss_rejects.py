@@ -29,6 +29,30 @@ def test_rejects(change, message):
         orpo_loss(hidden, weight, labels, **options)
 
 
+def test_packed_sequences_are_counted_by_the_caller():
+    # Four sequences, the last two empty: from the ids it would be a pair of the first two.
+    hidden, weight, labels = torch.randn(6, H), torch.randn(9, H), torch.ones(6).long()
+    ids, loss = torch.tensor([0, 0, 0, 1, 1, 1]), ORPOLoss()
+    for call in (
+        lambda **given: orpo_loss(hidden, weight, labels, **given),
+        lambda **given: loss(hidden, weight, labels, **given),
+        lambda **given: orpo_loss_from_logps(-torch.ones(6), labels, **given),
+        lambda **given: loss.from_logps(-torch.ones(6), labels, **given),
+        lambda **given: count_terms(labels, **given),
+    ):
+        with pytest.raises(ValueError, match=r"need num_sequences: .* pass num_sequences=2P"):
+            call(sequence_ids=ids)
+        call(sequence_ids=ids, num_sequences=4)
+        for wrong, message in ((4.0, "must be an integer, got 4.0"), (True, "got True")):
+            with pytest.raises(TypeError, match=message):
+                call(sequence_ids=ids, num_sequences=wrong)
+    assert count_terms(labels, sequence_ids=ids, num_sequences=4)[1] == 0
+    with pytest.raises(ValueError, match="have 2 rows, got num_sequences=4"):
+        count_terms(torch.ones(2, 3).long(), num_sequences=4)
+    with pytest.raises(ValueError, match=r"in pairs.*got 3 sequences"):
+        count_terms(labels, sequence_ids=ids, num_sequences=3)
+
+
 def _entries():
     # Every way labels come in: a function of labels, nll_labels and sequence_ids, one of them bad.
     hidden, weight, labels = batch()
