@@ -10,7 +10,8 @@ has no scored token contributes exactly 0, its NLL included, and is counted in `
 Source: arXiv 2403.07691, equations 5 to 7.
 """
 
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,23 @@ from torch import Tensor, nn
 from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.odds_ratio import odds_ratio_loss
-from orpo_kernels.options import Certificate, LogpsOptions, check_integer, validate_labels
+from orpo_kernels.options import (
+    Certificate,
+    LogpsKeywords,
+    LogpsOptions,
+    LogpsSettings,
+    check_beta,
+    check_choice,
+    check_integer,
+    refuse_unknown,
+    spelled_out,
+    validate_labels,
+)
+from orpo_kernels.pairing import as_int64, chosen_only, pairing_of, tail_groups
 from orpo_kernels.sequence_mean import sequence_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NLL_REDUCTIONS = ("token", "pair")
 
@@ -68,6 +84,23 @@ PRESETS = {
 }
 
 
+class BatchKeywords(TypedDict, total=False):
+    """What `ORPOLoss.from_logps` takes by name, call by call; see `orpo_loss`."""
+
+    sequence_ids: Tensor | None
+    num_sequences: int | None
+    num_nll_tokens: Tensor | int | None
+    num_pairs: Tensor | int | None
+
+
+class CallKeywords(BatchKeywords, total=False):
+    """What a call of `ORPOLoss` takes by name: the same, and what of `linear_logps` is tensors."""
+
+    tail_groups: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+
+
+@spelled_out(LogpsKeywords)
 def orpo_loss(  # noqa: PLR0913 - the public signature
     hidden: Tensor,
     weight: Tensor,
@@ -81,7 +114,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
     num_sequences: int | None = None,
     num_nll_tokens: Tensor | int | None = None,
     num_pairs: Tensor | int | None = None,
-    **options: Any,
+    **options: "Unpack[LogpsKeywords]",
 ) -> ORPOOutput:
     """The ORPO loss of preference pairs, from hidden states, without logits.
 
@@ -101,16 +134,17 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         num_nll_tokens: what the NLL is divided by, default this batch's count. Give the count over
             all micro-batches (see `count_terms`) and their gradients sum to the large batch's.
         num_pairs: the same for the pair term, and for the NLL when `nll_reduction="pair"`.
-        **options: of `linear_logps`: logit_scale, softcap, ignore_index, gradient, eps,
-            tail_groups (default: chosen, rejected), compute_dtype, workspace_bytes, low_rank.
+        **options: of `linear_logps`, which documents them. Here `tail_groups` are by default two,
+            the chosen sequences and the rejected ones.
 
     Returns:
         `ORPOOutput`.
 
     Raises:
-        ValueError: an odd number of sequences, shapes that do not match, an unknown reduction, and
-            what `linear_logps` raises.
-        TypeError: see `linear_logps`.
+        ValueError: an odd number of sequences, packed ones without `num_sequences`, shapes that do
+            not match, a value out of range, and what `linear_logps` raises.
+        TypeError: an unknown option, labels or ids that are not integer, and what `linear_logps`
+            raises.
 
     Note:
         Peak memory beyond inputs and gradients: `workspace_bytes`, whatever T and V. Deterministic.
@@ -118,22 +152,28 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
     Source:
         arXiv 2403.07691, equations 5 to 7.
     """
-    ignore_index = options.get("ignore_index", IGNORE_INDEX)
-    labels, sequence_ids = _as_int64("labels", labels), _as_ids(sequence_ids)
-    count = _num_sequences(labels, sequence_ids, num_sequences)
-    keywords = {
-        "beta": beta, "nll_reduction": nll_reduction, "ignore_index": ignore_index,
-        "sequence_ids": sequence_ids, "num_sequences": count,
-        "num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs,
-    }  # fmt: skip
-    scoring = LogpsOptions(**{"tail_groups": tail_groups(labels, sequence_ids, count), **options})
-    if nll_labels is None or nll_labels is labels:
-        token_logps, certificate = certified_logps(hidden, weight, labels, bias, scoring)
-        output = orpo_loss_from_logps(cast(Tensor, token_logps), labels, **keywords)
-        return output._replace(sparse=certificate)
-    nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
-    both, certificate = certified_logps(hidden, weight, (labels, nll_labels), bias, scoring)
-    output = orpo_loss_from_logps(both[0], labels, both[1], nll_labels, **keywords)
+    refuse_unknown(orpo_loss, options, LogpsKeywords)
+    scoring = LogpsOptions(**options)
+    ignore_index = scoring.ignore_index
+    _check_loss(beta, nll_reduction, num_nll_tokens, num_pairs)
+    if nll_labels is labels:
+        nll_labels = None
+    labels = as_int64("labels", labels)
+    pairing = pairing_of(labels, sequence_ids, num_sequences)
+    if scoring.tail_groups is None and scoring.gradient != "exact":
+        scoring = replace(scoring, tail_groups=tail_groups(labels, pairing))
+    label_sets: Tensor | tuple[Tensor, Tensor] = labels
+    if nll_labels is not None:
+        nll_labels = chosen_only(nll_labels, labels, pairing, ignore_index)
+        label_sets = (labels, nll_labels)
+    logps, certificate = certified_logps(hidden, weight, label_sets, bias, scoring)
+    token_logps, nll_token_logps = logps if isinstance(logps, tuple) else (logps, None)
+    output = orpo_loss_from_logps(
+        token_logps, labels, nll_token_logps, nll_labels,
+        beta=beta, nll_reduction=nll_reduction, ignore_index=ignore_index,
+        sequence_ids=sequence_ids, num_sequences=num_sequences,
+        num_nll_tokens=num_nll_tokens, num_pairs=num_pairs,
+    )  # fmt: skip
     return output._replace(sparse=certificate)
 
 
@@ -171,27 +211,26 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
 
     Raises:
         TypeError: labels or ids that are not integer, log-probs that are not floating point.
-        ValueError: an odd number of sequences, shapes that do not match, an unknown reduction.
+        ValueError: an odd number of sequences, packed ones without `num_sequences`, shapes that do
+            not match, a value out of range.
     """
-    if nll_reduction not in NLL_REDUCTIONS:
-        raise ValueError(f"nll_reduction must be one of {NLL_REDUCTIONS}, got {nll_reduction!r}")
+    _check_loss(beta, nll_reduction, num_nll_tokens, num_pairs)
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
-    labels, token_logps = _as_int64("labels", labels), _widened("token_logps", token_logps)
-    sequence_ids = _as_ids(sequence_ids)
-    count = _num_sequences(labels, sequence_ids, num_sequences)
+    labels, token_logps = as_int64("labels", labels), _widened("token_logps", token_logps)
+    pairing = pairing_of(labels, sequence_ids, num_sequences)
+    sequence_ids, count, pairs = *pairing, pairing.pairs
     _refuse_other_shape("token_logps", token_logps, labels)
     scored = labels != ignore_index
     means, counts = sequence_mean(token_logps, scored, sequence_ids, count)
     nll_means, nll_counts = means, counts
     if nll_token_logps is not None and nll_labels is not None:
-        nll_labels = _chosen_only(nll_labels, labels, sequence_ids, count, ignore_index)
+        nll_labels = chosen_only(nll_labels, labels, pairing, ignore_index)
         nll_token_logps = _widened("nll_token_logps", nll_token_logps)
         _refuse_other_shape("nll_token_logps", nll_token_logps, labels)
         nll_scored = nll_labels != ignore_index
         nll_means, nll_counts = sequence_mean(nll_token_logps, nll_scored, sequence_ids, count)
 
-    pairs = count // 2
     chosen, rejected = means[:pairs], means[pairs:]
     pair_mask = (counts[:pairs] > 0) & (counts[pairs:] > 0)
     or_losses, log_odds_ratio = odds_ratio_loss(chosen, rejected)
@@ -216,18 +255,6 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         pair_mask=pair_mask,
         num_nll_tokens=nll_tokens.sum().to(torch.int64),
     )
-
-
-def tail_groups(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
-    """0 for the tokens of chosen sequences, 1 for those of rejected ones, in the shape of `labels`.
-
-    The loss raises the log-probs of the first and lowers those of the second: see `linear_logps`.
-    """
-    pairs = num_sequences // 2
-    if sequence_ids is not None:
-        return (sequence_ids >= pairs).to(torch.int64)
-    rows = torch.arange(num_sequences, device=labels.device) >= pairs
-    return rows.to(torch.int64)[:, None].expand(labels.shape)
 
 
 def count_terms(
@@ -268,33 +295,44 @@ class ORPOLoss(nn.Module):
     Args:
         beta: weight of the odds-ratio term.
         nll_reduction: "token" or "pair".
-        **options: of `linear_logps`.
+        **options: of `linear_logps`, which documents them; its tensors are arguments of a call.
 
     Raises:
-        ValueError: an unknown `nll_reduction`.
+        TypeError: an unknown option, or a value of another type.
+        ValueError: a value out of range.
     """
 
-    def __init__(self, beta: float = 0.1, nll_reduction: str = "token", **options: Any) -> None:
+    @spelled_out(LogpsSettings)
+    def __init__(
+        self,
+        beta: float = 0.1,
+        nll_reduction: str = "token",
+        **options: "Unpack[LogpsSettings]",
+    ) -> None:
         super().__init__()
-        if nll_reduction not in NLL_REDUCTIONS:
-            raise ValueError(
-                f"nll_reduction must be one of {NLL_REDUCTIONS}, got {nll_reduction!r}"
-            )
+        refuse_unknown(type(self), options, LogpsSettings)
+        LogpsOptions(**options)  # refuses what is out of range
+        _check_loss(beta, nll_reduction)
         self.beta = beta
         self.nll_reduction = nll_reduction
         self.options = options
 
     @classmethod
-    def from_preset(cls, name: str, beta: float = 0.1, **options: Any) -> "ORPOLoss":
+    @spelled_out(LogpsSettings)
+    def from_preset(
+        cls, name: str, beta: float = 0.1, **options: "Unpack[LogpsSettings]"
+    ) -> "ORPOLoss":
         """The loss of a stack in `PRESETS`; its `nll_scope` is a matter of the labels it is given.
 
         Raises:
-            ValueError: an unknown name.
+            TypeError: as the class.
+            ValueError: an unknown name, and as the class.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        check_choice("preset", name, tuple(PRESETS))
+        refuse_unknown(cls.from_preset, options, LogpsSettings)
         return cls(beta, PRESETS[name].nll_reduction, **options)
 
+    @spelled_out(CallKeywords)
     def forward(
         self,
         hidden: Tensor,
@@ -302,23 +340,26 @@ class ORPOLoss(nn.Module):
         labels: Tensor,
         bias: Tensor | None = None,
         nll_labels: Tensor | None = None,
-        **batch: Any,
+        **batch: "Unpack[CallKeywords]",
     ) -> ORPOOutput:
-        """See `orpo_loss`; `batch`: sequence_ids, num_sequences, num_nll_tokens, num_pairs."""
+        """See `orpo_loss`."""
+        refuse_unknown(self.forward, batch, CallKeywords)
         return orpo_loss(
             hidden, weight, labels, bias, nll_labels=nll_labels,
             beta=self.beta, nll_reduction=self.nll_reduction, **batch, **self.options,
         )  # fmt: skip
 
+    @spelled_out(BatchKeywords)
     def from_logps(
         self,
         token_logps: Tensor,
         labels: Tensor,
         nll_token_logps: Tensor | None = None,
         nll_labels: Tensor | None = None,
-        **batch: Any,
+        **batch: "Unpack[BatchKeywords]",
     ) -> ORPOOutput:
         """See `orpo_loss_from_logps`."""
+        refuse_unknown(self.from_logps, batch, BatchKeywords)
         return orpo_loss_from_logps(
             token_logps, labels, nll_token_logps, nll_labels,
             beta=self.beta, nll_reduction=self.nll_reduction,
@@ -331,78 +372,20 @@ class ORPOLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def _num_sequences(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int | None) -> int:
-    if sequence_ids is None:
-        if labels.ndim != 2:
-            raise ValueError(
-                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs "
-                "sequence_ids and num_sequences"
-            )
-        count: int = labels.shape[0]
-        if num_sequences not in (None, count):
-            raise ValueError(
-                f"num_sequences is for packed labels with sequence_ids; labels (2P, T) have "
-                f"{count} rows, got num_sequences={num_sequences}"
-            )
-    else:
-        if labels.ndim != 1 or sequence_ids.shape != labels.shape:
-            raise ValueError(
-                "packed labels and sequence_ids must both be (N,), got "
-                f"{tuple(labels.shape)} and {tuple(sequence_ids.shape)}"
-            )
-        count = _packed_count(sequence_ids, num_sequences)
-    if count % 2:
-        raise ValueError(
-            f"sequences must come in pairs, P chosen then P rejected, got {count} sequences; "
-            "stack both halves"
-        )
-    return count
-
-
-def _packed_count(sequence_ids: Tensor, num_sequences: int | None) -> int:
-    if num_sequences is None:
-        raise ValueError(
-            "packed sequences need num_sequences: sequence_ids do not tell how many there are when "
-            "the last are empty; pass num_sequences=2P"
-        )
-    check_integer("num_sequences", num_sequences, least=0)
-    if sequence_ids.device.type == "cpu" and sequence_ids.numel():
-        low, high = (int(bound) for bound in sequence_ids.aminmax())
-        if low < 0 or high >= num_sequences:
-            raise ValueError(
-                f"sequence_ids must be in [0, num_sequences) = [0, {num_sequences}), "
-                f"got ids from {low} to {high}"
-            )
-    return num_sequences
-
-
-def _chosen_only(
-    nll_labels: Tensor, labels: Tensor, sequence_ids: Tensor | None, count: int, ignore_index: int
-) -> Tensor:
-    """NLL labels with the rejected half ignored, in the shape of `labels`."""
-    nll_labels, pairs = _as_int64("nll_labels", nll_labels), count // 2
-    if sequence_ids is not None:
-        if nll_labels.shape != labels.shape:
-            raise ValueError(
-                f"nll_labels must be (N,) = {tuple(labels.shape)}, got {tuple(nll_labels.shape)}"
-            )
-        return torch.where(sequence_ids < pairs, nll_labels, ignore_index)
-    if nll_labels.shape not in (labels.shape, (pairs, *labels.shape[1:])):
-        raise ValueError(
-            f"nll_labels must be (2P, T) = {tuple(labels.shape)} or its chosen half (P, T), "
-            f"got {tuple(nll_labels.shape)}"
-        )
-    ignored = torch.full_like(labels[pairs:], ignore_index)
-    return torch.cat((nll_labels[:pairs].to(labels.device), ignored))
-
-
-def _as_int64(name: str, labels: Tensor) -> Tensor:
-    validate_labels(name, labels)
-    return labels.to(torch.int64)  # unsigned labels could not hold the ignore index
-
-
-def _as_ids(sequence_ids: Tensor | None) -> Tensor | None:
-    return None if sequence_ids is None else _as_int64("sequence_ids", sequence_ids)
+def _check_loss(
+    beta: float,
+    nll_reduction: str,
+    num_nll_tokens: Tensor | int | None = None,
+    num_pairs: Tensor | int | None = None,
+) -> None:
+    check_beta(beta)
+    check_choice("nll_reduction", nll_reduction, NLL_REDUCTIONS)
+    for name, count in (("num_nll_tokens", num_nll_tokens), ("num_pairs", num_pairs)):
+        if isinstance(count, Tensor):
+            if count.ndim != 0:
+                raise ValueError(f"{name} must be 0-dim, got {tuple(count.shape)}; sum it")
+        elif count is not None:
+            check_integer(name, count, least=0)
 
 
 def _refuse_other_shape(name: str, logps: Tensor, labels: Tensor) -> None:

@@ -174,10 +174,12 @@ ELSEWHERE = {
 }
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, x the nearest of `known`, or nothing if none is near."""
-    choices = list(known)
-    other = ELSEWHERE.get(name)
+def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, str] = ELSEWHERE) -> str:
+    """`"; did you mean 'x'?"`, x the nearest of `known`, or nothing if none is near.
+
+    `elsewhere` has names that are near in meaning.
+    """
+    choices, other = list(known), elsewhere.get(name)
     near = [other] if other in choices else difflib.get_close_matches(name, choices, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

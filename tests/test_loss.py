@@ -219,8 +219,11 @@ def test_ignore_index_inside_the_vocabulary():
 
 
 def test_compiles():
+    loss = ORPOLoss(0.2, softcap=4.0)
+
     def step(hidden, weight, labels, nll):
-        return orpo_loss(hidden, weight, labels, nll_labels=nll).loss
+        of_function = orpo_loss(hidden, weight, labels, nll_labels=nll, logit_scale=2.0).loss
+        return of_function + loss(hidden, weight, labels, nll_labels=nll, num_pairs=7).loss
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
@@ -250,7 +253,14 @@ def test_sparse_averages_chosen_and_rejected_apart(two_sets, packed, monkeypatch
         options |= {"sequence_ids": ids, "num_sequences": 2 * P}
     found = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, **options)
     by_hand = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, tail_groups=sides, **options)
-    together = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, tail_groups=None, **options)
+    together = orpo_loss(
+        hidden,
+        weight,
+        labels,
+        nll_labels=nll_labels,
+        tail_groups=torch.zeros_like(labels),
+        **options,
+    )
     exact = orpo_loss(
         hidden, weight, labels, nll_labels=nll_labels, **{**options, "gradient": "exact"}
     )

@@ -3,15 +3,17 @@
 import dataclasses
 import inspect
 import typing
+from functools import partial
 
 import pytest
 import torch
 
-from orpo_kernels import linear_logps
+from orpo_kernels import ORPOLoss, linear_logps, orpo_loss
+from orpo_kernels.loss import BatchKeywords, CallKeywords, orpo_loss_from_logps
 from orpo_kernels.options import (
     LogpsKeywords,
     LogpsOptions,
-    check_beta,
+    LogpsSettings,
     check_choice,
     check_integer,
     did_you_mean,
@@ -19,6 +21,7 @@ from orpo_kernels.options import (
 )
 
 NAN, INF = float("nan"), float("inf")
+TENSORS = torch.ones(2, 3, 2), torch.ones(4, 2), torch.zeros(2, 3, dtype=torch.int64)
 
 # An option, a value, and what is said about it: of a wrong type, or out of range.
 REFUSED = [
@@ -49,8 +52,13 @@ REFUSED = [
 def test_values(name, value, error, message):
     with pytest.raises(error, match=message):
         LogpsOptions(**{name: value})
-    with pytest.raises(error, match=message):
-        linear_logps(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1).long(), **{name: value})
+    for entry in (linear_logps, orpo_loss):
+        with pytest.raises(error, match=message):
+            entry(*TENSORS, **{name: value})
+    if name in LogpsSettings.__annotations__:
+        for make in (ORPOLoss, partial(ORPOLoss.from_preset, "trl")):
+            with pytest.raises(error, match=message):
+                make(**{name: value})
 
 
 def test_what_is_taken():
@@ -68,16 +76,82 @@ def test_one_list_of_names_types_and_defaults():
     assert typing.get_type_hints(LogpsKeywords) == typing.get_type_hints(LogpsOptions)
 
 
+@pytest.mark.parametrize(
+    ("entry", "keywords"),
+    [
+        (orpo_loss, LogpsKeywords),
+        (ORPOLoss, LogpsSettings),
+        (ORPOLoss.from_preset, LogpsSettings),
+        (ORPOLoss.forward, CallKeywords),
+        (ORPOLoss.from_logps, BatchKeywords),
+    ],
+)
+def test_signatures_show_every_name(entry, keywords):
+    parameters = inspect.signature(entry).parameters
+    assert not [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    for name, annotation in keywords.__annotations__.items():
+        assert parameters[name].annotation == annotation
+        assert parameters[name].default == getattr(LogpsOptions, name, None)
+
+
+def test_a_batch_has_the_arguments_of_the_function():
+    parameters = inspect.signature(orpo_loss_from_logps).parameters
+    names = typing.get_type_hints(BatchKeywords)
+    assert {name: parameters[name].annotation for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(orpo_loss, *TENSORS, alpha=0.5), "orpo_loss has .* 'alpha'; did you mean 'beta'"),
+        (partial(orpo_loss, *TENSORS, nll_label=None), "did you mean 'nll_labels'"),
+        (partial(ORPOLoss, alpha=0.5), "ORPOLoss has no argument 'alpha'; did you mean 'beta'"),
+        (partial(ORPOLoss, work_bytes=1), "did you mean 'workspace_bytes'"),
+        (partial(ORPOLoss, xyz=1), "no argument 'xyz'; it takes beta, nll_reduction, .*softcap"),
+        (partial(ORPOLoss.from_preset, "trl", lam=1.0), "from_preset has no .* mean 'beta'"),
+        (partial(ORPOLoss(), *TENSORS, softcap=3.0), "ORPOLoss.forward has no argument 'softcap'"),
+        (partial(ORPOLoss(), *TENSORS, num_pair=3), "did you mean 'num_pairs'"),
+        (
+            partial(ORPOLoss().from_logps, TENSORS[0][..., 0], TENSORS[2], low_rank=None),
+            "ORPOLoss.from_logps has no argument 'low_rank'",
+        ),
+    ],
+)
+def test_an_unknown_name_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_an_unknown_preset():
+    with pytest.raises(ValueError, match=r"preset must be one of .*; did you mean 'llamafactory'"):
+        ORPOLoss.from_preset("llama-factory")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (1.0, TypeError, "must be an integer, got 1.0"),
+        (-1, ValueError, "must be at least 0, got -1"),
+        (torch.ones(2), ValueError, "must be 0-dim"),
+    ],
+)
+@pytest.mark.parametrize("name", ["num_pairs", "num_nll_tokens"])
+def test_counts(name, value, error, message):
+    with pytest.raises(error, match=f"{name} {message}"):
+        ORPOLoss().from_logps(TENSORS[0][..., 0], TENSORS[2], **{name: value})
+
+
 @pytest.mark.parametrize("beta", [-0.1, NAN, INF, -INF])
 def test_beta_out_of_range(beta):
-    with pytest.raises(ValueError, match="beta must be a finite number >= 0, got"):
-        check_beta(beta)
+    for call in (ORPOLoss, partial(orpo_loss, *TENSORS)):
+        with pytest.raises(ValueError, match="beta must be a finite number >= 0, got"):
+            call(beta=beta)
 
 
 @pytest.mark.parametrize("beta", ["0.1", None, True, torch.ones(())])
 def test_beta_of_another_type(beta):
     with pytest.raises(TypeError, match="beta must be a number, got"):
-        check_beta(beta)
+        ORPOLoss(beta)
 
 
 def test_choices_and_integers():

@@ -12,8 +12,9 @@ from orpo_kernels.engine.mean_logits import mean_logits
 from orpo_kernels.integrations.head import Head, HeadTerms, LogitTransform
 from orpo_kernels.integrations.selfcheck import SelfCheck
 from orpo_kernels.linear_logps import certified_logps
-from orpo_kernels.loss import ORPOLoss, tail_groups
+from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import Certificate, LogpsOptions
+from orpo_kernels.pairing import Pairing, tail_groups
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -59,7 +60,7 @@ class HeadCall:
         sets = self.labels if self.nll_labels is None else (self.labels, self.nll_labels)
         groups = None
         if self._options.loss is not None:  # which takes chosen sequences first
-            groups = tail_groups(self.labels, None, self.labels.shape[0])
+            groups = tail_groups(self.labels, Pairing(None, self.labels.shape[0]))
         logps, self.certificate = self._score(
             hidden, terms, sets, self._transform, self._options.compute_dtype, groups
         )

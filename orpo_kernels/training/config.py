@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,8 +10,15 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
-from orpo_kernels.loss import PRESETS
-from orpo_kernels.options import GRADIENTS
+from orpo_kernels.loss import NLL_REDUCTIONS, PRESETS
+from orpo_kernels.options import (
+    GRADIENTS,
+    check_beta,
+    check_choice,
+    check_eps,
+    check_integer,
+    check_workspace_bytes,
+)
 
 DEFAULT_MAX_LENGTH = 512
 """What `max_length=None` means in TRL, and here."""
@@ -62,6 +68,7 @@ class ORPOConfig(TrainingArguments):
             Without it such a folder is refused.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: a value out of range.
         NotImplementedError: an argument that asks for what this trainer does not do.
     """
@@ -200,22 +207,18 @@ class ORPOConfig(TrainingArguments):
             self.activation_checkpointing = True if wanted is None else wanted
 
     def _check_values(self) -> None:
-        _check_choice("preset", self.preset, tuple(PRESETS))
-        _check_choice("nll_scope", self.nll_scope, (None, "prompt+completion", "completion"))
-        _check_choice("nll_reduction", self.nll_reduction, (None, "token", "pair"))
-        _check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
-        _check_choice("gradient", self.gradient, GRADIENTS)
-        _check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
-        if not isinstance(self.beta, int | float) or not math.isfinite(self.beta) or self.beta < 0:
-            raise ValueError(
-                f"beta must be a finite number >= 0, got {self.beta!r}; 0.1 is the usual value, "
-                "0 trains on the chosen answers alone"
-            )
-        if not 0 <= self.sparse_eps <= 1:
-            raise ValueError(f"sparse_eps must be a probability, got {self.sparse_eps}")
-        _check_positive("max_length", self.max_length)
-        _check_positive("workspace_bytes", self.workspace_bytes)
-        if self.max_length is None:
+        check_choice("preset", self.preset, tuple(PRESETS))
+        check_choice("nll_scope", self.nll_scope, (None, "prompt+completion", "completion"))
+        check_choice("nll_reduction", self.nll_reduction, (None, *NLL_REDUCTIONS))
+        check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
+        check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
+        check_beta(self.beta)
+        check_eps("sparse_eps", self.sparse_eps)
+        check_workspace_bytes(self.workspace_bytes)
+        if self.max_length is not None:
+            check_integer("max_length", self.max_length, least=1)
+        else:
             warnings.warn(
                 f"max_length is None: {DEFAULT_MAX_LENGTH} is used, as TRL does. Set it to the "
                 "longest prompt + answer worth the memory.",
@@ -243,13 +246,3 @@ class ORPOConfig(TrainingArguments):
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")

@@ -7,7 +7,6 @@ through the parser as the flag of the same name would: one set of types and one 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from orpo_kernels.options import ELSEWHERE, did_you_mean
 from orpo_kernels.training.config import ORPOConfig
 
 
@@ -149,11 +149,7 @@ class Options(NamedTuple):
 
 # What other trainers call the same thing, where no spelling distance would find it.
 _ELSEWHERE = {
-    "alpha": "beta",
-    "lambda": "beta",
-    "orpo_alpha": "beta",
-    "pref_beta": "beta",
-    "rl_beta": "beta",
+    **ELSEWHERE,
     "base_model": "model_name_or_path",
     "torch_dtype": "dtype",
     "cutoff_len": "max_length",
@@ -308,7 +304,5 @@ def _explain(word: str, parser: Any) -> str:
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
-    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return "; `orpo-kernels train --help` lists them all"
+    near = did_you_mean(name, known, _ELSEWHERE)
+    return near or "; `orpo-kernels train --help` lists them all"

@@ -1,0 +1,118 @@
+"""Which sequence a token belongs to, and which sequence is paired with which.
+
+Stacked sequences, chosen first: sequence i is paired with sequence P + i. Padded, a sequence is a
+row of (2P, T). Packed, a token (N,) has the id of its sequence; how many there are is told apart
+from the ids, as a sequence without a token has none.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.options import check_integer, validate_labels
+
+
+class Pairing(NamedTuple):
+    """The sequences of a batch: `sequence_ids` (N,) int64 when packed, and 2P, how many."""
+
+    sequence_ids: Tensor | None
+    sequences: int
+
+    @property
+    def pairs(self) -> int:
+        """P."""
+        return self.sequences // 2
+
+
+def as_int64(name: str, labels: Tensor) -> Tensor:
+    """Labels or ids as int64, which can hold the ignore index; a mask or floats are refused."""
+    validate_labels(name, labels)
+    return labels.to(torch.int64)
+
+
+def pairing_of(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int | None) -> Pairing:
+    """The sequences of `labels`, (2P, T) or packed (N,).
+
+    Raises:
+        TypeError: ids or a count that are not integer.
+        ValueError: shapes that do not match, packed ones without a count, an odd count, ids outside
+            [0, 2P) (CPU tensors).
+    """
+    if sequence_ids is None:
+        if labels.ndim != 2:
+            raise ValueError(
+                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs "
+                "sequence_ids and num_sequences"
+            )
+        count: int = labels.shape[0]
+        if num_sequences not in (None, count):
+            raise ValueError(
+                f"num_sequences is for packed labels with sequence_ids; labels (2P, T) have "
+                f"{count} rows, got num_sequences={num_sequences}"
+            )
+    else:
+        sequence_ids = as_int64("sequence_ids", sequence_ids)
+        count = _packed_count(labels, sequence_ids, num_sequences)
+    if count % 2:
+        raise ValueError(
+            f"sequences must come in pairs, P chosen then P rejected, got {count} sequences; "
+            "stack both halves"
+        )
+    return Pairing(sequence_ids, count)
+
+
+def _packed_count(labels: Tensor, sequence_ids: Tensor, num_sequences: int | None) -> int:
+    if labels.ndim != 1 or sequence_ids.shape != labels.shape:
+        raise ValueError(
+            "packed labels and sequence_ids must both be (N,), got "
+            f"{tuple(labels.shape)} and {tuple(sequence_ids.shape)}"
+        )
+    if num_sequences is None:
+        raise ValueError(
+            "packed sequences need num_sequences: sequence_ids do not tell how many there are when "
+            "the last are empty; pass num_sequences=2P"
+        )
+    check_integer("num_sequences", num_sequences, least=0)
+    if sequence_ids.device.type == "cpu" and sequence_ids.numel():
+        low, high = (int(bound) for bound in sequence_ids.aminmax())
+        if low < 0 or high >= num_sequences:
+            raise ValueError(
+                f"sequence_ids must be in [0, num_sequences) = [0, {num_sequences}), "
+                f"got ids from {low} to {high}"
+            )
+    return num_sequences
+
+
+def chosen_only(nll_labels: Tensor, labels: Tensor, pairing: Pairing, ignore_index: int) -> Tensor:
+    """NLL labels with the rejected half ignored, int64, in the shape of `labels`.
+
+    Raises:
+        TypeError: not integer.
+        ValueError: neither the shape of `labels` nor, padded, its chosen half.
+    """
+    nll_labels, pairs = as_int64("nll_labels", nll_labels), pairing.pairs
+    if pairing.sequence_ids is not None:
+        if nll_labels.shape != labels.shape:
+            raise ValueError(
+                f"nll_labels must be (N,) = {tuple(labels.shape)}, got {tuple(nll_labels.shape)}"
+            )
+        return torch.where(pairing.sequence_ids < pairs, nll_labels, ignore_index)
+    if nll_labels.shape not in (labels.shape, (pairs, *labels.shape[1:])):
+        raise ValueError(
+            f"nll_labels must be (2P, T) = {tuple(labels.shape)} or its chosen half (P, T), "
+            f"got {tuple(nll_labels.shape)}"
+        )
+    ignored = torch.full_like(labels[pairs:], ignore_index)
+    return torch.cat((nll_labels[:pairs].to(labels.device), ignored))
+
+
+def tail_groups(labels: Tensor, pairing: Pairing) -> Tensor:
+    """0 for the tokens of chosen sequences, 1 for those of rejected ones, in the shape of `labels`.
+
+    The loss raises the log-probs of the first and lowers those of the second: see `linear_logps`.
+    """
+    if pairing.sequence_ids is not None:
+        return (pairing.sequence_ids >= pairing.pairs).to(torch.int64)
+    rows = torch.arange(pairing.sequences, device=labels.device) >= pairing.pairs
+    return rows.to(torch.int64)[:, None].expand(labels.shape)
