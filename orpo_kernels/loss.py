@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NLL_REDUCTIONS = ("token", "pair")
+NLL_SCOPES = ("prompt+completion", "completion")
 
 
 class ORPOOutput(NamedTuple):
@@ -295,6 +296,10 @@ class ORPOLoss(nn.Module):
     Args:
         beta: weight of the odds-ratio term.
         nll_reduction: "token" or "pair".
+        nll_scope: which tokens of the chosen sequence the NLL scores, whatever a batch brings.
+            "completion": those of `labels`; `nll_labels` are not needed, nor used.
+            "prompt+completion": those of `nll_labels`; a batch without is refused. None: those of
+            `nll_labels` in a batch that has them, else those of `labels`.
         **options: of `linear_logps`, which documents them; its tensors are arguments of a call.
 
     Raises:
@@ -307,14 +312,17 @@ class ORPOLoss(nn.Module):
         self,
         beta: float = 0.1,
         nll_reduction: str = "token",
+        nll_scope: str | None = None,
         **options: "Unpack[LogpsSettings]",
     ) -> None:
         super().__init__()
         refuse_unknown(type(self), options, LogpsSettings)
         LogpsOptions(**options)  # refuses what is out of range
         _check_loss(beta, nll_reduction)
+        check_choice("nll_scope", nll_scope, (None, *NLL_SCOPES))
         self.beta = beta
         self.nll_reduction = nll_reduction
+        self.nll_scope = nll_scope
         self.options = options
 
     @classmethod
@@ -322,7 +330,7 @@ class ORPOLoss(nn.Module):
     def from_preset(
         cls, name: str, beta: float = 0.1, **options: "Unpack[LogpsSettings]"
     ) -> "ORPOLoss":
-        """The loss of a stack in `PRESETS`; its `nll_scope` is a matter of the labels it is given.
+        """The loss of a stack in `PRESETS`, with its reduction and its scope of the NLL.
 
         Raises:
             TypeError: as the class.
@@ -330,7 +338,31 @@ class ORPOLoss(nn.Module):
         """
         check_choice("preset", name, tuple(PRESETS))
         refuse_unknown(cls.from_preset, options, LogpsSettings)
-        return cls(beta, PRESETS[name].nll_reduction, **options)
+        preset = PRESETS[name]
+        return cls(beta, preset.nll_reduction, preset.nll_scope, **options)
+
+    def nll_labels_of(self, nll_labels: Tensor | None) -> Tensor | None:
+        """The labels of the NLL that have to be scored beside `labels`, of a batch's `nll_labels`.
+
+        Args:
+            nll_labels: (2P, T) or (N,), or None where the batch has none.
+
+        Returns:
+            The same, or None where `labels` are all the NLL needs.
+
+        Raises:
+            ValueError: the prompt's tokens are to be scored, and the batch does not have them.
+        """
+        if self.nll_scope == "completion":
+            return None
+        if self.nll_scope is not None and nll_labels is None:
+            raise ValueError(
+                f"the NLL of nll_scope={self.nll_scope!r} needs nll_labels, the tokens of the "
+                "chosen prompt and answer: labels have the answer's only. PreferenceCollator makes "
+                "them unless its nll_scope is 'completion'; for the answers alone that is the "
+                "loss's nll_scope too, as in the preset 'llamafactory'"
+            )
+        return nll_labels
 
     @spelled_out(CallKeywords)
     def forward(
@@ -345,7 +377,7 @@ class ORPOLoss(nn.Module):
         """See `orpo_loss`."""
         refuse_unknown(self.forward, batch, CallKeywords)
         return orpo_loss(
-            hidden, weight, labels, bias, nll_labels=nll_labels,
+            hidden, weight, labels, bias, nll_labels=self.nll_labels_of(nll_labels),
             beta=self.beta, nll_reduction=self.nll_reduction, **batch, **self.options,
         )  # fmt: skip
 
@@ -360,6 +392,8 @@ class ORPOLoss(nn.Module):
     ) -> ORPOOutput:
         """See `orpo_loss_from_logps`."""
         refuse_unknown(self.from_logps, batch, BatchKeywords)
+        if self.nll_labels_of(nll_labels) is None:
+            nll_token_logps = nll_labels = None
         return orpo_loss_from_logps(
             token_logps, labels, nll_token_logps, nll_labels,
             beta=self.beta, nll_reduction=self.nll_reduction,
@@ -368,7 +402,8 @@ class ORPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **self.options}
+        scope = {} if self.nll_scope is None else {"nll_scope": self.nll_scope}
+        options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **scope, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 

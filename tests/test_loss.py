@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from orpo_kernels import PRESETS, ORPOLoss, linear_logps, orpo_loss, reference
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.loss import count_terms, orpo_loss_from_logps
+from orpo_kernels.loss import NLL_SCOPES, count_terms, orpo_loss_from_logps
 
 P, T, H, V = 3, 11, 16, 50  # three pairs: one may be empty, two remain
 
@@ -149,7 +149,8 @@ def test_presets(preset, theirs):
     nll[:, :4] = torch.randint(0, V, (2 * P, 4))  # the prompt, scored by the NLL only
     loss = ORPOLoss.from_preset(preset, beta=0.3)
     completion = PRESETS[preset].nll_scope == "completion"
-    found = loss(hidden, weight, labels, nll_labels=None if completion else nll)
+    # A batch with the prompt's tokens in it, as PreferenceCollator makes by default, fits both.
+    found = loss(hidden, weight, labels, nll_labels=nll)
     expected = theirs(hidden, weight, labels, labels if completion else nll, 0.3)
     torch.testing.assert_close(found.loss, expected, rtol=1e-6, atol=0)
     for ours, other in zip(
@@ -158,6 +159,21 @@ def test_presets(preset, theirs):
         strict=True,
     ):
         assert (ours - other).norm() <= 1e-6 * other.norm()
+
+
+def test_the_scope_of_the_nll_is_the_losses_own():
+    hidden, weight, labels = batch()
+    nll = other_labels(labels)
+    logps, nll_logps = linear_logps(hidden, weight, (labels, nll))
+    answers, whole, either = (ORPOLoss(0.1, "token", each) for each in (*NLL_SCOPES[::-1], None))
+    for loss, expected in ((answers, None), (whole, nll), (either, nll)):
+        true = orpo_loss(hidden, weight, labels, nll_labels=expected)
+        assert torch.equal(loss(hidden, weight, labels, nll_labels=nll).loss, true.loss)
+        found = loss.from_logps(logps, labels, nll_logps, nll)
+        torch.testing.assert_close(found.nll_loss, true.nll_loss, rtol=1e-12, atol=0)
+    assert answers.nll_labels_of(nll) is None
+    assert whole.nll_labels_of(nll) is nll
+    assert either(hidden, weight, labels).num_nll_tokens == (labels[:P] != -100).sum()
 
 
 def test_module_and_from_logps_equal_the_function():

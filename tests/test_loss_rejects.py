@@ -105,6 +105,19 @@ def test_narrow_sequence_ids():
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_a_batch_without_the_prompt_for_an_nll_with_it():
+    hidden, weight, labels = batch()
+    for loss in (ORPOLoss.from_preset("trl"), ORPOLoss(nll_scope="prompt+completion")):
+        for call in (
+            lambda loss=loss: loss(hidden, weight, labels),
+            lambda loss=loss: loss.from_logps(torch.zeros(labels.shape), labels),
+        ):
+            with pytest.raises(ValueError, match=r"needs nll_labels, .* PreferenceCollator makes"):
+                call()
+    with pytest.raises(ValueError, match=r"nll_scope must be one of .*; did you mean 'completion'"):
+        ORPOLoss(nll_scope="completions")
+
+
 def test_rejects_unknown_names():
     with pytest.raises(ValueError, match="nll_reduction"):
         ORPOLoss(nll_reduction="sum")

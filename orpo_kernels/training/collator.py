@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.options import validate_labels
+from orpo_kernels.loss import NLL_SCOPES
+from orpo_kernels.options import check_choice, validate_labels
 from orpo_kernels.training.data import COLUMNS
 
 _SIDES = ("chosen", "rejected")
-_NLL_SCOPES = ("prompt+completion", "completion")
 
 
 class PreferenceCollator:
@@ -24,7 +24,8 @@ class PreferenceCollator:
     - `input_ids` (2P, T) int64: the P chosen sequences, then the P rejected ones;
     - `attention_mask` (2P, T) int64: 0 on padding;
     - `labels` (2P, T) int64: answer tokens, -100 elsewhere, not shifted;
-    - `nll_labels` (2P, T) int64: tokens of the NLL, by `nll_scope`; rejected rows all -100.
+    - `nll_labels` (2P, T) int64, with nll_scope="prompt+completion" only: tokens of the NLL, the
+      chosen prompts and answers; rejected rows all -100. Without, `labels` are those of the NLL.
 
     Args:
         processing_class: tokenizer (or processor) that knows the pad token.
@@ -55,8 +56,7 @@ class PreferenceCollator:
                 "tokenizer.pad_token (tokenizer.eos_token will do: padding is never scored), or "
                 "pass pad_token_id (padding_value in ORPOConfig)"
             )
-        if nll_scope not in _NLL_SCOPES:
-            raise ValueError(f"nll_scope must be one of {_NLL_SCOPES}, got {nll_scope!r}")
+        check_choice("nll_scope", nll_scope, NLL_SCOPES)
         self.pad_token_id = pad_token_id
         self.nll_scope = nll_scope
         self.vocab_size = vocab_size
@@ -97,18 +97,10 @@ class PreferenceCollator:
         }
         self._check_range("input_ids", batch["input_ids"][real])
         self._check_range("labels", batch["labels"][batch["labels"] != IGNORE_INDEX])
-        batch["nll_labels"] = self._nll_labels(batch, real, len(features))
+        if self.nll_scope == "prompt+completion":
+            batch["nll_labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+            batch["nll_labels"][len(features) :] = IGNORE_INDEX
         return batch
-
-    def _nll_labels(
-        self, batch: Mapping[str, torch.Tensor], real: torch.Tensor, pairs: int
-    ) -> torch.Tensor:
-        if self.nll_scope == "completion":
-            nll_labels = batch["labels"].clone()
-        else:
-            nll_labels = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
-        nll_labels[pairs:] = IGNORE_INDEX
-        return nll_labels
 
     def _check_range(self, name: str, values: torch.Tensor) -> None:
         if values.numel() == 0:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
-from orpo_kernels.loss import NLL_REDUCTIONS, PRESETS
+from orpo_kernels.loss import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
 from orpo_kernels.options import (
     GRADIENTS,
     check_beta,
@@ -208,7 +208,7 @@ class ORPOConfig(TrainingArguments):
 
     def _check_values(self) -> None:
         check_choice("preset", self.preset, tuple(PRESETS))
-        check_choice("nll_scope", self.nll_scope, (None, "prompt+completion", "completion"))
+        check_choice("nll_scope", self.nll_scope, (None, *NLL_SCOPES))
         check_choice("nll_reduction", self.nll_reduction, (None, *NLL_REDUCTIONS))
         check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
         check_choice("gradient", self.gradient, GRADIENTS)

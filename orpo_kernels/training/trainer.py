@@ -183,7 +183,7 @@ class ORPOTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.loss_normalization != "global" or not batches:
             return batches, None
-        counts = torch.stack([torch.stack(_count(batch)) for batch in batches]).sum(0).to(device)
+        counts = torch.stack([self._count(batch) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices:
             # Ranks of one tensor-parallel group count the same pairs.
             counts = self._summed_over_ranks(counts) // self.get_tp_size()
@@ -292,12 +292,17 @@ class ORPOTrainer(Trainer):
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
+    @property
+    def _loss(self) -> ORPOLoss:
+        args = self.args
+        return ORPOLoss(args.beta, args.resolved_nll_reduction, args.resolved_nll_scope)
+
     def _fuse(self, model: nn.Module) -> None:
         args = self.args
         compute_dtype = None if args.compute_dtype is None else getattr(torch, args.compute_dtype)
         self.fused_head: FusedHead = fuse_head(
             model,
-            loss=ORPOLoss(args.beta, args.resolved_nll_reduction),
+            loss=self._loss,
             workspace_bytes=args.workspace_bytes,
             gradient=args.gradient,
             eps=args.sparse_eps,
@@ -305,12 +310,16 @@ class ORPOTrainer(Trainer):
             mean_logits=args.log_mean_logits,
         )
 
+    def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        nll_labels = self._loss.nll_labels_of(batch.get("nll_labels"))
+        nll_labels = None if nll_labels is None else nll_labels[:, 1:]
+        return torch.stack(count_terms(batch["labels"][:, 1:], nll_labels))
+
     def _forward(self, model: nn.Module, inputs: Mapping[str, Any], **counts: Tensor) -> Any:
-        missing = [name for name in ("labels", "nll_labels") if name not in inputs]
-        if missing:
+        if "labels" not in inputs:
             raise ValueError(
-                f"a batch must have input_ids, attention_mask, labels and nll_labels, {missing} "
-                f"missing, got {list(inputs)}; use PreferenceCollator as data_collator"
+                f"a batch must have input_ids, attention_mask and labels, got {list(inputs)}; use "
+                "PreferenceCollator as data_collator"
             )
         # The fused head has put the loss on the output: all of it runs inside `model`'s wrappers.
         return model(**inputs, **counts, use_cache=False)
@@ -391,7 +400,3 @@ class ORPOTrainer(Trainer):
 
 def _never_called(*args: Any, **kwargs: Any) -> Tensor:
     raise RuntimeError("ORPOTrainer.compute_loss computes the loss; do not call this")
-
-
-def _count(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return count_terms(batch["labels"][:, 1:], batch["nll_labels"][:, 1:])

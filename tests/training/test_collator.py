@@ -51,9 +51,10 @@ def test_layout() -> None:
         "input_ids": [[5, 6, 7, 0], [5, 8, 0, 0]],
         "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0]],
         "labels": [[-100, 6, 7, -100], [-100, 8, -100, -100]],
-        "nll_labels": [[-100, 6, 7, -100], [-100] * 4],
     }
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    whole = PreferenceCollator(pad_token_id=0)([ROW])  # with the prompt
+    assert whole["nll_labels"].tolist() == [[5, 6, 7], [-100] * 3]
+    assert all(tensor.dtype == torch.int64 for tensor in [*batch.values(), *whole.values()])
 
 
 def test_pad_token_inside_a_sequence_counts() -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from orpo_kernels import ORPOLoss, fuse_head
+from orpo_kernels import PRESETS, ORPOLoss, fuse_head
 from orpo_kernels.training import PreferenceCollator, prepare_dataset
 from tests.tiny_models import build, tiny_tokenizer
 from tests.training.runs import history, make, pairs, settings
@@ -44,6 +44,25 @@ def test_same_steps_as_orpo_trainer(accumulate: int, lora: bool, tmp_path: Path)
     for one, other in zip(stock[:-1], ours[:-1], strict=True):
         for name in ("loss", "grad_norm", "learning_rate"):
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_whole_preset(preset: str, tmp_path: Path) -> None:
+    # The default collator's batches have the prompt's labels, LLaMA-Factory's NLL has not.
+    model = build("llama")
+    fuse_head(model, loss=ORPOLoss.from_preset(preset))
+    loss = plain(tmp_path / "plain", model).evaluate()["eval_loss"]
+    ours = make(tmp_path / "ours", preset=preset, eval_dataset=pairs(8, seed=1))
+    assert loss == pytest.approx(ours.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_a_collator_that_leaves_the_prompt_out(tmp_path: Path) -> None:
+    model = build("llama")
+    fuse_head(model, loss=ORPOLoss.from_preset("trl"))
+    trainer = plain(tmp_path, model)
+    trainer.data_collator = PreferenceCollator(tiny_tokenizer(), nll_scope="completion")
+    with pytest.raises(ValueError, match=r"needs nll_labels, .* PreferenceCollator makes them"):
+        trainer.evaluate()
 
 
 def test_evaluation(tmp_path: Path) -> None:
