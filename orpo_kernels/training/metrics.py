@@ -3,6 +3,9 @@
 A batch becomes a table with one row for each pair. Tables can be gathered across ranks like any
 other per-sample tensor; their column sums can be added up and all-reduced. The means are taken,
 and the host waits for the device, when a log is written, never in between.
+
+Every mean has a column for its weight, which is 0 in a batch that does not report the values: what
+no batch reported is left out of the log, and what is NaN is logged as NaN.
 """
 
 from __future__ import annotations
@@ -17,14 +20,11 @@ from torch import Tensor
 from orpo_kernels.loss import ORPOOutput
 
 PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
     "logps/chosen",
     "logps/rejected",
     "log_odds_ratio",
     "log_odds_chosen",
+    "rewards/accuracies",
 )
 """Means over the scored pairs. `log_odds_ratio` is TRL's name of minus the odds-ratio loss,
 `log_odds_chosen` its name of the log odds ratio."""
@@ -32,19 +32,29 @@ PAIR_METRICS = (
 ROW_METRICS = ("logits/chosen", "logits/rejected")
 """Means over all pairs, of the mean logit over vocabulary and positions (padding included)."""
 
+AUX_METRICS = ("aux_loss",)
+"""Mean over batches, weighted as the loss weights them; of mixtures of experts."""
+
 SPARSE_METRICS = ("sparse/kept_share", "sparse/tail_mass", "sparse/residual_rms")
-"""Means over the rows of a batch, of `ORPOOutput.sparse`; only with a sparse gradient."""
+"""Means over the rows of a batch, of `ORPOOutput.sparse`; with a sparse gradient."""
 
-BATCH_METRICS = ("nll_loss", "aux_loss", *SPARSE_METRICS)
-"""Means over batches, weighted as the loss weights them."""
-
-COUNTS = ("skipped_pairs", "clamped_logps")
-"""Totals: pairs with an empty side, mean log-probs so near 0 that they were clamped."""
+# Means by the column of their weight.
+_MEANS = {
+    "pairs": PAIR_METRICS,
+    "with_logits": ROW_METRICS,
+    "with_aux": AUX_METRICS,
+    "with_sparse": SPARSE_METRICS,
+    "share": ("nll_loss",),
+}
+_OPTIONAL = ("with_logits", "with_aux", "with_sparse")
+_COLUMNS = (
+    *PAIR_METRICS, "pairs", *ROW_METRICS, "with_logits", *AUX_METRICS, "with_aux",
+    *SPARSE_METRICS, "with_sparse", "share", "nll_loss", "clamped_logps", "rows",
+)  # fmt: skip
 
 
 def pair_table(
     orpo: ORPOOutput,
-    beta: float,
     *,
     mean_logits: Tensor | None = None,
     aux_loss: Tensor | None = None,
@@ -54,7 +64,6 @@ def pair_table(
 
     Args:
         orpo: the batch's loss.
-        beta: weight of the odds-ratio term; a reward is beta * mean log-prob.
         mean_logits: (2P,) floating, one for each sequence.
         aux_loss: 0-dim floating, weighted like the NLL.
         weight: what the batch weighs in the means over batches; `orpo.nll_loss` is already
@@ -65,46 +74,46 @@ def pair_table(
     """
     chosen, rejected, ratio = orpo.chosen_logps, orpo.rejected_logps, orpo.log_odds_ratio
     pairs, scored = len(chosen), orpo.pair_mask
-    per_pair = (
-        beta * chosen,
-        beta * rejected,
-        # TRL compares the rewards, which says the same unless beta is 0.
-        (chosen > rejected).to(chosen.dtype),
-        beta * (chosen - rejected),
-        chosen,
-        rejected,
-        F.logsigmoid(ratio),
-        ratio,
-    )
-    absent = chosen.new_full((), float("nan"))
-    logits = (absent, absent) if mean_logits is None else mean_logits.view(2, pairs)
-    nll = orpo.nll_loss if weight is None else orpo.nll_loss / pairs
-    share = chosen.new_ones(()) if weight is None else chosen.new_ones(()) * weight / pairs
-    aux = absent if aux_loss is None else aux_loss * share
-    sparse = [absent] * len(SPARSE_METRICS)
+    # TRL compares the rewards, which says the same unless beta is 0.
+    preferred = chosen > rejected
+    terms = torch.stack((chosen, rejected, F.logsigmoid(ratio), ratio, preferred, scored), 1)
+    zeros, ones = chosen.new_zeros(2), chosen.new_ones(1)
+
+    def reported(names: Sequence[str], values: Sequence[Tensor] | None) -> list[Tensor]:
+        """The values and their weight, before the batch's own weight."""
+        if values is None:
+            return [zeros[0]] * (len(names) + 1)
+        return [*(value.detach().to(chosen) for value in values), ones[0]]
+
+    fields = None
     if orpo.sparse is not None:
-        names = (name.removeprefix("sparse/") for name in SPARSE_METRICS)
-        sparse = [getattr(orpo.sparse, name).to(share) * share for name in names]
-    columns = [
-        *(torch.where(scored, value, 0.0) for value in per_pair),
-        scored,
-        *logits,
-        chosen.new_ones(()),
-        nll,
-        aux,
-        *sparse,
-        share,
-        ~scored,
-        orpo.clamped_logps / pairs,
-    ]
-    table = [column.detach().to(chosen).expand(pairs) for column in columns]
-    return torch.stack(table, dim=1)
+        fields = [getattr(orpo.sparse, name.removeprefix("sparse/")) for name in SPARSE_METRICS]
+    aux = reported(AUX_METRICS, None if aux_loss is None else (aux_loss,))
+    batch = torch.stack((*aux, *reported(SPARSE_METRICS, fields), ones[0]))
+    nll = orpo.nll_loss
+    if weight is not None:
+        batch, nll = batch * weight / pairs, nll / pairs
+    logits = zeros.expand(pairs, 2) if mean_logits is None else mean_logits.view(2, pairs).t()
+    with_logits = zeros[:1] if mean_logits is None else ones
+    clamped = orpo.clamped_logps / pairs
+    rest = (with_logits, batch, torch.stack((nll, clamped)), ones)
+    columns = (
+        torch.where(scored[:, None], terms, 0.0),
+        logits.detach().to(chosen),
+        *(each.expand(pairs, -1) for each in rest),
+    )
+    return torch.cat(columns, 1)
 
 
 class MetricSums:
-    """Column sums of `pair_table` over the batches since the last `pop`."""
+    """Column sums of `pair_table` over the batches since the last `pop`.
 
-    def __init__(self) -> None:
+    Args:
+        beta: weight of the odds-ratio term; a reward is beta times a mean log-prob.
+    """
+
+    def __init__(self, beta: float) -> None:
+        self._beta = beta
         self._sums: Tensor | None = None
 
     def add(self, table: Tensor) -> None:
@@ -132,22 +141,21 @@ class MetricSums:
             return {}
         sums = self._sums if reduce is None else reduce(self._sums)
         self._sums = None
-        return _means(sums.tolist())
+        return self._means(dict(zip(_COLUMNS, sums.tolist(), strict=True)))
 
-
-def _means(sums: Sequence[float]) -> dict[str, float]:
-    values = iter(sums)
-
-    def take(names: Sequence[str]) -> dict[str, float]:
-        return {name: next(values) for name in names}
-
-    means: dict[str, float] = {}
-    for names in (PAIR_METRICS, ROW_METRICS, BATCH_METRICS):
-        totals, weight = take(names), next(values)
-        for name, total in totals.items():
-            # What no batch reported was summed as NaN.
-            absent = math.isnan(total) and name in (*ROW_METRICS, "aux_loss", *SPARSE_METRICS)
-            if not absent:
-                means[name] = total / weight if weight else math.nan
-    # A count enters the table divided by the number of rows, so its sum is rounded.
-    return means | {name: float(round(total)) for name, total in take(COUNTS).items()}
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        means: dict[str, float] = {}
+        for column, names in _MEANS.items():
+            weight = sums[column]
+            if weight or column not in _OPTIONAL:
+                means |= {name: sums[name] / weight if weight else math.nan for name in names}
+        chosen, rejected = (self._beta * means[f"logps/{side}"] for side in ("chosen", "rejected"))
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            **means,
+            "skipped_pairs": float(round(sums["rows"] - sums["pairs"])),
+            # Each row of a table has a share of it, so the sum is rounded.
+            "clamped_logps": float(round(sums["clamped_logps"])),
+        }

@@ -89,7 +89,7 @@ class ORPOTrainer(Trainer):
             check_dataset(dataset, name)
         adapt_arguments(args, train_dataset)
         self._peft_config = peft_config
-        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._train_sums, self._eval_sums = MetricSums(args.beta), MetricSums(args.beta)
         self._tokens: Tensor | None = None
         self._owns_output_dir = False
 
@@ -168,7 +168,7 @@ class ORPOTrainer(Trainer):
         if resume_from_checkpoint and not self._is_sharded:
             check_fits(cast(nn.Module, self.model), Path(resume_from_checkpoint))
         self._owns_output_dir = True
-        self._train_sums, self._tokens = MetricSums(), None
+        self._train_sums, self._tokens = MetricSums(self.args.beta), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
@@ -250,7 +250,7 @@ class ORPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the metrics get the loop's own prefix ("eval", "eval_<name>", "test")."""
-        self._eval_sums = MetricSums()
+        self._eval_sums = MetricSums(self.args.beta)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._eval_sums.pop()
@@ -327,7 +327,6 @@ class ORPOTrainer(Trainer):
     def _table(self, output: Any, weight: Tensor | float | None) -> Tensor:
         return pair_table(
             output.orpo,
-            self.args.beta,
             mean_logits=output.mean_logits if self.args.log_mean_logits else None,
             aux_loss=getattr(output, "aux_loss", None),
             weight=weight,

@@ -26,10 +26,10 @@ def output(chosen: list[float], rejected: list[float | None]) -> Any:
 
 
 def test_means_over_pairs_and_batches() -> None:
-    sums = MetricSums()
+    sums = MetricSums(0.5)
     first, second = output([-1.0, -2.0], [-2.0, -1.5]), output([-3.0], [-4.0])
     for orpo in (first, second):
-        sums.add(pair_table(orpo, 0.5, weight=1.0))
+        sums.add(pair_table(orpo, weight=1.0))
     means = sums.pop()
     assert means["logps/chosen"] == pytest.approx(-2.0)
     assert means["rewards/rejected"] == pytest.approx(0.5 * -2.5)
@@ -47,10 +47,10 @@ def test_means_over_pairs_and_batches() -> None:
 
 
 def test_every_row_weighs_one_in_evaluation() -> None:
-    sums = MetricSums()
+    sums = MetricSums(0.1)
     for orpo in (output([-1.0, -2.0], [-2.0, -1.5]), output([-3.0], [-4.0])):
         logits = torch.arange(2.0 * len(orpo.chosen_logps))
-        sums.add(pair_table(orpo, 0.5, mean_logits=logits, aux_loss=torch.tensor(7.0)))
+        sums.add(pair_table(orpo, mean_logits=logits, aux_loss=torch.tensor(7.0)))
     means = sums.pop()
     assert means["nll_loss"] == pytest.approx((2 * 1.5 + 3) / 3)
     assert means["aux_loss"] == pytest.approx(7)
@@ -59,42 +59,61 @@ def test_every_row_weighs_one_in_evaluation() -> None:
 
 
 def test_what_the_sparse_gradient_leaves_out() -> None:
-    sums = MetricSums()
+    sums = MetricSums(0.1)
     for share, weight in ((0.02, 1.0), (0.05, 3.0)):
         fields = [torch.tensor(share * factor) for factor in (1.0, 2.0, 3.0, 4.0, 5.0)]
         orpo = output([-1.0, -2.0], [-2.0, -1.5])._replace(sparse=Certificate(*fields))
-        sums.add(pair_table(orpo, 0.5, weight=weight))
+        sums.add(pair_table(orpo, weight=weight))
     means = sums.pop()
     mean = (0.02 + 3 * 0.05) / 4
     assert means["sparse/kept_share"] == pytest.approx(mean)
     assert means["sparse/tail_mass"] == pytest.approx(2 * mean)
     assert means["sparse/residual_rms"] == pytest.approx(4 * mean)
-    sums.add(pair_table(output([-1.0], [-2.0]), 0.5))
+    sums.add(pair_table(output([-1.0], [-2.0])))
     assert not [name for name in sums.pop() if name.startswith("sparse")]
 
 
 def test_skipped_and_clamped_pairs_are_counted() -> None:
-    sums = MetricSums()
-    sums.add(pair_table(output([-1.0, -0.0, -2.0], [None, -1.0, -3.0]), 0.1))
+    sums = MetricSums(0.1)
+    sums.add(pair_table(output([-1.0, -0.0, -2.0], [None, -1.0, -3.0])))
     means = sums.pop()
     assert means["skipped_pairs"] == 1
     assert means["clamped_logps"] == 1
     assert means["logps/rejected"] == pytest.approx(-2.0)
-    sums.add(pair_table(output([-1.0], [None]), 0.1))
+    sums.add(pair_table(output([-1.0], [None])))
     assert math.isnan(sums.pop()["logps/chosen"])
 
 
 def test_accuracy_is_there_without_rewards() -> None:
     # beta = 0 is plain fine-tuning; all rewards are 0, but the answers still have an order.
-    sums = MetricSums()
-    sums.add(pair_table(output([-1.0, -1.0], [-2.0, -0.5]), 0.0))
+    sums = MetricSums(0.0)
+    sums.add(pair_table(output([-1.0, -1.0], [-2.0, -0.5])))
     assert sums.pop()["rewards/accuracies"] == 0.5
 
 
+def test_what_is_nan_is_logged_and_what_is_absent_is_not() -> None:
+    sums, nan = MetricSums(0.1), torch.tensor(float("nan"))
+    fields = [torch.tensor(0.5), nan, *[torch.tensor(0.1)] * 3]
+    broken = output([-1.0], [-2.0])._replace(sparse=Certificate(*fields))
+    logits = torch.tensor([nan, 1.0])
+    sums.add(pair_table(broken, mean_logits=logits, aux_loss=nan))
+    # A batch that reports none of it weighs nothing in their means.
+    sums.add(pair_table(output([-3.0], [-4.0])))
+    means = sums.pop()
+    broken_names = ("logits/chosen", "aux_loss", "sparse/tail_mass")
+    assert [name for name in means if math.isnan(means[name])] == list(broken_names)
+    assert (means["logits/rejected"], means["sparse/kept_share"]) == (1.0, 0.5)
+    sums.add(pair_table(output([float("nan")], [-2.0])))
+    assert math.isnan(sums.pop()["rewards/chosen"])
+    # A pair that does not count does not, whatever is in it.
+    sums.add(pair_table(output([-1.0, float("nan")], [-2.0, None])))
+    assert sums.pop()["logps/chosen"] == -1.0
+
+
 def test_sums_are_reduced_over_ranks() -> None:
-    sums = MetricSums()
-    sums.add(pair_table(output([-1.0], [-2.0]), 0.1))
-    other = pair_table(output([-3.0], [-5.0]), 0.1).sum(0)
+    sums = MetricSums(0.1)
+    sums.add(pair_table(output([-1.0], [-2.0])))
+    other = pair_table(output([-3.0], [-5.0])).sum(0)
     assert sums.pop(lambda mine: mine + other)["logps/rejected"] == pytest.approx(-3.5)
 
 
