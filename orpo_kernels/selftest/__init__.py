@@ -53,6 +53,8 @@ def self_test(device: torch.device | str | None = None, *, json: bool = False) -
     if find_spec("transformers") is None:
         skipped.append("fuse_head: transformers is not installed")
     with ExitStack() as stack:
+        # Inputs and truths are made on the CPU, whatever the caller's default device.
+        stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(where.type, enabled=False))

@@ -16,7 +16,7 @@ _SIDES = ("chosen", "rejected")
 
 
 class PreferenceCollator:
-    """Stack P preference pairs into a batch of 2P sequences, padded on the right.
+    """Stack P preference pairs into a batch of 2P sequences on the CPU, padded on the right.
 
     The batch goes as it is into a model whose head is fused (`fuse_head`), with ORPOTrainer or
     with a plain `transformers.Trainer(..., args with remove_unused_columns=False)`:
@@ -89,7 +89,8 @@ class PreferenceCollator:
                     "input_ids and labels of a sequence must have one length, got "
                     f"{len(one)} and {len(other)}; prepare_dataset makes both"
                 )
-        real = torch.tensor([len(sequence) for sequence in ids])[:, None] > torch.arange(length)
+        lengths = torch.tensor([len(sequence) for sequence in ids], device="cpu")
+        real = lengths[:, None] > torch.arange(length, device="cpu")
         batch = {
             "input_ids": _pad(ids, length, self.pad_token_id),
             "attention_mask": real.long(),
@@ -115,7 +116,7 @@ class PreferenceCollator:
 
 
 def _ids(name: str, values: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = torch.as_tensor(values, device="cpu")
     if tensor.numel() == 0:  # which torch makes floating point
         return tensor.to(torch.int64)
     validate_labels(name, tensor)
@@ -123,7 +124,7 @@ def _ids(name: str, values: Any) -> torch.Tensor:
 
 
 def _pad(sequences: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:
-    padded = torch.full((len(sequences), length), value, dtype=torch.int64)
+    padded = torch.full((len(sequences), length), value, dtype=torch.int64, device="cpu")
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = sequence
     return padded
