@@ -11,14 +11,13 @@ Source: arXiv 2403.07691, equations 5 to 7.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
+from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.linear_logps import certified_logps
-from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.options import (
     Certificate,
     LogpsKeywords,
@@ -26,19 +25,28 @@ from orpo_kernels.options import (
     LogpsSettings,
     check_beta,
     check_choice,
-    check_integer,
     refuse_unknown,
     spelled_out,
     validate_labels,
 )
-from orpo_kernels.pairing import as_int64, chosen_only, pairing_of, tail_groups
+from orpo_kernels.pair_loss import pair_loss
+from orpo_kernels.pairing import (
+    BatchKeywords,
+    CallKeywords,
+    as_int64,
+    check_count,
+    check_log_probs,
+    check_nll_labels,
+    chosen_only,
+    count_on,
+    pairing_of,
+    tail_groups,
+)
+from orpo_kernels.presets import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
 from orpo_kernels.sequence_mean import sequence_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-NLL_REDUCTIONS = ("token", "pair")
-NLL_SCOPES = ("prompt+completion", "completion")
 
 
 class ORPOOutput(NamedTuple):
@@ -69,36 +77,6 @@ class ORPOOutput(NamedTuple):
     pair_mask: Tensor
     num_nll_tokens: Tensor
     sparse: Certificate | None = None
-
-
-class Preset(NamedTuple):
-    """What a stack in use calls the ORPO loss: which tokens the NLL scores, and how it averages."""
-
-    nll_scope: str
-    nll_reduction: str
-
-
-PRESETS = {
-    "trl": Preset("prompt+completion", "token"),
-    "llamafactory": Preset("completion", "pair"),
-    "xfactlab": Preset("prompt+completion", "token"),
-}
-
-
-class BatchKeywords(TypedDict, total=False):
-    """What `ORPOLoss.from_logps` takes by name, call by call; see `orpo_loss`."""
-
-    sequence_ids: Tensor | None
-    num_sequences: int | None
-    num_nll_tokens: Tensor | int | None
-    num_pairs: Tensor | int | None
-
-
-class CallKeywords(BatchKeywords, total=False):
-    """What a call of `ORPOLoss` takes by name: the same, and what of `linear_logps` is tensors."""
-
-    tail_groups: Tensor | None
-    low_rank: tuple[Tensor, Tensor] | None
 
 
 @spelled_out(LogpsKeywords)
@@ -165,6 +143,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         scoring = replace(scoring, tail_groups=tail_groups(labels, pairing))
     label_sets: Tensor | tuple[Tensor, Tensor] = labels
     if nll_labels is not None:
+        nll_labels = check_nll_labels(nll_labels, labels, pairing)
         nll_labels = chosen_only(nll_labels, labels, pairing, ignore_index)
         label_sets = (labels, nll_labels)
     logps, certificate = certified_logps(hidden, weight, label_sets, bias, scoring)
@@ -218,43 +197,38 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
     _check_loss(beta, nll_reduction, num_nll_tokens, num_pairs)
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
-    labels, token_logps = as_int64("labels", labels), _widened("token_logps", token_logps)
+    labels = as_int64("labels", labels)
     pairing = pairing_of(labels, sequence_ids, num_sequences)
-    sequence_ids, count, pairs = *pairing, pairing.pairs
-    _refuse_other_shape("token_logps", token_logps, labels)
-    scored = labels != ignore_index
-    means, counts = sequence_mean(token_logps, scored, sequence_ids, count)
-    nll_means, nll_counts = means, counts
+    check_log_probs("token_logps", token_logps, labels)
+    dtype = torch.promote_types(token_logps.dtype, torch.float32)
+    nll = None
     if nll_token_logps is not None and nll_labels is not None:
-        nll_labels = chosen_only(nll_labels, labels, pairing, ignore_index)
-        nll_token_logps = _widened("nll_token_logps", nll_token_logps)
-        _refuse_other_shape("nll_token_logps", nll_token_logps, labels)
-        nll_scored = nll_labels != ignore_index
-        nll_means, nll_counts = sequence_mean(nll_token_logps, nll_scored, sequence_ids, count)
-
-    chosen, rejected = means[:pairs], means[pairs:]
-    pair_mask = (counts[:pairs] > 0) & (counts[pairs:] > 0)
-    or_losses, log_odds_ratio = odds_ratio_loss(chosen, rejected)
-    nll_tokens = torch.where(pair_mask, nll_counts[:pairs], 0.0)
-    by_token = nll_reduction == "token"
-    weights = nll_tokens if by_token else pair_mask.to(nll_tokens.dtype)
-    pair_count = _divisor(pair_mask.sum() if num_pairs is None else num_pairs)
-    token_count = _divisor(nll_tokens.sum() if num_nll_tokens is None else num_nll_tokens)
-    nll_sum = 0.0 - (nll_means[:pairs] * weights).sum()
-    nll_loss = nll_sum / (token_count if by_token else pair_count)
-    or_loss = torch.where(pair_mask, or_losses, 0.0).sum() / pair_count
-    clamped = (torch.cat((chosen, rejected)) > MAX_MEAN_LOGP) & pair_mask.repeat(2)
+        nll_labels = check_nll_labels(nll_labels, labels, pairing)
+        check_log_probs("nll_token_logps", nll_token_logps, labels)
+        dtype = torch.promote_types(dtype, nll_token_logps.dtype)
+        nll = (nll_token_logps.to(dtype), nll_labels)
+    mean, count = sequence_mean(
+        token_logps.to(dtype), labels, nll, ignore_index=ignore_index, **pairing._asdict()
+    )
+    found = pair_loss(
+        mean, count, beta=beta, by_token=nll_reduction == "token",
+        num_nll_tokens=count_on(mean.device, num_nll_tokens),
+        num_pairs=count_on(mean.device, num_pairs),
+    )  # fmt: skip
+    chosen, rejected = mean[0].detach().chunk(2)
+    nll_loss, or_loss = found.parts.unbind()
+    skipped_pairs, clamped_logps, nll_tokens = found.counts.unbind()
     return ORPOOutput(
-        loss=nll_loss + beta * or_loss,
-        nll_loss=nll_loss.detach(),
-        or_loss=or_loss.detach(),
-        chosen_logps=chosen.detach(),
-        rejected_logps=rejected.detach(),
-        log_odds_ratio=log_odds_ratio.detach(),
-        skipped_pairs=(~pair_mask).sum(),
-        clamped_logps=clamped.sum(),
-        pair_mask=pair_mask,
-        num_nll_tokens=nll_tokens.sum().to(torch.int64),
+        loss=found.loss,
+        nll_loss=nll_loss,
+        or_loss=or_loss,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        log_odds_ratio=found.log_odds_ratio,
+        skipped_pairs=skipped_pairs,
+        clamped_logps=clamped_logps,
+        pair_mask=found.pair_mask,
+        num_nll_tokens=nll_tokens,
     )
 
 
@@ -415,26 +389,5 @@ def _check_loss(
 ) -> None:
     check_beta(beta)
     check_choice("nll_reduction", nll_reduction, NLL_REDUCTIONS)
-    for name, count in (("num_nll_tokens", num_nll_tokens), ("num_pairs", num_pairs)):
-        if isinstance(count, Tensor):
-            if count.ndim != 0:
-                raise ValueError(f"{name} must be 0-dim, got {tuple(count.shape)}; sum it")
-        elif count is not None:
-            check_integer(name, count, least=0)
-
-
-def _refuse_other_shape(name: str, logps: Tensor, labels: Tensor) -> None:
-    if logps.shape != labels.shape:
-        raise ValueError(
-            f"{name} must have the shape of labels, {tuple(labels.shape)}, got {tuple(logps.shape)}"
-        )
-
-
-def _widened(name: str, logps: Tensor) -> Tensor:
-    if not logps.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {logps.dtype}")
-    return logps.to(torch.promote_types(logps.dtype, torch.float32))
-
-
-def _divisor(count: Tensor | int) -> Tensor | int:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    check_count("num_nll_tokens", num_nll_tokens)
+    check_count("num_pairs", num_pairs)

@@ -67,7 +67,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     )
 
 
-def _log_odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`lor`, `l1m(c)` and `l1m(r)` of (P,) each, evaluated at most at `MAX_MEAN_LOGP`."""
     c, r = chosen.clamp(max=MAX_MEAN_LOGP), rejected.clamp(max=MAX_MEAN_LOGP)
     l1m_c, l1m_r = _log1mexp(c), _log1mexp(r)
     return (c - r) - (l1m_c - l1m_r), l1m_c, l1m_r
@@ -75,7 +76,7 @@ def _log_odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, T
 
 @torch.library.custom_op("orpo_kernels::odds_ratio", mutates_args=())
 def _odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    ratio, _, _ = _log_odds_ratio(chosen, rejected)
+    ratio, _, _ = log_odds_ratio(chosen, rejected)
     return -F.logsigmoid(ratio), ratio
 
 
@@ -83,7 +84,7 @@ def _odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
 def _odds_ratio_backward(
     d_or_loss: Tensor, d_ratio: Tensor, chosen: Tensor, rejected: Tensor
 ) -> tuple[Tensor, Tensor]:
-    ratio, l1m_c, l1m_r = _log_odds_ratio(chosen, rejected)
+    ratio, l1m_c, l1m_r = log_odds_ratio(chosen, rejected)
     log_weight = F.logsigmoid(-ratio)
     dchosen = d_ratio * torch.exp(-l1m_c) - d_or_loss * torch.exp(log_weight - l1m_c)
     drejected = d_or_loss * torch.exp(log_weight - l1m_r) - d_ratio * torch.exp(-l1m_r)

@@ -5,7 +5,7 @@ row of (2P, T). Packed, a token (N,) has the id of its sequence; how many there 
 from the ids, as a sequence without a token has none.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,16 +13,32 @@ from torch import Tensor
 from orpo_kernels.options import check_integer, validate_labels
 
 
+class BatchKeywords(TypedDict, total=False):
+    """What `ORPOLoss.from_logps` takes by name, call by call; see `orpo_loss`."""
+
+    sequence_ids: Tensor | None
+    num_sequences: int | None
+    num_nll_tokens: Tensor | int | None
+    num_pairs: Tensor | int | None
+
+
+class CallKeywords(BatchKeywords, total=False):
+    """What a call of `ORPOLoss` takes by name: the same, and what of `linear_logps` is tensors."""
+
+    tail_groups: Tensor | None
+    low_rank: tuple[Tensor, Tensor] | None
+
+
 class Pairing(NamedTuple):
     """The sequences of a batch: `sequence_ids` (N,) int64 when packed, and 2P, how many."""
 
     sequence_ids: Tensor | None
-    sequences: int
+    num_sequences: int
 
     @property
     def pairs(self) -> int:
         """P."""
-        return self.sequences // 2
+        return self.num_sequences // 2
 
 
 def as_int64(name: str, labels: Tensor) -> Tensor:
@@ -37,20 +53,10 @@ def pairing_of(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int |
     Raises:
         TypeError: ids or a count that are not integer.
         ValueError: shapes that do not match, packed ones without a count, an odd count, ids outside
-            [0, 2P) (CPU tensors).
+            [0, 2P) (CPU tensors; on other devices a device-side assertion).
     """
     if sequence_ids is None:
-        if labels.ndim != 2:
-            raise ValueError(
-                f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs "
-                "sequence_ids and num_sequences"
-            )
-        count: int = labels.shape[0]
-        if num_sequences not in (None, count):
-            raise ValueError(
-                f"num_sequences is for packed labels with sequence_ids; labels (2P, T) have "
-                f"{count} rows, got num_sequences={num_sequences}"
-            )
+        count = _rows(labels, num_sequences)
     else:
         sequence_ids = as_int64("sequence_ids", sequence_ids)
         count = _packed_count(labels, sequence_ids, num_sequences)
@@ -60,6 +66,21 @@ def pairing_of(labels: Tensor, sequence_ids: Tensor | None, num_sequences: int |
             "stack both halves"
         )
     return Pairing(sequence_ids, count)
+
+
+def _rows(labels: Tensor, num_sequences: int | None) -> int:
+    if labels.ndim != 2:
+        raise ValueError(
+            f"labels must be (2P, T), got {tuple(labels.shape)}; packed (N,) needs sequence_ids "
+            "and num_sequences"
+        )
+    rows: int = labels.shape[0]
+    if num_sequences not in (None, rows):
+        raise ValueError(
+            f"num_sequences is for packed labels with sequence_ids; labels (2P, T) have {rows} "
+            f"rows, got num_sequences={num_sequences}"
+        )
+    return rows
 
 
 def _packed_count(labels: Tensor, sequence_ids: Tensor, num_sequences: int | None) -> int:
@@ -74,7 +95,10 @@ def _packed_count(labels: Tensor, sequence_ids: Tensor, num_sequences: int | Non
             "the last are empty; pass num_sequences=2P"
         )
     check_integer("num_sequences", num_sequences, least=0)
-    if sequence_ids.device.type == "cpu" and sequence_ids.numel():
+    if sequence_ids.device.type != "cpu":
+        within = ((sequence_ids >= 0) & (sequence_ids < num_sequences)).all()
+        torch._assert_async(within, "orpo_kernels: a sequence id is outside [0, num_sequences)")
+    elif sequence_ids.numel():
         low, high = (int(bound) for bound in sequence_ids.aminmax())
         if low < 0 or high >= num_sequences:
             raise ValueError(
@@ -84,27 +108,68 @@ def _packed_count(labels: Tensor, sequence_ids: Tensor, num_sequences: int | Non
     return num_sequences
 
 
-def chosen_only(nll_labels: Tensor, labels: Tensor, pairing: Pairing, ignore_index: int) -> Tensor:
-    """NLL labels with the rejected half ignored, int64, in the shape of `labels`.
+def check_count(name: str, count: Tensor | int | None) -> None:
+    """Refuse a count over all micro-batches that is neither a number of them nor a 0-dim tensor.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative, or more than one number.
+    """
+    if isinstance(count, Tensor):
+        if count.ndim != 0:
+            raise ValueError(f"{name} must be 0-dim, got {tuple(count.shape)}; sum it")
+    elif count is not None:
+        check_integer(name, count, least=0)
+
+
+def count_on(device: torch.device, count: Tensor | int | None) -> Tensor | None:
+    """A checked count as a 0-dim tensor; a number goes there by a launch, where a copy waits."""
+    if count is None or isinstance(count, Tensor):
+        return None if count is None else count.to(device)
+    return torch.full((), count, dtype=torch.int64, device=device)
+
+
+def check_log_probs(name: str, logps: Tensor, labels: Tensor) -> None:
+    """Refuse log-probs that are not those of `labels`.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: of another shape.
+    """
+    if not logps.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {logps.dtype}")
+    if logps.shape != labels.shape:
+        raise ValueError(
+            f"{name} must have the shape of labels, {tuple(labels.shape)}, got {tuple(logps.shape)}"
+        )
+
+
+def check_nll_labels(nll_labels: Tensor, labels: Tensor, pairing: Pairing) -> Tensor:
+    """NLL labels as int64: (2P, T) like `labels`, or the chosen half (P, T); packed (N,).
 
     Raises:
         TypeError: not integer.
-        ValueError: neither the shape of `labels` nor, padded, its chosen half.
+        ValueError: of another shape.
     """
-    nll_labels, pairs = as_int64("nll_labels", nll_labels), pairing.pairs
-    if pairing.sequence_ids is not None:
-        if nll_labels.shape != labels.shape:
-            raise ValueError(
-                f"nll_labels must be (N,) = {tuple(labels.shape)}, got {tuple(nll_labels.shape)}"
-            )
-        return torch.where(pairing.sequence_ids < pairs, nll_labels, ignore_index)
-    if nll_labels.shape not in (labels.shape, (pairs, *labels.shape[1:])):
+    nll_labels, half = as_int64("nll_labels", nll_labels), (pairing.pairs, *labels.shape[1:])
+    if pairing.sequence_ids is not None and nll_labels.shape != labels.shape:
+        raise ValueError(
+            f"nll_labels must be (N,) = {tuple(labels.shape)}, got {tuple(nll_labels.shape)}"
+        )
+    if nll_labels.shape not in (labels.shape, half):
         raise ValueError(
             f"nll_labels must be (2P, T) = {tuple(labels.shape)} or its chosen half (P, T), "
             f"got {tuple(nll_labels.shape)}"
         )
-    ignored = torch.full_like(labels[pairs:], ignore_index)
-    return torch.cat((nll_labels[:pairs].to(labels.device), ignored))
+    return nll_labels.to(labels.device)
+
+
+def chosen_only(nll_labels: Tensor, labels: Tensor, pairing: Pairing, ignore_index: int) -> Tensor:
+    """Checked NLL labels in the shape of `labels`, with the rejected half ignored."""
+    if pairing.sequence_ids is not None:
+        return torch.where(pairing.sequence_ids < pairing.pairs, nll_labels, ignore_index)
+    ignored = torch.full_like(labels[pairing.pairs :], ignore_index)
+    return torch.cat((nll_labels[: pairing.pairs], ignored))
 
 
 def tail_groups(labels: Tensor, pairing: Pairing) -> Tensor:
@@ -114,5 +179,5 @@ def tail_groups(labels: Tensor, pairing: Pairing) -> Tensor:
     """
     if pairing.sequence_ids is not None:
         return (pairing.sequence_ids >= pairing.pairs).to(torch.int64)
-    rows = torch.arange(pairing.sequences, device=labels.device) >= pairing.pairs
+    rows = torch.arange(pairing.num_sequences, device=labels.device) >= pairing.pairs
     return rows.to(torch.int64)[:, None].expand(labels.shape)

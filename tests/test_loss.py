@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from orpo_kernels import PRESETS, ORPOLoss, linear_logps, orpo_loss, reference
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.loss import NLL_SCOPES, count_terms, orpo_loss_from_logps
+from orpo_kernels.loss import count_terms, orpo_loss_from_logps
+from orpo_kernels.presets import NLL_SCOPES
 
 P, T, H, V = 3, 11, 16, 50  # three pairs: one may be empty, two remain
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orpo_kernels import ORPOLoss, linear_logps, orpo_loss
-from orpo_kernels.loss import BatchKeywords, CallKeywords, orpo_loss_from_logps
+from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import (
     LogpsKeywords,
     LogpsOptions,
@@ -19,6 +19,7 @@ from orpo_kernels.options import (
     did_you_mean,
     validate_labels,
 )
+from orpo_kernels.pairing import BatchKeywords, CallKeywords
 
 NAN, INF = float("nan"), float("inf")
 TENSORS = torch.ones(2, 3, 2), torch.ones(4, 2), torch.zeros(2, 3, dtype=torch.int64)

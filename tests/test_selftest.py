@@ -64,7 +64,7 @@ def test_covers_every_registered_operation(passed: SelfTestReport) -> None:
     # A backward is checked with its forward.
     parts = {
         "linear_logps_hidden_gradient_", "linear_logps_exact_dweight",
-        "linear_logps_sparse_dweight", "odds_ratio_backward",
+        "linear_logps_sparse_dweight", "odds_ratio_backward", "sequence_mean_backward",
     }  # fmt: skip
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("orpo_kernels::")}
@@ -341,9 +341,13 @@ def test_finds_a_mean_over_padding(monkeypatch: MonkeyPatch) -> None:
 
 
 def test_finds_swapped_sides(monkeypatch: MonkeyPatch) -> None:
-    right = loss.odds_ratio_loss
-    monkeypatch.setattr(loss, "odds_ratio_loss", lambda chosen, rejected: right(rejected, chosen))
-    failed = run("orpo_loss", "odds_ratio")
+    def swapped(mean: Tensor, count: Tensor, **options: Any) -> Any:
+        odds, *nll = mean.roll(mean.shape[1] // 2, 1)[:1], mean[1:]
+        return right(torch.cat((odds, *nll)), count, **options)
+
+    right = loss.pair_loss
+    monkeypatch.setattr(loss, "pair_loss", swapped)
+    failed = run("orpo_loss", "odds_ratio", "pair_loss")
     assert {check.op for check in failed} == {"orpo_loss"}
     assert "or_loss" in failed[0].message
 
@@ -352,8 +356,8 @@ def test_finds_a_loss_that_does_not_fall(monkeypatch: MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     right = loss.sequence_mean
 
-    def negated(*given: Any) -> tuple[Tensor, Tensor]:
-        mean, count = right(*given)
+    def negated(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        mean, count = right(*given, **options)
         return -mean, count
 
     monkeypatch.setattr(loss, "sequence_mean", negated)

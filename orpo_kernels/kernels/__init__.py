@@ -30,6 +30,8 @@ _MODULES = {
     "linear_lse": "linear_lse",
     "column_sums": "column_sums",
     "sequence_mean": "sequence_mean",
+    "sequence_mean_backward": "sequence_mean",
+    "pair_loss": "pair_loss",
     "odds_ratio": "odds_ratio",
     "odds_ratio_backward": "odds_ratio",
 }
@@ -96,7 +98,18 @@ def has_slots(device: torch.device, dtype: torch.dtype) -> bool:
     return planned or has_tensor_cores(device)
 
 
-_TAKES: dict[str, Callable[..., bool]] = {"linear_lse": _has_gemm}
+def _small_and_float32(first: Tensor, *others: Any) -> bool:
+    """Whether a kernel of the loss takes these: float32, and none of them empty."""
+    tensors = [each for each in (first, *others) if isinstance(each, Tensor)]
+    return first.dtype == torch.float32 and all(each.numel() > 0 for each in tensors)
+
+
+_TAKES: dict[str, Callable[..., bool]] = {
+    "sequence_mean": _small_and_float32,
+    "sequence_mean_backward": _small_and_float32,
+    "pair_loss": _small_and_float32,
+    "linear_lse": _has_gemm,
+}
 
 
 def _chooser(name: str, plain: Function) -> Function:

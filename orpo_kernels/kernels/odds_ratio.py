@@ -37,8 +37,9 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _log_odds_ratio(chosen, rejected):
-    c = tl.minimum(chosen, _HIGHEST)
-    r = tl.minimum(rejected, _HIGHEST)
+    # Not tl.minimum, which makes a number of NaN: a broken log-prob must not give a loss.
+    c = tl.where(chosen > _HIGHEST, _HIGHEST, chosen)
+    r = tl.where(rejected > _HIGHEST, _HIGHEST, rejected)
     l1m_c = _log1mexp(c)
     l1m_r = _log1mexp(r)
     return (c - r) - (l1m_c - l1m_r), l1m_c, l1m_r

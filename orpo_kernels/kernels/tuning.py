@@ -83,7 +83,9 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     TABLE["pack_segments", _class, torch.bfloat16] = (Row(8, 2),)
     TABLE["list_tokens", _class, torch.bfloat16] = (Row(16, 2),)
     TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
+    TABLE["sequence_mean_backward", _class, torch.float32] = (Row(1024, 4),)
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
+    TABLE["pair_loss", _class, torch.float32] = (Row(256, 4),)
 
 # linear_lse by where its operands come from: TMA for wgmma (sm_90), for tcgen05 (sm_100) and for
 # mma.sync (sm_120); pointers with cp.async (sm_80, 86, 89) or what AMD and Intel have; pointers of

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.loss import NLL_SCOPES
 from orpo_kernels.options import check_choice, validate_labels
+from orpo_kernels.presets import NLL_SCOPES
 from orpo_kernels.training.data import COLUMNS
 
 _SIDES = ("chosen", "rejected")

@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
-from orpo_kernels.loss import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
 from orpo_kernels.options import (
     GRADIENTS,
     check_beta,
@@ -19,6 +18,7 @@ from orpo_kernels.options import (
     check_integer,
     check_workspace_bytes,
 )
+from orpo_kernels.presets import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
 
 DEFAULT_MAX_LENGTH = 512
 """What `max_length=None` means in TRL, and here."""

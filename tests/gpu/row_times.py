@@ -22,6 +22,7 @@ from orpo_kernels.engine import tiles
 from orpo_kernels.engine.tiles import linear_lse
 from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.odds_ratio import odds_ratio_loss
+from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.sequence_mean import sequence_mean
 from tests.gpu.sparse_times import sparse_shares
 from tests.gpu.timing import median_s
@@ -71,11 +72,14 @@ def works(device: str, shapes: tuple[tuple[int, int], ...]) -> Iterator[Work]:
                 )
             yield Work(f"softmax_grad_ {name}", 2 * size, grad)  # in place: last
     values = -torch.rand(16, 8192, device=device)
-    mask = torch.ones_like(values, dtype=torch.bool)
-    means = functools.partial(sequence_mean, values, mask, None, 16)
-    yield Work("sequence_mean 16 x 8192", 5 * values.numel(), means)
-    logps = -torch.rand(64, device=device)
-    yield Work("odds_ratio 64 pairs", 16 * 64, functools.partial(odds_ratio_loss, logps, logps * 2))
+    labels = torch.ones_like(values, dtype=torch.int64)
+    both = functools.partial(sequence_mean, values, labels, (values, labels), num_sequences=16)
+    yield Work("sequence_mean 16 x 8192, and 8 of the NLL", 18 * values.numel(), both)
+    logps, count = -torch.rand(1, 128, device=device), torch.ones(1, 128, device=device)
+    pairs = functools.partial(odds_ratio_loss, logps[0, :64], logps[0, 64:])
+    yield Work("odds_ratio 64 pairs", 16 * 64, pairs)
+    loss = functools.partial(pair_loss, logps, count, beta=0.1, by_token=True)
+    yield Work("pair_loss 64 pairs", 24 * 64, loss)
 
 
 def measure(device: str, *, tiny: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps, odds_ratio_loss, orpo_loss, reference
+from orpo_kernels.loss import orpo_loss_from_logps
+from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.sequence_mean import sequence_mean
 from tests.helpers import assert_accurate
 
@@ -67,17 +69,52 @@ def test_sequence_mean(gpu, packed):
     values = -torch.rand(4, 5000, device=gpu.device)
     mask = torch.rand(4, 5000, device=gpu.device) < 0.7
     mask[2] = False
-    ids = torch.arange(4, device=gpu.device)[:, None].expand(4, 5000)
+    given, ids = (values.requires_grad_(), torch.where(mask, 1, -100)), None
     if packed:
         order = torch.randperm(20000, device=gpu.device)
-        mean, count = sequence_mean(
-            values.flatten()[order], mask.flatten()[order], ids.flatten()[order], 4
-        )
-    else:
-        mean, count = sequence_mean(values, mask, None, 4)
-    assert torch.equal(count.long(), mask.sum(1))
-    true = torch.where(mask, values, 0).double().sum(1) / mask.sum(1).clamp(min=1)
-    assert_accurate(mean, true)
+        given = tuple(each.flatten()[order] for each in given)
+        ids = order // 5000
+    # The second set, here the same, scores the first two sequences only.
+    mean, count = sequence_mean(*given, given, sequence_ids=ids, num_sequences=4)
+    (found,) = torch.autograd.grad(mean.sum(), values)
+    tokens = mask.sum(1)
+    assert torch.equal(count[0].long(), tokens)
+    assert torch.equal(count[1], count[0] * torch.tensor([1, 1, 0, 0], device=gpu.device))
+    true = torch.where(mask, values, 0).double().sum(1) / tokens.clamp(min=1)
+    assert_accurate(mean[0].detach(), true.detach())
+    assert torch.equal(mean[1, :2], mean[0, :2])
+    sets = torch.tensor([2.0, 2.0, 1.0, 1.0], device=gpu.device)
+    share = (sets / tokens.clamp(min=1))[:, None].expand_as(mask)
+    torch.testing.assert_close(found, torch.where(mask, share, 0.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_pair_loss(gpu, sets):
+    # 300 pairs: more than a block; some without a side. float64 takes the plain form.
+    mean = -torch.rand(sets, 600, device=gpu.device)
+    count = torch.randint(0, 9, mean.shape, device=gpu.device).float()
+    mean[0, count[0] == 0] = torch.nan  # which must not be read
+    found_mean, true_mean = mean.clone().requires_grad_(), mean.double().requires_grad_()
+    found = pair_loss(found_mean, count, beta=0.3, by_token=sets == 2)
+    true = pair_loss(true_mean, count.double(), beta=0.3, by_token=sets == 2)
+    assert torch.equal(found.counts, true.counts)
+    assert_accurate(found.loss.detach(), true.loss.detach())
+    dfound = torch.autograd.grad(found.loss, found_mean)[0].double()
+    torch.testing.assert_close(
+        dfound, torch.autograd.grad(true.loss, true_mean)[0], rtol=2e-4, atol=1e-37
+    )
+
+
+def test_launches(gpu):
+    # What the loss starts besides the op itself; `tests/ops/test_launches.py` counts on a CPU.
+    gpu.needs_cuda()
+    labels, nll_labels = problem(gpu.device, torch.float32)[3:]
+    logps = [-torch.rand(labels.shape, device=gpu.device).requires_grad_() for _ in range(2)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        orpo_loss_from_logps(logps[0], labels, logps[1], nll_labels).loss.backward()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) <= 8, kernels
 
 
 def test_odds_ratio(gpu):

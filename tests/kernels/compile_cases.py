@@ -11,6 +11,7 @@ from orpo_kernels.kernels import (
     gather_matmul,
     linear_lse,
     odds_ratio,
+    pair_loss,
     row_segments,
     segment_store,
     sequence_mean,
@@ -148,21 +149,32 @@ def _gemm_cases() -> Iterator[Case]:
 
 
 def _small_cases() -> Iterator[Case]:
-    def padded() -> None:
-        mask = _cuda(4, 4096, dtype=torch.bool)
-        sequence_mean.sequence_mean(_cuda(4, 4096), mask, None, 4)
+    def means(backward: bool, *shape: int) -> None:
+        labels = [_cuda(*shape, dtype=torch.int64) for _ in range(2)]
+        ids = labels[0] if len(shape) == 1 else None
+        if backward:
+            of_sets = (_cuda(2, 4), _cuda(2, 4))
+            sequence_mean.sequence_mean_backward(*of_sets, *labels, -100, ids)
+        else:
+            logps = (_cuda(*shape), labels[0], _cuda(*shape), labels[1])
+            sequence_mean.sequence_mean(*logps, -100, ids, 4)
 
-    def packed() -> None:
-        mask, ids = _cuda(4096, dtype=torch.bool), _cuda(4096, dtype=torch.int64)
-        sequence_mean.sequence_mean(_cuda(4096), mask, ids, 4)
+    def loss(sets: int, by_token: bool) -> None:
+        given = None if by_token else _labels(1, 1)[0, 0]
+        pair_loss.pair_loss(_cuda(sets, 64), _cuda(sets, 64), given, given, 0.1, by_token)
 
     def pairs() -> None:
         odds_ratio.odds_ratio(_cuda(64), _cuda(64))
         odds_ratio.odds_ratio_backward(_cuda(64), _cuda(64), _cuda(64), _cuda(64))
 
     wide = torch.float32
-    yield Case("sequence_mean, padded", "sequence_mean", wide, padded, wide_loads=False)
-    yield Case("sequence_mean, packed", "sequence_mean", wide, packed, wide_loads=False)
+    for what, shape in (("padded", (4, 4096)), ("packed", (4096,))):
+        for kernel in ("sequence_mean", "sequence_mean_backward"):
+            launch = functools.partial(means, kernel.endswith("backward"), *shape)
+            yield Case(f"{kernel}, {what}", kernel, wide, launch, wide_loads=False)
+    for sets, by_token in ((1, True), (2, False)):
+        launch = functools.partial(loss, sets, by_token)
+        yield Case(f"pair_loss, {sets} label sets", "pair_loss", wide, launch, wide_loads=False)
     yield Case("odds_ratio", "odds_ratio", wide, pairs, wide_loads=False)
 
 

@@ -17,6 +17,7 @@ from orpo_kernels.kernels import (
     gather_matmul,
     linear_lse,
     odds_ratio,
+    pair_loss,
     row_segments,
     sequence_mean,
     softmax_compact,
@@ -151,8 +152,10 @@ def test_few_variants_over_many_lengths(launchers, V):
             forward_and_backward(T, 64, V, sets=2, bias=True, budget=2 * BUDGET)
             options = {"softcap": 30.0, "workspace_bytes": BUDGET}
             mean_logits.mean_logits(cuda(2 * P, T, 64), cuda(V, 64), **options)
-            values, mask = cuda(2 * P, T, dtype=torch.float32), cuda(2 * P, T, dtype=torch.bool)
-            sequence_mean.sequence_mean(values, mask, None, 2 * P)
+            logps, labels = (cuda(2 * P, T, dtype=each) for each in (torch.float32, torch.int64))
+            found = sequence_mean.sequence_mean(logps, labels, logps, labels, -100, None, 2 * P)
+            dmean = pair_loss.pair_loss(*found, None, None, 0.1, True)[-1]
+            sequence_mean.sequence_mean_backward(dmean, found[1], labels, labels, -100, None)
             pairs = [cuda(2 * P, dtype=torch.float32).narrow(0, i * P, P) for i in (0, 1)]
             odds_ratio.odds_ratio_backward(*pairs, *odds_ratio.odds_ratio(*pairs))
         for launch in log:
@@ -163,18 +166,18 @@ def test_few_variants_over_many_lengths(launchers, V):
 
 def test_no_size_is_part_of_a_variant():
     modules = (
-        softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio,
+        softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio, pair_loss,
         softmax_compact, gather_matmul, row_segments, segments_gradient,
     )  # fmt: skip
     kernels = [
         each for module in modules for name, each in vars(module).items()
         if name.endswith("_kernel") and hasattr(each, "params")
     ]  # fmt: skip
-    assert len(kernels) == 19
+    assert len(kernels) == 21
     for kernel in kernels:
         runtime = [each for each in kernel.params if not each.is_constexpr]
         numbers = [each for each in runtime if not each.name.endswith("_ptr")]
-        floats = {"logit_scale", "log2_scale", "softcap", "eps"}  # never specialised
+        floats = {"logit_scale", "log2_scale", "softcap", "eps", "beta"}  # never specialised
         assert {e.name for e in numbers if not e.do_not_specialize} <= floats, kernel.__name__
         constants = {each.name for each in kernel.params if each.is_constexpr}
         assert not constants & {"P", "N", "T", "R", "C", "V", "H"}

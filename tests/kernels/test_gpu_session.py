@@ -16,7 +16,7 @@ def test_dry_run(tmp_path):
     assert [step["exit"] for step in json.loads((tmp_path / "session.json").read_text())] == [0, 0]
     names = {kernel["name"].split()[0] for kernel in _rows(tmp_path)}
     assert names == {
-        "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio",
+        "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio", "pair_loss",
     }  # fmt: skip
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [each["name"] for each in rows["gemm"]] == ["linear_lse plain torch"]
@@ -42,6 +42,7 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
     }
     assert chosen == {
         "test_stats_and_gradient", "test_column_sums", "test_sequence_mean", "test_odds_ratio",
+        "test_pair_loss",
         "test_the_kernels_against_their_product", "test_an_overflowing_store",
     }  # fmt: skip
     options = run._parse(steps["benchmarks"].command[3:])

@@ -12,7 +12,7 @@ from orpo_kernels.engine import linear_lse, tiles  # noqa: F401 - registers
 
 OPERATIONS = [
     "softmax_stats", "softmax_grad_", "column_sums", "linear_lse", "sequence_mean", "odds_ratio",
-    "odds_ratio_backward",
+    "odds_ratio_backward", "sequence_mean_backward", "pair_loss",
 ]  # fmt: skip
 
 

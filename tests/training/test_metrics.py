@@ -13,6 +13,7 @@ import torch
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import Certificate
 from orpo_kernels.training.metrics import MetricSums, pair_table
+from tests.ops.test_launches import Operations
 from tests.training.runs import make
 
 IGNORED = -100
@@ -140,3 +141,17 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: Any) -
     ours = [call for call in calls if call.split(".")[0] in ("trainer", "metrics", "loss")]
     # one log of the metrics, one of the token count at the end
     assert ours == ["metrics.pop: tolist", "trainer.log: item"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_table_is_few_operations(everything: bool) -> None:
+    # On a GPU each is a launch; there were 40.
+    orpo, options = output([-1.0, -2.0], [-2.0, -1.5]), {}
+    if everything:
+        orpo = orpo._replace(sparse=Certificate(*[torch.tensor(0.5)] * 5))
+        options = {"mean_logits": torch.ones(4), "aux_loss": torch.tensor(1.0)}
+    sums = MetricSums(0.1)
+    sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5)))
+    with Operations() as started:
+        sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5)))
+    assert len(started.names) <= 16, started.names

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps, odds_ratio_loss, orpo_loss, reference
+from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.sequence_mean import sequence_mean
 from tests.helpers import assert_accurate
 from tests.kernels.interpreted.engine import as_on_a_gpu
@@ -55,7 +56,8 @@ def test_orpo_loss(widens, dtype, with_bias, softcap, workspace):
     ours = orpo_loss(hidden, weight, labels, bias, workspace_bytes=workspace, **options)
     found = gradients(ours.loss, (hidden, weight, bias))
     used = set(launches[before:])
-    assert {"softmax_stats", "softmax_grad", "sequence_mean", "odds_ratio"} <= used
+    loss = {"sequence_mean", "pair_loss", "sequence_mean_backward"}
+    assert {"softmax_stats", "softmax_grad", *loss} <= used
     assert ("column_sums" in used) == with_bias
 
     wide = [None if t is None else t.detach().double().requires_grad_() for t in
@@ -79,35 +81,107 @@ def test_linear_logps_without_a_gradient(widens):
     assert_accurate(found, truth.detach())
 
 
+def parts(labels, nll_labels, sequence_ids):
+    """By the definition, which tokens are of which sequence of which set: (K, B, tokens) bool."""
+    B = labels.shape[0] if sequence_ids is None else 4
+    rows = torch.arange(B).view(B, *[1] * labels.ndim)
+    owner = torch.arange(B)[:, None].expand(labels.shape) if sequence_ids is None else sequence_ids
+    sets = [(owner == rows) & (labels != -100)]
+    if nll_labels is not None:
+        whole = torch.full_like(labels, -100)
+        whole[: len(nll_labels)] = nll_labels
+        sets.append((owner == rows) & (whole != -100) & (owner < B // 2))
+    return torch.stack(sets).flatten(2)
+
+
+@pytest.mark.parametrize("nll", [None, "all rows", "chosen half"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_sequence_mean(packed):
-    # 5000 positions: more than a block; sequence 2 has no token; packed ids in any order.
-    values = -torch.rand(3, 5000)  # log-probs: of one sign, no cancellation
-    mask = torch.rand(3, 5000) < 0.7
-    mask[2] = False
+def test_sequence_mean(packed, nll):
+    # 4 sequences of 5000: more than a block of 4096, a ragged rest; sequence 2 has no token;
+    # packed ids in any order, and labels at an odd offset of their storage.
+    values = -torch.rand(2, 4, 5000)  # log-probs: of one sign, no cancellation
+    labels = torch.randint(0, 9, (2, 4, 5001))[..., 1:]
+    labels = labels.masked_fill(torch.rand(labels.shape) < 0.3, -100)
+    labels[0, 2] = -100
     ids = None
     if packed:
-        values, mask, ids = values[0], mask[0], torch.randint(0, 2, (5000,))
-    values = values.detach().requires_grad_()
-    mean, count = sequence_mean(values, mask, ids, 3)
-    owner = torch.arange(3)[:, None].expand(3, 5000) if ids is None else ids
-    member = (owner == torch.arange(3).view(3, *[1] * owner.ndim)) & mask
-    wide = values.detach().double().requires_grad_()
-    true_count = member.flatten(1).sum(1)
-    true_mean = torch.where(member, wide, 0.0).flatten(1).sum(1) / true_count.clamp(min=1)
-    assert count.tolist() == true_count.tolist()
+        values, labels, ids = values[:, 0], labels[:, 0].clone(), torch.randint(0, 4, (5000,))
+        labels[0, ids == 2] = -100
+    values = [each.clone().requires_grad_() for each in values]
+    second = None if nll is None else (values[1], labels[1])
+    if nll == "chosen half" and not packed:
+        second = (values[1], labels[1][:2])
+    before = len(launches)
+    mean, count = sequence_mean(values[0], labels[0], second, sequence_ids=ids, num_sequences=4)
+    leaves = values[: len(mean)]
+    coefficients = torch.randn(mean.shape)
+    found = torch.autograd.grad((mean * coefficients).sum(), leaves)
+    assert launches[before:] == ["sequence_mean", "sequence_mean_backward"]
+
+    member = parts(labels[0], None if second is None else second[1], ids)
+    wide = [each.detach().double().requires_grad_() for each in leaves]
+    terms = torch.stack([x.flatten() for x in wide])[:, None].expand(member.shape)
+    true_count = member.sum(2)
+    true_mean = torch.where(member, terms, 0.0).sum(2) / true_count.clamp(min=1)
+    assert torch.equal(count.long(), true_count)
     assert_accurate(mean.detach(), true_mean.detach())
-    coefficients = torch.randn(3)
-    (found,) = torch.autograd.grad(mean @ coefficients, values, retain_graph=True)
-    (truth,) = torch.autograd.grad(true_mean @ coefficients.double(), wide)
-    assert_accurate(found, truth)
+    truth = torch.autograd.grad((true_mean * coefficients.double()).sum(), wide)
+    for ours, true in zip(found, truth, strict=True):
+        assert_accurate(ours, true)
+
+
+# Both branches of log1mexp, the clamp, a hopeless and a certain answer.
+EDGE = [-1e-9, -(2.0**-26), -1e-4, -0.69, -0.70, -5.0, -80.0, -700.0]
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by pair"])
+@pytest.mark.parametrize("given", [False, True], ids=["counted here", "counts given"])
+def test_pair_loss(sets, by_token, given):
+    # 64 pairs of edges and 300 random ones: two blocks of 256; every fifth lacks a side.
+    chosen = [c for c in EDGE for _ in EDGE] + (-torch.rand(300) * 3).tolist()
+    rejected = EDGE * len(EDGE) + (-torch.rand(300) * 3).tolist()
+    mean = torch.tensor([chosen + rejected] * sets)
+    mean[-1, : len(chosen)] -= torch.rand(len(chosen))
+    count = torch.randint(1, 9, mean.shape).float()
+    count[0, ::5] = 0.0
+    mean[count == 0] = torch.nan  # which must not be read
+    counts = {}
+    if given:
+        counts = {"num_nll_tokens": torch.tensor(5000), "num_pairs": torch.tensor(999.0)}
+    options = {"beta": 0.3, "by_token": by_token, **counts}
+    before = len(launches)
+    ours = mean.clone().requires_grad_()
+    found = pair_loss(ours, count, **options)
+    found.loss.backward()
+    assert launches[before:] == ["pair_loss"]
+
+    wide = mean.double().requires_grad_()  # float64 takes the plain form
+    true = pair_loss(wide, count.double(), **options)
+    true.loss.backward()
+    for name in ("loss", "parts"):
+        assert_accurate(getattr(found, name).detach(), getattr(true, name).detach())
+    assert torch.equal(found.pair_mask, true.pair_mask)
+    assert torch.equal(found.counts, true.counts)
+    scored = found.pair_mask
+    assert_accurate(found.log_odds_ratio[scored], true.log_odds_ratio[scored])
+    # Of exponents up to 700, whose rounding is relative error of the gradient; 0 below 1e-38.
+    torch.testing.assert_close(ours.grad.double(), wide.grad, rtol=1e-4, atol=1e-37)
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_nan_is_not_clamped_away(broken):
+    # tl.minimum(nan, x) is x: the loss of a broken rejected answer would be a number.
+    mean, count = -torch.rand(1, 4), torch.ones(1, 4)
+    mean[0, broken] = torch.nan
+    assert torch.isnan(pair_loss(mean, count, beta=0.1, by_token=True).loss)
+    assert torch.isnan(odds_ratio_loss(mean[0, :2], mean[0, 2:])[0]).sum() == 1
 
 
 def test_odds_ratio():
-    # Both branches of log1mexp, the clamp, a hopeless and a certain answer, 300 random pairs.
-    edge = [-1e-9, -(2.0**-26), -1e-4, -0.69, -0.70, -5.0, -80.0, -700.0]
-    chosen = torch.tensor([c for c in edge for _ in edge] + (-torch.rand(300) * 3).tolist())
-    rejected = torch.tensor(edge * len(edge) + (-torch.rand(300) * 3).tolist())
+    # The edges, and 300 random pairs.
+    chosen = torch.tensor([c for c in EDGE for _ in EDGE] + (-torch.rand(300) * 3).tolist())
+    rejected = torch.tensor(EDGE * len(EDGE) + (-torch.rand(300) * 3).tolist())
     chosen.requires_grad_()
     rejected.requires_grad_()
     loss, ratio = odds_ratio_loss(chosen, rejected)

@@ -11,7 +11,7 @@ os.environ["ORPO_KERNELS_CPU_BACKEND"] = "torch"  # the CPU dispatch key is ours
 
 import torch
 
-from orpo_kernels import kernels, odds_ratio, sequence_mean
+from orpo_kernels import kernels, odds_ratio, pair_loss, sequence_mean
 from orpo_kernels.engine import linear_lse
 from orpo_kernels.engine.tiles import plain
 from orpo_kernels.kernels import tuning
@@ -32,6 +32,7 @@ def pytest_configure():
 
     for module in (
         "softmax_stats", "softmax_grad", "column_sums", "linear_lse", "sequence_mean", "odds_ratio",
+        "pair_loss",
         "softmax_compact", "gather_matmul", "row_segments", "weight_gradient",
     ):  # fmt: skip
         __import__(f"orpo_kernels.kernels.{module}")
@@ -41,6 +42,8 @@ def pytest_configure():
         kernels.register_tile_operation(name, getattr(plain, name))
     kernels.register_tile_operation("linear_lse", linear_lse._linear_lse)
     kernels.register_custom_op("sequence_mean", sequence_mean._sequence_mean)
+    kernels.register_custom_op("sequence_mean_backward", sequence_mean._sequence_mean_backward)
+    kernels.register_custom_op("pair_loss", pair_loss._pair_loss)
     kernels.register_custom_op("odds_ratio", odds_ratio._odds_ratio)
     kernels.register_custom_op("odds_ratio_backward", odds_ratio._odds_ratio_backward)
     torch.set_num_threads(1)
