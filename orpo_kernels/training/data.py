@@ -16,6 +16,8 @@ import torch.distributed
 from datasets import Dataset, IterableDataset
 
 from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.training.rows import common_length
+from orpo_kernels.training.templates import render
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """Columns of a prepared dataset: lists of token ids; -100 in labels where no answer token is."""
@@ -119,94 +121,6 @@ def check_dataset(dataset: Any, name: str) -> list[str]:
     return list(columns)
 
 
-def extract_prompt(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Split a row into prompt, chosen answer and rejected answer, all text or all messages.
-
-    A prompt of the same kind as the answers is taken as it is. Otherwise the prompt is the common
-    beginning of the two answers, which must then be full conversations (or texts); a `prompt`
-    column of text beside conversations, as in mlabonne/orpo-dpo-mix-40k, is ignored. Unlike TRL,
-    messages as prompt of text answers are refused: TRL drops that prompt.
-
-    Args:
-        example: row with `chosen`, `rejected` and perhaps `prompt`.
-
-    Returns:
-        (prompt, chosen, rejected).
-
-    Raises:
-        ValueError: a value that is neither text nor messages, kinds that do not go together, or
-            conversations that do not begin alike.
-    """
-    chosen, rejected, prompt = example["chosen"], example["rejected"], example.get("prompt")
-    kind = _kind("chosen", chosen)
-    if _kind("rejected", rejected) != kind:
-        raise ValueError(
-            f"chosen and rejected must be of one kind, got {kind} and {_kind('rejected', rejected)}"
-        )
-    if prompt is not None:
-        prompt_kind = _kind("prompt", prompt)
-        if prompt_kind == kind:
-            return prompt, chosen, rejected
-        if prompt_kind == "messages":
-            raise ValueError(
-                "prompt holds messages but chosen and rejected are text; give the answers as "
-                "messages too, [{'role': 'assistant', 'content': ...}]"
-            )
-    length = _implied_prompt_length(chosen, rejected)
-    if kind == "messages" and length == 0:
-        raise ValueError(
-            "without a prompt, chosen and rejected must begin with the same message, got "
-            f"{chosen[0]!r} and {rejected[0]!r}; add a prompt column, or the full conversations"
-        )
-    return chosen[:length], chosen[length:], rejected[length:]
-
-
-def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str, str]:
-    """The three texts of a row: messages go through the chat template.
-
-    The prompt's text ends with the template's generation prompt (or is left open, when its last
-    message is the assistant's); what the two full conversations do not share is given to the
-    answers.
-
-    Args:
-        example: row as in `extract_prompt`; `chat_template_kwargs`, a dictionary, is passed on.
-        processing_class: tokenizer or processor whose chat template is used.
-
-    Returns:
-        (prompt, chosen, rejected) text.
-
-    Raises:
-        ValueError: as `extract_prompt`; messages without a chat template; a prompt that ends
-            with neither user, tool nor assistant.
-    """
-    prompt, chosen, rejected = extract_prompt(example)
-    if isinstance(prompt, str):
-        return prompt, chosen, rejected
-    if getattr(processing_class, "chat_template", None) is None:
-        raise ValueError(
-            "the rows hold messages, which need a chat template, but "
-            f"{type(processing_class).__name__} has none; set tokenizer.chat_template, take the "
-            "tokenizer of a chat model, or give prompt, chosen and rejected as text"
-        )
-    role = prompt[-1].get("role")
-    if role not in ("user", "tool", "assistant"):
-        raise ValueError(
-            "the last message of the prompt must be from 'user', 'tool' or 'assistant', got "
-            f"{role!r}; move it before the user's message"
-        )
-    options = {"tokenize": False, **(example.get("chat_template_kwargs") or {})}
-    template = processing_class.apply_chat_template
-    opening = template(
-        list(prompt),
-        add_generation_prompt=role != "assistant",
-        continue_final_message=role == "assistant",
-        **options,
-    )
-    full = [template([*prompt, *answer], **options) for answer in (chosen, rejected)]
-    shared = _common_length(opening, *full)
-    return opening[:shared], full[0][shared:], full[1][shared:]
-
-
 def tokenize_pair(
     example: Mapping[str, Any], processing_class: Any, max_length: int
 ) -> dict[str, list[int]]:
@@ -280,43 +194,8 @@ def _answer_starts(prompt: list[int], *full: list[int]) -> list[int]:
     openings = [ids[:start] for ids, start in zip(full, starts, strict=True)]
     changes = sum(a != b for a, b in zip(*openings, strict=False))
     if changes > 1 or any(len(ids) < length for ids in full):
-        starts = [_common_length(prompt, ids) for ids in full]
+        starts = [common_length(prompt, ids) for ids in full]
     return starts
-
-
-def _common_length(*sequences: Sequence[Any]) -> int:
-    """Length of the common beginning of all sequences."""
-    shortest = min(len(sequence) for sequence in sequences)
-    for i in range(shortest):
-        if any(sequence[i] != sequences[0][i] for sequence in sequences):
-            return i
-    return shortest
-
-
-def _implied_prompt_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    length = _common_length(chosen, rejected)
-    if length == min(len(chosen), len(rejected)):
-        # One continues the other, or they are equal: what they share last is left to the answers.
-        return max(length - 1, 0)
-    # The space before an answer belongs to it: " blue" is one token.
-    return length - 1 if length > 0 and chosen[length - 1] == " " else length
-
-
-def _kind(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Sequence) and value and all(_is_message(item) for item in value):
-        return "messages"
-    received = type(value).__name__
-    if isinstance(value, Sequence):
-        received += f" of {type(value[0]).__name__}" if value else " that is empty"
-    raise ValueError(
-        f"{name} must be text or a list of messages {{'role': ..., 'content': ...}}, got {received}"
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "role" in value
 
 
 def _report_no_answer(flags: Sequence[bool], max_length: int, name: str) -> None:

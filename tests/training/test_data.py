@@ -15,13 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
-from orpo_kernels.training.data import (
-    COLUMNS,
-    extract_prompt,
-    prepare_dataset,
-    render,
-    tokenize_pair,
-)
+from orpo_kernels.training.data import COLUMNS, prepare_dataset, tokenize_pair
+from orpo_kernels.training.rows import extract_prompt
+from orpo_kernels.training.templates import render
 from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 USER = {"role": "user", "content": "q"}
