@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -19,6 +19,7 @@ from orpo_kernels.options import (
     check_workspace_bytes,
 )
 from orpo_kernels.presets import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
+from orpo_kernels.training.rows import RowOptions
 
 DEFAULT_MAX_LENGTH = 512
 """What `max_length=None` means in TRL, and here."""
@@ -46,6 +47,8 @@ class ORPOConfig(TrainingArguments):
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is a name.
         trust_remote_code: allow model code from the hub; passed to `from_pretrained`.
         dataset_num_proc: processes that tokenise the datasets.
+        keep_nulls: keep null entries of dictionaries in messages, tools and
+            `chat_template_kwargs`. By default they are dropped, as Arrow fills rows with them.
         preset: whose loss it is: "trl", "llamafactory" or "xfactlab". It sets `nll_scope` and
             `nll_reduction` where these are None.
         nll_scope: tokens of the chosen sequence in the NLL, "prompt+completion" or "completion".
@@ -129,6 +132,10 @@ class ORPOConfig(TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the datasets."}
     )
+    keep_nulls: bool = field(
+        default=False,
+        metadata={"help": "Keep null entries of messages and tools, which Arrow fills rows with."},
+    )
     preset: Literal["trl", "llamafactory", "xfactlab"] = field(
         default="trl",
         metadata={"help": "Whose loss: sets nll_scope and nll_reduction where they are not given."},
@@ -192,6 +199,11 @@ class ORPOConfig(TrainingArguments):
     def resolved_max_length(self) -> int:
         """`max_length`, or TRL's 512."""
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """How the rows are read: the arguments of `RowOptions`."""
+        return {each.name: getattr(self, each.name) for each in fields(RowOptions)}
 
     def _resolve_bf16(self) -> None:
         if self.bf16 is None:

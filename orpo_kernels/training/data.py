@@ -9,19 +9,21 @@ done here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch.distributed
 from datasets import Dataset, IterableDataset
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.training.rows import common_length
+from orpo_kernels.training.rows import RowOptions, common_length, read_row
 from orpo_kernels.training.templates import render
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """Columns of a prepared dataset: lists of token ids; -100 in labels where no answer token is."""
 
+_Step: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
 _STATISTICS = ("_no_answer", "_max_id")  # of a row, dropped when counted
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     vocab_size: int | None = None,
     name: str = "dataset",
+    **row_options: Any,
 ) -> Any:
     """Tokenise a preference dataset with `datasets.map`.
 
@@ -47,6 +50,7 @@ def prepare_dataset(
         num_proc: processes.
         vocab_size: refuse token ids of this value and above.
         name: what to call the dataset in messages.
+        **row_options: of `RowOptions`: keep_nulls.
 
     Returns:
         A dataset of the columns `COLUMNS`, and `length` (of the longer side, by which Trainer can
@@ -54,9 +58,10 @@ def prepare_dataset(
         stay (their pair contributes 0 to the loss); one warning counts them.
 
     Raises:
-        TypeError: not a dataset of the `datasets` library.
+        TypeError: not a dataset of the `datasets` library; an unknown option.
         ValueError: no rows, missing columns, an unreadable row, a token id out of range.
     """
+    rows = RowOptions(**row_options)
     columns = check_dataset(dataset, name)
     if set(COLUMNS) <= set(columns):
         return dataset
@@ -68,10 +73,12 @@ def prepare_dataset(
         )
     streamed = isinstance(dataset, IterableDataset)
     options = {} if streamed else {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
+    reader = partial(read_row, features=dataset.features, options=rows)
+    tokenize = partial(tokenize_pair, processing_class=processing_class, max_length=max_length)
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
-        fn_kwargs={"processing_class": processing_class, "max_length": max_length, "name": name},
+        fn_kwargs={"read": reader, "tokenize": tokenize, "name": name},
         remove_columns=columns,
         **options,
     )
@@ -164,10 +171,10 @@ def tokenize_pair(
 
 
 def _prepare_row(
-    example: Mapping[str, Any], index: int, processing_class: Any, max_length: int, name: str
+    example: Mapping[str, Any], index: int, read: _Step, tokenize: _Step, name: str
 ) -> dict[str, Any]:
     try:
-        row = tokenize_pair(example, processing_class, max_length)
+        row = tokenize(read(example))
     except ValueError as error:
         raise ValueError(f"row {index} of {name}: {error}") from error
     # The first position has no predecessor to be scored from.

@@ -3,7 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from orpo_kernels.training.nulls import without_filled_entries
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How the rows of a dataset are read.
+
+    Args:
+        keep_nulls: keep the null entries of dictionaries in messages and `chat_template_kwargs`;
+            see `without_filled_entries`.
+    """
+
+    keep_nulls: bool = False
+
+
+def read_row(
+    row: Mapping[str, Any], features: Mapping[str, Any] | None, options: RowOptions
+) -> dict[str, Any]:
+    """What a dataset's row was before Arrow had it.
+
+    Args:
+        row: as the dataset returns it.
+        features: `Dataset.features`; None where a stream does not know them.
+        options: of the rows.
+
+    Returns:
+        The columns and their values.
+    """
+    if options.keep_nulls:
+        return dict(row)
+    types = features or {}
+    return {name: without_filled_entries(value, types.get(name)) for name, value in row.items()}
 
 
 def extract_prompt(example: Mapping[str, Any]) -> tuple[Any, Any, Any]:

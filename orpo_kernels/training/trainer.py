@@ -357,6 +357,7 @@ class ORPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
                 vocab_size=self._vocab_size,
                 name=name,
+                **args.row_options,
             )
 
     @property
