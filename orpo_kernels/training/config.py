@@ -47,6 +47,8 @@ class ORPOConfig(TrainingArguments):
         model_init_kwargs: keyword arguments of `from_pretrained` when the model is a name.
         trust_remote_code: allow model code from the hub; passed to `from_pretrained`.
         dataset_num_proc: processes that tokenise the datasets.
+        prompt_column: column that holds the prompt, if not `prompt`: its name, or a list of several
+            that are joined by line breaks. system_column, allow_missing_prompt: see `RowOptions`.
         keep_nulls: keep null entries of dictionaries in messages, tools and
             `chat_template_kwargs`. By default they are dropped, as Arrow fills rows with them.
         preset: whose loss it is: "trl", "llamafactory" or "xfactlab". It sets `nll_scope` and
@@ -131,6 +133,20 @@ class ORPOConfig(TrainingArguments):
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the datasets."}
+    )
+    prompt_column: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Column that holds the prompt, if not `prompt`. Several are joined by line "
+            "breaks: instruction input."
+        },
+    )
+    system_column: str | None = field(
+        default=None, metadata={"help": "Column of text that goes in front of the prompt."}
+    )
+    allow_missing_prompt: bool = field(
+        default=False,
+        metadata={"help": "Train on the answers alone where a row has no prompt."},
     )
     keep_nulls: bool = field(
         default=False,

@@ -17,7 +17,7 @@ import torch.distributed
 from datasets import Dataset, IterableDataset
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.training.rows import RowOptions, common_length, read_row
+from orpo_kernels.training.rows import RowOptions, common_length, looks_like_system, read_row
 from orpo_kernels.training.templates import render
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -50,7 +50,8 @@ def prepare_dataset(
         num_proc: processes.
         vocab_size: refuse token ids of this value and above.
         name: what to call the dataset in messages.
-        **row_options: of `RowOptions`: keep_nulls.
+        **row_options: of `RowOptions`: prompt_column, system_column, allow_missing_prompt,
+            keep_nulls.
 
     Returns:
         A dataset of the columns `COLUMNS`, and `length` (of the longer side, by which Trainer can
@@ -62,7 +63,7 @@ def prepare_dataset(
         ValueError: no rows, missing columns, an unreadable row, a token id out of range.
     """
     rows = RowOptions(**row_options)
-    columns = check_dataset(dataset, name)
+    columns = check_dataset(dataset, name, **row_options)
     if set(COLUMNS) <= set(columns):
         return dataset
     if "tools" in columns:
@@ -71,10 +72,21 @@ def prepare_dataset(
             "the chat template, put them into a column chat_template_kwargs as {'tools': ...}",
             name,
         )
+    for column in columns:
+        if looks_like_system(column) and column != rows.system_column:
+            logger.warning(
+                "column %r of %s is ignored; set system_column=%r to put its text in front of the "
+                "prompts",
+                column,
+                name,
+                column,
+            )
     streamed = isinstance(dataset, IterableDataset)
     options = {} if streamed else {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
     reader = partial(read_row, features=dataset.features, options=rows)
-    tokenize = partial(tokenize_pair, processing_class=processing_class, max_length=max_length)
+    tokenize = partial(
+        tokenize_pair, processing_class=processing_class, max_length=max_length, options=rows
+    )
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
@@ -89,12 +101,13 @@ def prepare_dataset(
     return dataset.remove_columns(list(_STATISTICS))
 
 
-def check_dataset(dataset: Any, name: str) -> list[str]:
+def check_dataset(dataset: Any, name: str, **row_options: Any) -> list[str]:
     """Refuse what cannot be prepared, before any time is spent on it.
 
     Args:
         dataset: what the user passed.
         name: what to call it in messages.
+        **row_options: of `RowOptions`; the columns they name must be there.
 
     Returns:
         Its column names.
@@ -125,11 +138,21 @@ def check_dataset(dataset: Any, name: str) -> list[str]:
             f"{name} must have the columns 'chosen', 'rejected' and, unless these contain it, "
             f"'prompt'; {missing} missing, got {columns}; rename them with dataset.rename_column"
         )
+    named = () if needed is COLUMNS else RowOptions(**row_options).columns
+    absent = [column for column in named if column not in columns]
+    if absent:
+        raise ValueError(
+            f"prompt_column and system_column must name columns of {name}; {absent} missing, got "
+            f"{columns}"
+        )
     return list(columns)
 
 
 def tokenize_pair(
-    example: Mapping[str, Any], processing_class: Any, max_length: int
+    example: Mapping[str, Any],
+    processing_class: Any,
+    max_length: int,
+    options: RowOptions | None = None,
 ) -> dict[str, list[int]]:
     """Token ids and labels of one row.
 
@@ -144,6 +167,7 @@ def tokenize_pair(
         example: row as in `extract_prompt`.
         processing_class: tokenizer, or processor with a `tokenizer`.
         max_length: tokens to keep of each sequence.
+        options: which columns hold the prompt.
 
     Returns:
         `COLUMNS`: per side the ids of prompt + answer, and labels with -100 for the prompt.
@@ -152,7 +176,7 @@ def tokenize_pair(
         ValueError: as `render`.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    prompt, chosen, rejected = render(example, processing_class)
+    prompt, chosen, rejected = render(example, processing_class, options)
     alone, *full = (
         _encode(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected)
     )

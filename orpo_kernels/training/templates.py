@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orpo_kernels.training.rows import common_length, extract_prompt
+from orpo_kernels.training.rows import RowOptions, common_length, extract_prompt
 
 
-def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str, str]:
+def render(
+    example: Mapping[str, Any], processing_class: Any, options: RowOptions | None = None
+) -> tuple[str, str, str]:
     """The three texts of a row: messages go through the chat template.
 
     The prompt's text ends with the template's generation prompt (or is left open, when its last
@@ -18,6 +20,7 @@ def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str,
     Args:
         example: row as in `extract_prompt`; `chat_template_kwargs`, a dictionary, is passed on.
         processing_class: tokenizer or processor whose chat template is used.
+        options: which columns hold the prompt.
 
     Returns:
         (prompt, chosen, rejected) text.
@@ -26,7 +29,7 @@ def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str,
         ValueError: as `extract_prompt`; messages without a chat template; a prompt that ends
             with neither user, tool nor assistant.
     """
-    prompt, chosen, rejected = extract_prompt(example)
+    prompt, chosen, rejected = extract_prompt(example, options)
     if isinstance(prompt, str):
         return prompt, chosen, rejected
     if getattr(processing_class, "chat_template", None) is None:
@@ -41,14 +44,14 @@ def render(example: Mapping[str, Any], processing_class: Any) -> tuple[str, str,
             "the last message of the prompt must be from 'user', 'tool' or 'assistant', got "
             f"{role!r}; move it before the user's message"
         )
-    options = {"tokenize": False, **(example.get("chat_template_kwargs") or {})}
+    keywords = {"tokenize": False, **(example.get("chat_template_kwargs") or {})}
     template = processing_class.apply_chat_template
     opening = template(
         list(prompt),
         add_generation_prompt=role != "assistant",
         continue_final_message=role == "assistant",
-        **options,
+        **keywords,
     )
-    full = [template([*prompt, *answer], **options) for answer in (chosen, rejected)]
+    full = [template([*prompt, *answer], **keywords) for answer in (chosen, rejected)]
     shared = common_length(opening, *full)
     return opening[:shared], full[0][shared:], full[1][shared:]

@@ -86,7 +86,7 @@ class ORPOTrainer(Trainer):
         args = ORPOConfig() if args is None else args
         check_arguments(model, args, model_init, preprocess_logits_for_metrics)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_dataset(dataset, name)
+            check_dataset(dataset, name, **args.row_options)
         adapt_arguments(args, train_dataset)
         self._peft_config = peft_config
         self._train_sums, self._eval_sums = MetricSums(args.beta), MetricSums(args.beta)

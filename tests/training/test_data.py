@@ -16,7 +16,7 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from orpo_kernels.training.data import COLUMNS, prepare_dataset, tokenize_pair
-from orpo_kernels.training.rows import extract_prompt
+from orpo_kernels.training.rows import RowOptions, extract_prompt
 from orpo_kernels.training.templates import render
 from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -76,6 +76,10 @@ def random_text(rng: random.Random, low: int, high: int) -> str:
     return "".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
 
+def text_rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": " ?"} for i in range(count)]
+
+
 def random_turns(rng: random.Random) -> list[dict[str, str]]:
     turns = [{"role": "system", "content": "be kind"}] if rng.random() < 0.3 else []
     for _ in range(rng.randint(0, 2)):
@@ -120,7 +124,8 @@ def test_rows_equal_trl(kind: str, which: str) -> None:
         tokenizer.chat_template = TEMPLATES["detour" if i % 3 == 0 else "chatml"]
         # 16 cuts most answers and is below many prompts, 40 cuts some, 400 none.
         max_length = (16, 40, 400)[i % 3]
-        ours = tokenize_pair(row, tokenizer, max_length)
+        # Some texts have no prompt, which only TRL takes without being told.
+        ours = tokenize_pair(row, tokenizer, max_length, RowOptions(allow_missing_prompt=True))
         assert set(ours) == set(COLUMNS)
         try:
             theirs = trl_row(row, tokenizer, max_length)
@@ -192,7 +197,8 @@ def test_merge_deeper_than_one_token_is_split_at_the_first_change() -> None:
 
 def test_difference_at_the_first_character() -> None:
     # TRL looks at chosen[-1] here and takes nearly all of the chosen text as prompt.
-    assert extract_prompt({"chosen": "blue ", "rejected": "red"}) == ("", "blue ", "red")
+    allowed = RowOptions(allow_missing_prompt=True)
+    assert extract_prompt({"chosen": "blue ", "rejected": "red"}, allowed) == ("", "blue ", "red")
 
 
 def test_equal_answers_keep_their_last_message() -> None:
@@ -221,14 +227,14 @@ def test_rows_without_an_answer_are_kept_and_counted_once(caplog: Any) -> None:
 
 
 def test_tools_column_is_named_as_ignored(caplog: Any) -> None:
-    rows = [{**row, "tools": ["t"]} for row in random_rows("text", 2, seed=0)]
+    rows = [{**row, "tools": ["t"]} for row in text_rows(2)]
     with caplog.at_level(logging.WARNING):
         prepare_dataset(Dataset.from_list(rows), tiny_tokenizer())
     assert "column 'tools'" in caplog.text
 
 
 def test_prepared_dataset_is_returned_as_it_is() -> None:
-    rows = Dataset.from_list(random_rows("text", 3, seed=0))
+    rows = Dataset.from_list(text_rows(3))
     prepared = prepare_dataset(rows, tiny_tokenizer(), num_proc=2)
     assert prepare_dataset(prepared, tiny_tokenizer()) is prepared
     for row in prepared:
@@ -272,7 +278,7 @@ def test_bad_row(name: str) -> None:
 
 
 def test_bad_row_is_named_by_its_number() -> None:
-    rows = [*random_rows("text", 2, seed=0), {"prompt": "p", "chosen": None, "rejected": "b"}]
+    rows = [*text_rows(2), {"prompt": "p", "chosen": None, "rejected": "b"}]
     with pytest.raises(ValueError, match="row 2 of train_dataset: chosen must be text"):
         prepare_dataset(Dataset.from_list(rows), tiny_tokenizer(), name="train_dataset")
 
@@ -284,7 +290,7 @@ def test_no_chat_template() -> None:
 
 def test_bad_dataset() -> None:
     tokenizer = tiny_tokenizer()
-    rows = random_rows("text", 2, seed=0)
+    rows = text_rows(2)
     with pytest.raises(TypeError, match=r"got list; Dataset.from_list"):
         prepare_dataset(rows, tokenizer)
     with pytest.raises(TypeError, match=r"got dict with the splits \['train'\]"):
@@ -297,7 +303,7 @@ def test_bad_dataset() -> None:
 
 
 def test_token_outside_the_vocabulary() -> None:
-    rows = Dataset.from_list(random_rows("text", 2, seed=0))
+    rows = Dataset.from_list(text_rows(2))
     with pytest.raises(ValueError, match=r"vocabulary of 20, got .* tokenizer of \d+ tokens"):
         prepare_dataset(rows, tiny_tokenizer(), vocab_size=20)
 
