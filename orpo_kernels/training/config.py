@@ -51,6 +51,8 @@ class ORPOConfig(TrainingArguments):
             that are joined by line breaks. system_column, allow_missing_prompt: see `RowOptions`.
         keep_nulls: keep null entries of dictionaries in messages, tools and
             `chat_template_kwargs`. By default they are dropped, as Arrow fills rows with them.
+        on_bad_row: "raise" for a row that cannot be used (the chat template refuses it, it has no
+            prompt, ...), or "skip" it and say how many there were.
         preset: whose loss it is: "trl", "llamafactory" or "xfactlab". It sets `nll_scope` and
             `nll_reduction` where these are None.
         nll_scope: tokens of the chosen sequence in the NLL, "prompt+completion" or "completion".
@@ -152,6 +154,10 @@ class ORPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Keep null entries of messages and tools, which Arrow fills rows with."},
     )
+    on_bad_row: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "What to do about rows that cannot be used; skip says how many."},
+    )
     preset: Literal["trl", "llamafactory", "xfactlab"] = field(
         default="trl",
         metadata={"help": "Whose loss: sets nll_scope and nll_reduction where they are not given."},
@@ -240,6 +246,7 @@ class ORPOConfig(TrainingArguments):
         check_choice("nll_reduction", self.nll_reduction, (None, *NLL_REDUCTIONS))
         check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
         check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("on_bad_row", self.on_bad_row, ("raise", "skip"))
         check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
         check_beta(self.beta)
         check_eps("sparse_eps", self.sparse_eps)

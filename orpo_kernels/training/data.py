@@ -14,17 +14,27 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch.distributed
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.training.rows import RowOptions, common_length, looks_like_system, read_row
+from orpo_kernels.training.rows import (
+    RowError,
+    RowOptions,
+    common_length,
+    looks_like_system,
+    read_row,
+)
 from orpo_kernels.training.templates import render
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """Columns of a prepared dataset: lists of token ids; -100 in labels where no answer token is."""
 
 _Step: TypeAlias = Callable[[Mapping[str, Any]], dict[str, Any]]
-_STATISTICS = ("_no_answer", "_max_id")  # of a row, dropped when counted
+_COLUMN_TYPES = {**{column: List(Value("int64")) for column in COLUMNS}, "length": Value("int64")}
+# Of a row, dropped when counted.
+_STATISTICS = {"_no_answer": Value("bool"), "_max_id": Value("int64"), "_problem": Value("string")}
+
+_NAMED_ROWS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +61,12 @@ def prepare_dataset(
         vocab_size: refuse token ids of this value and above.
         name: what to call the dataset in messages.
         **row_options: of `RowOptions`: prompt_column, system_column, allow_missing_prompt,
-            keep_nulls.
+            keep_nulls, on_bad_row.
 
     Returns:
         A dataset of the columns `COLUMNS`, and `length` (of the longer side, by which Trainer can
-        group rows), one row for each row given. Rows whose prompt leaves no room for an answer
-        stay (their pair contributes 0 to the loss); one warning counts them.
+        group rows), one row for each row given that can be used. Rows whose prompt leaves no room
+        for an answer stay (their pair contributes 0 to the loss); one warning counts them.
 
     Raises:
         TypeError: not a dataset of the `datasets` library; an unknown option.
@@ -66,23 +76,10 @@ def prepare_dataset(
     columns = check_dataset(dataset, name, **row_options)
     if set(COLUMNS) <= set(columns):
         return dataset
-    if "tools" in columns:
-        logger.warning(
-            "column 'tools' of %s is ignored, as TRL's ORPO trainer does; to show the tools to "
-            "the chat template, put them into a column chat_template_kwargs as {'tools': ...}",
-            name,
-        )
-    for column in columns:
-        if looks_like_system(column) and column != rows.system_column:
-            logger.warning(
-                "column %r of %s is ignored; set system_column=%r to put its text in front of the "
-                "prompts",
-                column,
-                name,
-                column,
-            )
+    _warn_of_ignored(columns, rows, name)
     streamed = isinstance(dataset, IterableDataset)
     options = {} if streamed else {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
+    skip = rows.on_bad_row == "skip"
     reader = partial(read_row, features=dataset.features, options=rows)
     tokenize = partial(
         tokenize_pair, processing_class=processing_class, max_length=max_length, options=rows
@@ -90,10 +87,16 @@ def prepare_dataset(
     dataset = dataset.map(
         _prepare_row,
         with_indices=True,
-        fn_kwargs={"read": reader, "tokenize": tokenize, "name": name},
+        fn_kwargs={"read": reader, "tokenize": tokenize, "name": name, "skip": skip},
         remove_columns=columns,
+        # Not left to be inferred: a first batch of skipped rows would say that ids are nulls.
+        features=Features({**_COLUMN_TYPES, **_STATISTICS}),
         **options,
     )
+    if skip and streamed:
+        dataset = dataset.filter(_SkipsBadRows(name), input_columns=["_problem"])
+    elif skip:
+        dataset = _without_bad_rows(dataset, name)
     if not streamed:
         _report_no_answer(dataset["_no_answer"][:], max_length, name)
         if vocab_size is not None:
@@ -194,20 +197,42 @@ def tokenize_pair(
     return row
 
 
+def _warn_of_ignored(columns: Sequence[str], rows: RowOptions, name: str) -> None:
+    if "tools" in columns:
+        logger.warning(
+            "column 'tools' of %s is ignored, as TRL's ORPO trainer does; to show the tools to "
+            "the chat template, put them into a column chat_template_kwargs as {'tools': ...}",
+            name,
+        )
+    for column in columns:
+        if looks_like_system(column) and column != rows.system_column:
+            logger.warning(
+                "column %r of %s is ignored; set system_column=%r to put its text in front of the "
+                "prompts",
+                column,
+                name,
+                column,
+            )
+
+
 def _prepare_row(
-    example: Mapping[str, Any], index: int, read: _Step, tokenize: _Step, name: str
+    example: Mapping[str, Any], index: int, read: _Step, tokenize: _Step, name: str, skip: bool
 ) -> dict[str, Any]:
     try:
         row = tokenize(read(example))
-    except ValueError as error:
-        raise ValueError(f"row {index} of {name}: {error}") from error
+    except RowError as error:
+        problem = f"row {index} of {name}: {error}"
+        if not skip:
+            raise RowError(f"{problem}; on_bad_row='skip' leaves such rows out") from error
+        unused = {"length": 0, "_no_answer": False, "_max_id": 0, "_problem": problem}
+        return {**{column: [] for column in COLUMNS}, **unused}
     # The first position has no predecessor to be scored from.
     scored = (
         any(label != IGNORE_INDEX for label in row[f"{side}_labels"][1:])
         for side in ("chosen", "rejected")
     )
     ids = row["chosen_input_ids"] + row["rejected_input_ids"]
-    statistics = {"_no_answer": not all(scored), "_max_id": max(ids, default=0)}
+    statistics = {"_no_answer": not all(scored), "_max_id": max(ids, default=0), "_problem": None}
     lengths = (len(row[f"{side}_labels"]) for side in ("chosen", "rejected"))
     return {**row, "length": max(lengths), **statistics}
 
@@ -229,10 +254,53 @@ def _answer_starts(prompt: list[int], *full: list[int]) -> list[int]:
     return starts
 
 
+def _without_bad_rows(dataset: Any, name: str) -> Any:
+    problems = dataset["_problem"][:]
+    bad = [index for index, problem in enumerate(problems) if problem is not None]
+    if not bad:
+        return dataset
+    if len(bad) == len(problems):
+        raise ValueError(f"none of the {len(bad)} rows of {name} can be used; {problems[0]}")
+    if _is_first_rank():
+        logger.warning(
+            "%d of %d rows of %s cannot be used and were skipped: %s%s. The first: %s",
+            len(bad),
+            len(problems),
+            name,
+            ", ".join(map(str, bad[:_NAMED_ROWS])),
+            ", ..." if len(bad) > _NAMED_ROWS else "",
+            problems[bad[0]],
+        )
+    return dataset.select([i for i, problem in enumerate(problems) if problem is None])
+
+
+class _SkipsBadRows:
+    """Filter of a stream, which has no end to count at: says so after 1, 10, 100, ... rows."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._count = name, 0
+
+    def __call__(self, problem: str | None) -> bool:
+        if problem is None:
+            return True
+        self._count += 1
+        if _is_first_rank() and self._count == 10 ** (len(str(self._count)) - 1):
+            logger.warning(
+                "rows of %s that cannot be used and were skipped so far: %d. The last: %s",
+                self._name,
+                self._count,
+                problem,
+            )
+        return False
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def _report_no_answer(flags: Sequence[bool], max_length: int, name: str) -> None:
     count = sum(flags)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if count and first:
+    if count and _is_first_rank():
         logger.warning(
             "%d of %d rows of %s have no answer token left within max_length=%d: they stay but "
             "contribute 0 to the loss, and are counted as skipped_pairs. Raise max_length, or "

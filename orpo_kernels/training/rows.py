@@ -36,12 +36,21 @@ class RowOptions:
         allow_missing_prompt: train on the answers alone where a row has no prompt.
         keep_nulls: keep the null entries of dictionaries in messages and `chat_template_kwargs`;
             see `without_filled_entries`.
+        on_bad_row: "raise" for a row that cannot be used, or "skip" it and count.
+
+    Raises:
+        ValueError: another `on_bad_row`.
     """
 
     prompt_column: str | Sequence[str] | None = None
     system_column: str | None = None
     allow_missing_prompt: bool = False
     keep_nulls: bool = False
+    on_bad_row: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f'on_bad_row must be "raise" or "skip", got {self.on_bad_row!r}')
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
