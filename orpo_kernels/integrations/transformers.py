@@ -28,6 +28,7 @@ from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
 from orpo_kernels.integrations import peft
 from orpo_kernels.integrations.call import HeadCall, Options
 from orpo_kernels.integrations.head import LogitTransform, logit_transforms, resolve_head
+from orpo_kernels.integrations.token_ids import check_token_ids
 from orpo_kernels.loss import ORPOLoss
 
 _OWN_ARGUMENTS = ("nll_labels", "num_nll_tokens", "num_pairs")
@@ -235,6 +236,8 @@ class FusedHead:
         readings = logit_transforms(self.model) if self.transform is None or unchecked else []
         if self.transform is None:
             self.transform = readings[0]
+        if unchecked:
+            check_token_ids(self.model, arguments)
         while True:
             call = HeadCall(self._options, head, labels, nll_labels, self.transform)
             call.readings = list(dict.fromkeys([self.transform, *readings])) if unchecked else []

@@ -31,11 +31,12 @@ class PreferenceCollator:
         processing_class: tokenizer (or processor) that knows the pad token.
         pad_token_id: id to pad with instead.
         nll_scope: "prompt+completion" or "completion".
-        vocab_size: refuse token ids of this value and above; not checked if None.
+        vocab_size: refuse token ids of this value and above, the pad token's among them; None if
+            not known. ORPOTrainer sets it.
         pad_to_multiple_of: round T up.
 
     Raises:
-        ValueError: no pad token, or an unknown scope.
+        ValueError: no pad token, one outside the vocabulary, or an unknown scope.
     """
 
     def __init__(
@@ -59,8 +60,26 @@ class PreferenceCollator:
         check_choice("nll_scope", nll_scope, NLL_SCOPES)
         self.pad_token_id = pad_token_id
         self.nll_scope = nll_scope
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # checks the pad token
         self.pad_to_multiple_of = pad_to_multiple_of
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids must be below it; None if it is not known."""
+        return self._vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, vocab_size: int | None) -> None:
+        token = self.pad_token_id
+        if vocab_size is not None and not 0 <= token < vocab_size:
+            raise ValueError(
+                f"the pad token must be in the model's vocabulary of {vocab_size} tokens, got id "
+                f"{token}{_described(self.tokenizer, token)}; after adding tokens call "
+                "model.resize_token_embeddings(len(tokenizer)), or pad with a token that is there: "
+                "tokenizer.pad_token = tokenizer.eos_token, or pad_token_id (padding_value in "
+                "ORPOConfig); padding is never scored"
+            )
+        self._vocab_size = vocab_size
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows with the columns `COLUMNS`; others are ignored.
@@ -121,6 +140,11 @@ def _ids(name: str, values: Any) -> torch.Tensor:
         return tensor.to(torch.int64)
     validate_labels(name, tensor)
     return tensor
+
+
+def _described(tokenizer: Any, token: int) -> str:
+    is_own = tokenizer is not None and token == tokenizer.pad_token_id
+    return f" ({tokenizer.pad_token!r} of a tokenizer of {len(tokenizer)})" if is_own else ""
 
 
 def _pad(sequences: Sequence[torch.Tensor], length: int, value: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 
+from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.training import PreferenceCollator, prepare_dataset
-from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
-from tests.training.runs import pairs
+from tests.tiny_models import VOCAB_SIZE, build, tiny_tokenizer
+from tests.training.runs import make, pairs
 
 ROW = {
     "chosen_input_ids": [5, 6, 7],
@@ -106,3 +108,41 @@ def test_bad_arguments() -> None:
     assert PreferenceCollator(tokenizer, pad_token_id=3).pad_token_id == 3
     with pytest.raises(ValueError, match=r"nll_scope must be one of .* got 'all'"):
         PreferenceCollator(tiny_tokenizer(), nll_scope="all")
+
+
+@pytest.mark.parametrize("token", [-1, -100, VOCAB_SIZE])
+def test_pad_token_outside_the_vocabulary(token: int) -> None:
+    with pytest.raises(ValueError, match=rf"vocabulary of {VOCAB_SIZE} tokens, got id {token};"):
+        PreferenceCollator(tiny_tokenizer(), pad_token_id=token, vocab_size=VOCAB_SIZE)
+
+
+def test_pad_token_is_checked_when_the_vocabulary_becomes_known() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    collator = PreferenceCollator(tokenizer)
+    message = rf"got id {VOCAB_SIZE} \('\[PAD\]' of a tokenizer of {VOCAB_SIZE + 1}\); .*resize_tok"
+    with pytest.raises(ValueError, match=message):
+        collator.vocab_size = VOCAB_SIZE
+    collator.vocab_size = VOCAB_SIZE + 1
+
+
+@pytest.mark.parametrize("padding_value", [None, -1, VOCAB_SIZE])
+def test_trainer_names_a_pad_token_outside_the_vocabulary(
+    padding_value: int | None, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    if padding_value is None:  # a pad token was added, the model not resized
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=f"pad token must be in .* of {VOCAB_SIZE} tokens"):
+        make(tmp_path, processing_class=tokenizer, padding_value=padding_value)
+
+
+def test_plain_trainer_names_it_in_the_first_call() -> None:
+    # Nothing tells the collator of the model: the fused head looks at its first batch.
+    model = build("llama")
+    fuse_head(model, loss=ORPOLoss())
+    batch = PreferenceCollator(pad_token_id=VOCAB_SIZE)([ROW])
+    message = rf"input_ids must be in \[0, {VOCAB_SIZE}\), .* got ids from 5 to {VOCAB_SIZE}; after"
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    model(**PreferenceCollator(pad_token_id=VOCAB_SIZE - 1)([ROW]))
