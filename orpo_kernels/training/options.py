@@ -95,8 +95,9 @@ class DataOptions:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name, or a local .json, .jsonl or .parquet file, or a folder of them "
-            "(train.jsonl, test.jsonl) or one that save_to_disk wrote."
+            "help": "Hub name, or a local file (JSON, JSONL, Parquet, Arrow, CSV, TSV, also "
+            "compressed), a folder of them (train.jsonl, test.jsonl), a pattern (data/*.csv), or a "
+            "folder that save_to_disk wrote."
         },
     )
     dataset_config: str | None = field(

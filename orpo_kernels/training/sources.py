@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from orpo_kernels.training.files import has_data_ending, load_local
 from orpo_kernels.training.options import DataOptions, ModelOptions, OptionError, Options
 
 # No line break after the last turn, unlike some copies of this template: it would come between
@@ -23,7 +24,6 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 logger = logging.getLogger(__name__)
 
@@ -166,25 +166,14 @@ def _load_splits(data: DataOptions) -> DatasetDict:
     name = data.dataset_name
     if name is None:
         raise OptionError(
-            "dataset_name is not set; give a hub name, or a .json, .jsonl or .parquet file, or a "
-            "folder of them"
+            "dataset_name is not set; give a hub name, or a file (.jsonl, .parquet, .csv, ...), a "
+            "folder of files, or a pattern"
         )
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise OptionError(
-                f"{name} must be one of {', '.join(_BUILDERS)}, got {path.suffix or 'no suffix'}"
-            )
-        files = {data.dataset_train_split: str(path)}
-        loaded = _or_explain(name, load_dataset, _BUILDERS[path.suffix], data_files=files)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = _or_explain(name, load_from_disk, name)
-    elif path.is_dir() or not _looks_like_path(name):
-        loaded = _or_explain(f"the dataset {name}", load_dataset, name, data.dataset_config)
-    else:
+    loaded = load_local(name, data.dataset_config, data.dataset_train_split, _or_explain)
+    if loaded is None and _looks_like_path(name):
         raise OptionError(f"no such file or folder: {name} (in {Path.cwd()})")
-    if isinstance(loaded, Dataset):
-        loaded = DatasetDict({data.dataset_train_split: loaded})
+    if loaded is None:
+        loaded = _or_explain(f"the dataset {name}", load_dataset, name, data.dataset_config)
     return loaded
 
 
@@ -210,7 +199,7 @@ def _hold_out(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Data
 
 def _looks_like_path(name: str) -> bool:
     # A hub name is "name" or "owner/name".
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _BUILDERS
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or has_data_ending(name)
 
 
 def _model_name(model: ModelOptions) -> str:
@@ -262,7 +251,7 @@ def _quantization(model: ModelOptions) -> Any:
     )
 
 
-def _or_explain(what: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _or_explain(what: object, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a loader of Hugging Face; what it says about the user's input becomes an OptionError."""
     try:
         return load(*args, **kwargs)
@@ -271,4 +260,5 @@ def _or_explain(what: str, load: Callable[..., Any], *args: Any, **kwargs: Any) 
         raise OptionError(f"cannot load {what}: {error}{hint}") from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise OptionError(f"cannot load {what}: {error}{cause}") from error
+        hint = "; pip install zstandard" if "zstd" in str(error) else ""
+        raise OptionError(f"cannot load {what}: {error}{cause}{hint}") from error
