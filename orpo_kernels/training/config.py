@@ -37,7 +37,8 @@ class ORPOConfig(TrainingArguments):
         gradient_checkpointing: on unless it, or its new name `activation_checkpointing`, is given.
         bf16: on unless `fp16` is given or the device cannot do it; off on a CPU unless asked for.
         max_length: tokens of prompt + answer; longer answers are cut, prompts never are.
-            None means 512.
+            None means 512. Where the model has a table of fewer positions (GPT-2, OPT), these
+            are used, and a warning says so.
         max_completion_length: refused; TRL uses it for encoder-decoder models only.
         beta: weight of the odds-ratio term; the paper's lambda, other stacks' alpha.
         disable_dropout: set every dropout of the model to 0, adapters included.

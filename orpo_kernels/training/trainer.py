@@ -32,6 +32,7 @@ from orpo_kernels.training.config import ORPOConfig
 from orpo_kernels.training.data import check_dataset, prepare_dataset
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from orpo_kernels.training.model_setup import load_model, load_processing_class, set_up_model
+from orpo_kernels.training.positions import bounded_length
 
 
 class ORPOTrainer(Trainer):
@@ -123,6 +124,7 @@ class ORPOTrainer(Trainer):
         self._refuse_split_sequences()
         self._tell_trainer_what_is_scaled()
         self._bound_vocabulary()
+        self._max_length = bounded_length(args.resolved_max_length, cast(nn.Module, self.model))
         self.train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(eval_dataset, Mapping):
             self.eval_dataset = {
@@ -353,7 +355,7 @@ class ORPOTrainer(Trainer):
             return prepare_dataset(
                 dataset,
                 self.processing_class,
-                max_length=args.resolved_max_length,
+                max_length=self._max_length,
                 num_proc=args.dataset_num_proc,
                 vocab_size=self._vocab_size,
                 name=name,
