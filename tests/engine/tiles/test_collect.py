@@ -14,6 +14,7 @@ from orpo_kernels.engine import tiles
 from orpo_kernels.engine.budget import accumulation_dtype
 from orpo_kernels.engine.tiles.collect import Entries, restore_
 from tests.csrc.forms import FORMS, needs_extension
+from tests.helpers import problem
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 FIRST_COLUMN, SHARE = 11, 2.0**-6
@@ -44,15 +45,14 @@ CASES = [
 ]
 
 
-def problem(case):
+def tile_of(case):
+    """hidden, weight, their logits as a GEMM rounds them, bias, labels."""
     rows, columns, width = case.shape
-    # The scale of trained logits: a few entries of each row hold most of its mass.
-    hidden = (torch.randn(rows, width, dtype=F64) * 4 / math.sqrt(width)).to(case.dtype)
-    weight = torch.randn(columns, width, dtype=F64).to(case.dtype)
-    bias = torch.randn(columns) if case.bias else None
-    labels = torch.randint(0, FIRST_COLUMN + 2 * columns, (case.sets, rows))
-    labels[0, 0], labels[-1, -1] = FIRST_COLUMN, -1
-    return hidden, weight, (hidden.float() @ weight.float().t()).to(case.dtype), bias, labels
+    given = problem(
+        rows, width, columns, case.dtype, bias=case.bias and torch.float32, sets=case.sets,
+        first_column=FIRST_COLUMN,
+    )  # fmt: skip
+    return given.hidden, given.weight, given.tile, given.bias, given.labels
 
 
 def collect(form, case, tile, bias, labels, state, inputs=(None, None), **changed):
@@ -81,7 +81,7 @@ def fresh(case):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_one_tile(case, form):
-    hidden, weight, tile, bias, labels = problem(case)
+    hidden, weight, tile, bias, labels = tile_of(case)
     wide_bias = None if bias is None else bias.double()
     options = (labels, FIRST_COLUMN, case.scale, case.softcap)
     z, slope = reference.tile_logits(tile.double(), wide_bias, *options)
@@ -126,7 +126,7 @@ def test_one_tile(case, form):
 def test_tiles_in_turn_are_one_row(form, store):
     # Rising, falling and equal maxima: the sums before are rescaled, never the maximum lowered.
     case = Case("three tiles", (6, 3000, 16))
-    _, _, tile, _, labels = problem(case)
+    _, _, tile, _, labels = tile_of(case)
     tile[0, :1000] += 3
     tile[1, 2000:] += 3
     row_max, sum_exp = fresh(case)
@@ -152,7 +152,7 @@ def test_tiles_in_turn_are_one_row(form, store):
 def test_final_statistics_stay(form):
     # The backward: reference and total of the whole row are known, and larger than this tile's.
     case = Case("final", (9, 2051, 24))
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     z, _ = reference.tile_logits(tile.double(), None, labels, FIRST_COLUMN, 1.0, None)
     row_max = (z.amax(1) + 0.5).float()
     sum_exp = 3 * torch.exp(z - row_max.double()[:, None]).sum(1).float()
@@ -179,7 +179,7 @@ def test_final_statistics_stay(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_without_inputs_the_entries_are_the_tiles(form):
     case = Case("not redone", (9, 2051, 24), F32)
-    _, _, tile, _, labels = problem(case)
+    _, _, tile, _, labels = tile_of(case)
     whole, written = tile.clone(), tile.clone()
     for each, share in ((whole, math.inf), (written, SHARE)):
         _, entries = collect(form, case, each, None, labels, (*fresh(case), None), share=share)
@@ -191,7 +191,7 @@ def test_without_inputs_the_entries_are_the_tiles(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_only_the_largest_of_too_many(form):
     case = Case("at most three", (4, 700, 16))
-    _, _, tile, _, labels = problem(case)
+    _, _, tile, _, labels = tile_of(case)
     written = tile.clone()
     labels = torch.full_like(labels, -1)
     state = (*fresh(case), None)
@@ -223,7 +223,7 @@ def test_csr_matmul(form):
 @needs_extension
 def test_the_number_of_threads_does_not_matter():
     case = Case("threads", (300, 4000, 16))
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -244,7 +244,7 @@ def test_the_number_of_threads_does_not_matter():
 
 def test_refuses_what_does_not_fit():
     case = Case("", (4, 10, 8))
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     state = (*fresh(case), None)
     if tiles.native.cpu_backend() == "c++":
         for inputs in ((hidden[:3], weight), (hidden, weight[:, :4]), (hidden.float(), weight)):
@@ -261,7 +261,7 @@ def test_refuses_what_does_not_fit():
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 def test_evaluation_has_the_bits_of_training(dtype):
     case = Case("not written", (40, 5001, 24), dtype)
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     states = []
     for store in (True, False):
         row_max, sum_exp = fresh(case)

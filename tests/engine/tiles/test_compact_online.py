@@ -21,7 +21,7 @@ from tests.engine.tiles.test_collect import (
     collect,
     dense,
     fresh,
-    problem,
+    tile_of,
 )
 
 EPS = 2.0**-7
@@ -46,7 +46,7 @@ def groups_of(case):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_one_tile(case, form):
-    hidden, weight, tile, bias, labels = problem(case)
+    hidden, weight, tile, bias, labels = tile_of(case)
     wide_bias = None if bias is None else bias.double()
     options = (labels, FIRST_COLUMN, case.scale, case.softcap)
     z, slope = reference.tile_logits(tile.double(), wide_bias, *options)
@@ -90,7 +90,7 @@ def test_one_tile(case, form):
 @pytest.mark.parametrize("softcap", [None, 12.0])
 def test_over_the_capacity_it_is_the_exact_step(form, softcap, only_last):
     case = Case("full", (70, 2500, 16), BF16, softcap is not None, 1.0, softcap)
-    hidden, weight, tile, bias, labels = problem(case)
+    hidden, weight, tile, bias, labels = tile_of(case)
     capacity = 0
     if only_last:
         tile[:64] = 0.0  # uniform: nothing over eps
@@ -133,7 +133,7 @@ def test_at_the_capacity_nothing_is_refused(form):
 @needs_extension
 def test_the_number_of_threads_does_not_matter():
     case = Case("threads", (300, 4000, 16))
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -153,7 +153,7 @@ def test_the_number_of_threads_does_not_matter():
 @needs_extension
 def test_refuses_what_does_not_fit():
     case = Case("", (4, 10, 8), F32)
-    hidden, weight, tile, _, labels = problem(case)
+    hidden, weight, tile, _, labels = tile_of(case)
     state, tail = (*fresh(case), None), torch.zeros(2, 10)
 
     def call(inputs=(None, None), tail=tail):
