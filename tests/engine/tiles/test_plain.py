@@ -7,7 +7,7 @@ from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.engine.budget import accumulation_dtype
 from orpo_kernels.engine.tiles.plain import add_at_, merge
-from tests.helpers import assert_accurate, assert_logit_sums
+from tests.helpers import assert_accurate, assert_logit_sums, problem
 
 OPTIONS = [(1.0, None), (0.3, None), (1.0, 5.0), (1.7, 2.0)]
 # One row; one column; a width no vector divides; more rows than a strip holds.
@@ -15,22 +15,13 @@ SHAPES = [(1, 7), (5, 1), (3, 1003), (40, 9000)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def problem(shape, dtype, first_column, sets):
-    logits = (torch.randn(shape, dtype=torch.float64) * 4).to(dtype)
-    bias = torch.randn(shape[1]).to(dtype)
-    # In the tile, in its neighbours, and absent.
-    labels = torch.randint(0, first_column + 2 * shape[1], (sets, shape[0]))
-    labels[0, 0] = first_column
-    labels[-1, -1] = -1
-    return logits, bias, labels
-
-
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize(("scale", "softcap"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stats_and_gradient(dtype, shape, scale, softcap, sets):
-    logits, bias, labels = problem(shape, dtype, 11, sets)
+    given = problem(shape[0], 32, shape[1], dtype, bias=True, sets=sets, first_column=11)
+    logits, bias, labels = given.tile, given.bias, given.labels
     z, slope = reference.tile_logits(logits.double(), bias.double(), labels, 11, scale, softcap)
     args = (logits, bias, labels, 11, scale, softcap)
     row_max, sum_exp, not_asked = tiles.softmax_stats(*args)
