@@ -6,7 +6,7 @@ import torch
 from orpo_kernels import reference
 from orpo_kernels.engine import linear_lse as module
 from orpo_kernels.engine.tiles import linear_lse
-from tests.helpers import peak_bytes
+from tests.helpers import peak_bytes, problem
 
 OPTIONS = [(1.0, None, False), (0.3, None, True), (-1.7, 2.0, True)]
 # One row and column; several blocks of rows and of columns, both ragged.
@@ -14,19 +14,13 @@ SHAPES = [(1, 3, 1), (300, 24, 8200)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def problem(R, H, V, dtype, sets, with_bias):
-    hidden, weight = torch.randn(R, H).to(dtype), torch.randn(V, H).to(dtype) / H**0.5
-    labels = torch.randint(-1, V, (sets, R))
-    labels[-1, 0] = V - 1
-    return hidden, weight, torch.randn(V).to(dtype) if with_bias else None, labels
-
-
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize(("scale", "softcap", "with_bias"), OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(dtype, shape, scale, softcap, with_bias, sets):
-    hidden, weight, bias, labels = problem(*shape, dtype, sets, with_bias)
+    hidden, weight, bias, labels = problem(*shape, dtype, spread=1.0, bias=with_bias, sets=sets)
+    labels[-1, 0] = shape[2] - 1
     found = linear_lse(hidden, weight, bias, labels, scale, softcap, True)
     wide = [None if each is None else each.double() for each in (hidden, weight, bias)]
     truth = reference.linear_lse(*wide, labels, scale, softcap)
@@ -43,7 +37,7 @@ def test_against_float64(dtype, shape, scale, softcap, with_bias, sets):
 
 
 def test_without_the_sum_and_without_rows():
-    hidden, weight, _, labels = problem(4, 8, 20, torch.float32, 1, False)
+    hidden, weight, _, labels = problem(4, 8, 20)
     assert linear_lse(hidden, weight, None, labels, 1.0, None, False)[3].shape == (0,)
     empty = linear_lse(hidden[:0], weight, None, labels[:, :0], 1.0, None, True)
     assert [tuple(each.shape) for each in empty] == [(0,), (0,), (1, 0), (0,)]
@@ -53,14 +47,14 @@ def test_memory_does_not_grow(monkeypatch):
     monkeypatch.setattr(module, "_COLUMNS", 1024)
     peaks = []
     for R, V in ((256, 2048), (2048, 16384)):
-        args = problem(R, 32, V, torch.float32, 1, False)
+        args = problem(R, 32, V)
         peaks.append(peak_bytes(lambda args=args: linear_lse(*args, 1.0, None, False)))
     results = 2048 * 4 * 8  # per row, and what merges two blocks of it
     assert peaks[1] <= peaks[0] + results
 
 
 def test_schema():
-    hidden, weight, bias, labels = problem(5, 8, 20, torch.float32, 2, True)
+    hidden, weight, bias, labels = problem(5, 8, 20, bias=True, sets=2)
     torch.library.opcheck(
         torch.ops.orpo_kernels.linear_lse.default, (hidden, weight, bias, labels, 0.5, 3.0, True),
         test_utils=("test_schema", "test_faketensor"),
