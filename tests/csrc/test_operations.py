@@ -9,7 +9,7 @@ from orpo_kernels import reference
 from orpo_kernels.engine import tiles
 from orpo_kernels.engine.budget import accumulation_dtype
 from tests.csrc.forms import EPS32, needs_extension, no_labels, plain
-from tests.helpers import assert_logit_sums
+from tests.helpers import assert_logit_sums, problem
 
 pytestmark = needs_extension
 
@@ -65,21 +65,19 @@ CASES = [
 ]
 
 
-def problem(case):
-    rows, columns = case.shape
-    before, behind = case.padding
-    wide = (torch.randn(rows, before + columns + behind, dtype=F64) * 4).to(case.dtype)
-    tile = wide[:, before : before + columns]
-    bias = None if case.bias is None else torch.randn(columns, dtype=F64).to(case.bias)
-    # The tile is columns 11 on: labels before it, in it, behind it and absent (-1).
-    labels = torch.randint(0, 11 + 2 * columns, (case.sets, rows))
+def tile_of(case):
+    """Logits, bias, labels: of its first column, its last, elsewhere, and absent (-1)."""
+    (rows, columns), (before, behind) = case.shape, case.padding
+    given = problem(
+        rows, 32, columns, case.dtype, bias=case.bias or False, sets=case.sets, first_column=11
+    )
+    wide = torch.nn.functional.pad(given.tile, (before, behind))
+    labels = given.labels
     labels[:, 2::3] = -1
-    if rows and case.sets:
-        labels[0, 0] = 11  # its first column
-        labels[-1, -1] = 10 + columns  # its last
+    labels[-1:, -1:] = 10 + columns
     if case.transposed_labels:
         labels = labels.t().contiguous().t()
-    return tile, bias, labels
+    return wide[:, before : before + columns], given.bias, labels
 
 
 def truth(case, tile, bias, labels):
@@ -95,7 +93,7 @@ def precision(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_softmax_stats(case):
-    tile, bias, labels = problem(case)
+    tile, bias, labels = tile_of(case)
     z, _ = truth(case, tile, bias, labels)
     args = (tile, bias, labels, 11, case.scale, case.softcap, True)
     found, torch_form = tiles.softmax_stats(*args), plain(tiles.softmax_stats, *args)
@@ -120,7 +118,7 @@ def test_softmax_stats(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.reason)
 def test_softmax_grad(case):
-    tile, bias, labels = problem(case)
+    tile, bias, labels = tile_of(case)
     z, slope = truth(case, tile, bias, labels)
     level = (z.amax(1).clamp(min=0) + 0.5).to(accumulation_dtype(case.dtype))
     exact = reference.softmax_grad(z, slope, level.double())
