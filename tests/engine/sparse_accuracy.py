@@ -1,4 +1,4 @@
-"""How far sparse gradients are from the true ones: what `test_sparse_accuracy.py` judges.
+"""How far sparse gradients are from the true ones: what `sparse/test_accuracy.py` judges.
 
     python -m tests.engine.sparse_accuracy
 
