@@ -343,7 +343,7 @@ def _validate_label_sets(hidden: Tensor, label_sets: tuple[Tensor, ...]) -> None
 def _validate_groups(groups: Tensor, labels: Tensor) -> None:
     if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.is_complex():
         given = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
-        raise TypeError(f"tail_groups must be an integer tensor of 0 and 1, got {given}")
+        raise TypeError(f"tail_groups must be integer, 0 or 1, got {given}")
     if groups.shape != labels.shape:
         raise ValueError(
             f"tail_groups must have the shape of labels, {tuple(labels.shape)}, got "
