@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
@@ -278,6 +279,10 @@ class ORPOConfig(TrainingArguments):
             raise NotImplementedError(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no definition in the "
                 "ORPO loss; set it to 0"
+            )
+        if DebugOption.UNDERFLOW_OVERFLOW in self.debug:
+            raise NotImplementedError(
+                'debug="underflow_overflow" reads the logits, which are never formed; leave it out'
             )
 
 
