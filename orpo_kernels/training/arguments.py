@@ -90,6 +90,24 @@ def adapt_arguments(args: ORPOConfig, train_dataset: Any) -> None:
         accelerator.dispatch_batches = False
 
 
+def refuse_split_sequences(context_size: int, sequence_size: int) -> None:
+    """Refuse layouts that cut a sequence across ranks.
+
+    Args:
+        context_size: ranks of context parallelism.
+        sequence_size: ranks of sequence parallelism.
+
+    Raises:
+        NotImplementedError: more than one of either.
+    """
+    if context_size * sequence_size > 1:
+        raise NotImplementedError(
+            "context and sequence parallelism cut a sequence across ranks, which the means over "
+            f"its tokens do not allow (got sizes {context_size} and {sequence_size}); use data "
+            "parallelism, FSDP or ZeRO"
+        )
+
+
 def explained(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Let a user's metric that fails say what it was given.
 

@@ -81,6 +81,24 @@ class PreferenceCollator:
             )
         self._vocab_size = vocab_size
 
+    def bind(self, vocab_size: int, nll_scope: str) -> None:
+        """Take the bound of the token ids from a trainer's model, unless there is one.
+
+        Args:
+            vocab_size: of the model.
+            nll_scope: of the trainer's loss.
+
+        Raises:
+            ValueError: another scope than this collator's.
+        """
+        if self.vocab_size is None:
+            self.vocab_size = vocab_size
+        if self.nll_scope != nll_scope:
+            raise ValueError(
+                f"data_collator.nll_scope is {self.nll_scope!r} but the arguments say "
+                f"{nll_scope!r}; set nll_scope in ORPOConfig to match"
+            )
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows with the columns `COLUMNS`; others are ignored.
 

@@ -100,6 +100,29 @@ def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mod
     return model
 
 
+def refuse_frozen(model: nn.Module) -> None:
+    """Refuse a model of which nothing would be trained, before the first step.
+
+    Args:
+        model: about to be trained.
+
+    Raises:
+        ValueError: no parameter requires a gradient; the message says how to make some do.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    remedy = "call model.requires_grad_(True), or pass a peft_config to train an adapter"
+    if hasattr(model, "peft_config"):
+        remedy = (
+            "load the adapter with PeftModel.from_pretrained(..., is_trainable=True): it is frozen "
+            "by default"
+        )
+    raise ValueError(
+        f"nothing is trainable: no parameter of the {type(model).__name__} requires a gradient, "
+        f"so that training would leave it as it is; {remedy}"
+    )
+
+
 def _init_kwargs(args: ORPOConfig) -> dict[str, Any]:
     kwargs = args.model_init_kwargs or {}
     if not isinstance(kwargs, dict):

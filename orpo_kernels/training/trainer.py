@@ -19,6 +19,7 @@ from orpo_kernels.training.arguments import (
     check_arguments,
     explained,
     named_datasets,
+    refuse_split_sequences,
 )
 from orpo_kernels.training.checkpoints import (
     check_complete,
@@ -31,7 +32,12 @@ from orpo_kernels.training.collator import PreferenceCollator
 from orpo_kernels.training.config import ORPOConfig
 from orpo_kernels.training.data import check_dataset, prepare_dataset
 from orpo_kernels.training.metrics import MetricSums, pair_table
-from orpo_kernels.training.model_setup import load_model, load_processing_class, set_up_model
+from orpo_kernels.training.model_setup import (
+    load_model,
+    load_processing_class,
+    refuse_frozen,
+    set_up_model,
+)
 from orpo_kernels.training.positions import bounded_length
 
 
@@ -121,9 +127,10 @@ class ORPOTrainer(Trainer):
         )
         if model is not None:
             self._fuse(model)
-        self._refuse_split_sequences()
+        refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
         self._tell_trainer_what_is_scaled()
-        self._bound_vocabulary()
+        if isinstance(self.data_collator, PreferenceCollator):
+            self.data_collator.bind(self._vocab_size, args.resolved_nll_scope)
         self._max_length = bounded_length(args.resolved_max_length, cast(nn.Module, self.model))
         self.train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(eval_dataset, Mapping):
@@ -158,7 +165,7 @@ class ORPOTrainer(Trainer):
         Raises:
             FileExistsError: `output_dir` holds another run; see `overwrite_output_dir`.
             FileNotFoundError: no complete checkpoint to resume from.
-            ValueError: an incomplete checkpoint, or another model's.
+            ValueError: an incomplete checkpoint, or another model's; nothing is trainable.
         """
         folder = Path(self.args.output_dir or ".")
         if resume_from_checkpoint is True:
@@ -172,6 +179,16 @@ class ORPOTrainer(Trainer):
         self._owns_output_dir = True
         self._train_sums, self._tokens = MetricSums(self.args.beta), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, for a model of which something is trained.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        refuse_frozen(cast(nn.Module, self.model))
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -369,26 +386,6 @@ class ORPOTrainer(Trainer):
         weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
         # ZeRO-3 leaves an empty tensor and keeps the real shape aside.
         return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)
-
-    def _bound_vocabulary(self) -> None:
-        collator = self.data_collator
-        if not isinstance(collator, PreferenceCollator):
-            return
-        if collator.vocab_size is None:
-            collator.vocab_size = self._vocab_size
-        if collator.nll_scope != self.args.resolved_nll_scope:
-            raise ValueError(
-                f"data_collator.nll_scope is {collator.nll_scope!r} but the arguments say "
-                f"{self.args.resolved_nll_scope!r}; set nll_scope in ORPOConfig to match"
-            )
-
-    def _refuse_split_sequences(self) -> None:
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise NotImplementedError(
-                "context and sequence parallelism cut a sequence across ranks, which the means "
-                f"over its tokens do not allow (got sizes {self.get_cp_size()} and "
-                f"{self.get_sp_size()}); use data parallelism, FSDP or ZeRO"
-            )
 
     def _tell_trainer_what_is_scaled(self) -> None:
         """Whether the loss is already divided for gradient accumulation, in old and new ways."""

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 import transformers
 from datasets import IterableDataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
@@ -221,6 +221,29 @@ def test_compute_metrics_that_needs_logits(tmp_path: Path) -> None:
         trainer.evaluate()
     with pytest.raises(NotImplementedError, match="preprocess_logits_for_metrics needs logits"):
         make(tmp_path, preprocess_logits_for_metrics=lambda logits, labels: logits)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_nothing_trainable_is_refused_before_the_first_step(adapter: bool, tmp_path: Path) -> None:
+    model = build("llama").requires_grad_(False)
+    remedy = r"model.requires_grad_\(True\), or pass a peft_config"
+    if adapter:  # loaded the default way, which is for inference
+        get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+            tmp_path / "adapter"
+        )
+        model = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
+        remedy = r"PeftModel.from_pretrained\(..., is_trainable=True\)"
+    trainer = make(tmp_path / "run", model, eval_dataset=pairs(4))
+    assert trainer.evaluate()["eval_loss"] > 0  # which trains nothing either
+    with pytest.raises(ValueError, match=f"nothing is trainable: .*{remedy}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_frozen_model_from_model_init_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, None, model_init=lambda: build("llama").requires_grad_(False))
+    with pytest.raises(ValueError, match="nothing is trainable"):
+        trainer.train()
 
 
 def test_prepared_dataset_and_own_collator(tmp_path: Path) -> None:
