@@ -5,6 +5,7 @@ import torch
 
 from orpo_kernels import linear_logps, reference
 from orpo_kernels.engine.tiles import linear_lse
+from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu
 
@@ -18,20 +19,17 @@ SHAPES = [
 ]
 
 
-def problem(gpu, R, H, V, dtype, sets, with_bias):
+def operands(gpu, R, H, V, dtype, sets=1, with_bias=False):
     if not gpu.real:
         R, H, V = min(R, 20), min(H, 97), min(V, 1003)
-    hidden = torch.randn(R, H, device=gpu.device).to(dtype)
-    weight = (torch.randn(V, H, device=gpu.device) * 4 * H**-0.5).to(dtype)
-    bias = torch.randn(V, device=gpu.device).to(dtype) if with_bias else None
-    return hidden, weight, bias, torch.randint(-1, V, (sets, R), device=gpu.device)
+    return problem(R, H, V, dtype, bias=with_bias, sets=sets, device=gpu.device)
 
 
 @pytest.mark.parametrize(("scale", "softcap", "with_bias", "sets"), OPTIONS)
 @pytest.mark.parametrize(("R", "H", "V"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(gpu, dtype, R, H, V, scale, softcap, with_bias, sets):
-    inputs = problem(gpu, R, H, V, dtype, sets, with_bias)
+    inputs = operands(gpu, R, H, V, dtype, sets, with_bias)
     found = linear_lse(*inputs, scale, softcap, True)
     again = linear_lse(*inputs, scale, softcap, True)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
@@ -54,7 +52,7 @@ def test_kilobytes(gpu):
     # The float32 logits would be 8 GiB; 64 partials of 8 bytes a row and the results are 8.6 MiB.
     gpu.needs_cuda()
     R, H, V = 16384, 256, 128256
-    hidden, weight, _, labels = problem(gpu, R, H, V, torch.bfloat16, 1, False)
+    hidden, weight, _, labels = operands(gpu, R, H, V, torch.bfloat16)
     for _ in range(2):  # the first compiles, and loads the combination
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +65,7 @@ def test_kilobytes(gpu):
 
 def test_a_budget_no_tile_fits(gpu):
     gpu.needs_cuda()
-    hidden, weight, _, labels = problem(gpu, 1000, 4096, 32003, torch.bfloat16, 1, False)
+    hidden, weight, _, labels = operands(gpu, 1000, 4096, 32003, torch.bfloat16)
     labels.clamp_(min=0)
     small = linear_logps(hidden, weight, labels[0], workspace_bytes=2**19)
     torch.testing.assert_close(small, linear_logps(hidden, weight, labels[0]), rtol=0, atol=1e-3)

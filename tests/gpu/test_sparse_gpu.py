@@ -11,6 +11,7 @@ from orpo_kernels.engine import host_copy, operands
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
 from orpo_kernels.kernels import has_slots, launcher
+from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu
 
@@ -23,24 +24,16 @@ def _any_density(monkeypatch):
     monkeypatch.setattr(plan, "live_share", lambda device: 1.0)
 
 
-def problem(gpu, dtype, *, trains=True, bias=False, N=700, H=256, V=5003):
-    if not gpu.real:
-        N, H, V = min(N, 150), min(H, 24), min(V, 1003)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(V, H, generator=generator)
-    candidates = torch.randint(0, V, (3, N), generator=generator)
-    shares = torch.rand(3, N, 1, generator=generator) * 14 / H
-    hidden = (shares * weight[candidates]).sum(0) + torch.randn(N, H, generator=generator) / H
-    labels = candidates[0].clone()
-    labels[::5] = -100
-    tensors = [hidden, weight, torch.randn(V, generator=generator) if bias else None]
-    tensors = [t if t is None else t.to(gpu.device, dtype) for t in tensors]
-    for tensor, needs in zip(tensors, (True, trains, trains), strict=True):
+def step(gpu, dtype, *, trains=True, bias=False):
+    """hidden, weight, bias, labels, groups, upstream gradient."""
+    N, H, V = (700, 256, 5003) if gpu.real else (150, 24, 1003)
+    given = problem(N, H, V, dtype, peaked=True, bias=bias, unscored=-100, device=gpu.device)
+    for tensor, needs in zip(given[:3], (True, trains, trains), strict=True):
         if tensor is not None:
             tensor.requires_grad_(needs)
     groups = (torch.arange(N) >= N // 2).long()
-    a = (torch.rand(N, generator=generator) + 0.5) * torch.where(groups == 1, 0.3, -1.0)
-    return (*tensors, labels.to(gpu.device), groups.to(gpu.device), a.to(gpu.device))
+    a = (torch.rand(N) + 0.5) * torch.where(groups == 1, 0.3, -1.0)
+    return *given[:3], given.labels[0], groups.to(gpu.device), a.to(gpu.device)
 
 
 def run(hidden, weight, bias, labels, groups, a, **options):
@@ -62,7 +55,7 @@ def relative(found, true):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(gpu, dtype, softcap, bias, trains, workspace):
-    given = problem(gpu, dtype, trains=trains, bias=bias)
+    given = step(gpu, dtype, trains=trains, bias=bias)
     options = {"softcap": softcap, "workspace_bytes": workspace}
     logps, *found = run(*given, **options)
     again = run(*given, **options)
@@ -122,7 +115,7 @@ def test_the_kernels_against_their_product(gpu):
 def test_an_overflowing_store(gpu, monkeypatch):
     # Room for half of it: on a GPU some chunks are recomputed; the gradient is the definition's
     # where it was stored, and exact elsewhere: nearer to exact than to nothing either way.
-    given = problem(gpu, torch.float32, bias=True)
+    given = step(gpu, torch.float32, bias=True)
     options = {"workspace_bytes": 40 * 2**20}
     stored = run(*given, **options)
     monkeypatch.setattr(plan, "_SEGMENT_ROW_BYTES", 200)
@@ -148,7 +141,7 @@ def test_an_overflowing_store(gpu, monkeypatch):
 def test_no_host_sync_but_one(gpu):
     # The count of scored rows, in the forward and in the backward, which reads the flags with it.
     gpu.needs_cuda()
-    given = problem(gpu, torch.bfloat16, bias=True)
+    given = step(gpu, torch.bfloat16, bias=True)
     for _ in range(2):  # compiles; the density of the step before is known
         run(*given)
     torch.cuda.synchronize()
@@ -165,7 +158,7 @@ def test_no_host_sync_but_one(gpu):
 def test_cuda_graph(gpu, trains):
     # A head that trains is done the exact way in the backward: the flags cannot be read there.
     gpu.needs_cuda()
-    given = problem(gpu, torch.bfloat16, trains=trains)
+    given = step(gpu, torch.bfloat16, trains=trains)
     hidden, labels = given[0], given[3]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
