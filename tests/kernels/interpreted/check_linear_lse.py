@@ -8,6 +8,7 @@ from orpo_kernels.engine import policy
 from orpo_kernels.engine.tiles import linear_lse
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.tuning import Device, Share, Tile, share_columns
+from tests.helpers import problem
 from tests.kernels.interpreted.plugin import launches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,21 +40,19 @@ def device(monkeypatch):
     return use
 
 
-def matrix(rows, columns, extra, dtype):
+def apart(matrix, extra):
     """In memory that starts with the first element and ends with the last; NaN in between."""
+    rows, columns = matrix.shape
     stride = columns + extra
     # 16 bytes of room, so that the first element can start on a boundary.
-    storage = torch.full(((rows - 1) * stride + columns,), torch.nan).to(dtype)
-    return storage.as_strided((rows, columns), (stride, 1)).copy_(torch.randn(rows, columns))
+    storage = torch.full(((rows - 1) * stride + columns,), torch.nan).to(matrix.dtype)
+    return storage.as_strided((rows, columns), (stride, 1)).copy_(matrix)
 
 
-def problem(shape, extra, dtype, sets, with_bias):
-    R, H, V = shape
-    hidden, weight = matrix(R, H, extra[0], dtype), matrix(V, H, extra[1], dtype)
-    weight.mul_(4 * H**-0.5)
-    labels = torch.randint(-1, V, (sets, R))
-    labels[0, 0], labels[-1, -1] = 0, V - 1
-    return hidden, weight, torch.randn(V).to(dtype) if with_bias else None, labels
+def operands(shape, extra=(0, 0), dtype=torch.float32, sets=1, with_bias=False):
+    hidden, weight, bias, labels = problem(*shape, dtype, bias=with_bias, sets=sets)
+    labels[0, 0], labels[-1, -1] = 0, shape[2] - 1
+    return apart(hidden, extra[0]), apart(weight, extra[1]), bias, labels
 
 
 def check(inputs, scale, softcap, with_logit_sum=True):
@@ -86,7 +85,7 @@ def check(inputs, scale, softcap, with_logit_sum=True):
 def test_against_float64(device, card, shape, extra, form, dtype, scale, softcap, with_bias, sets):
     device(card)
     before = len(launches)
-    inputs = problem(shape, extra, dtype, sets, with_bias)
+    inputs = operands(shape, extra, dtype, sets, with_bias)
     check(inputs, scale, softcap, with_logit_sum=sets == 1)
     transformed = "_transformed" if with_bias or softcap is not None else ""
     assert launches[before:] == [f"linear_lse_{form}{transformed}", "label_dots"]
@@ -111,7 +110,7 @@ def test_extremes(device):
 
 def test_same_bits_in_any_order(device):
     device(HOPPER)
-    inputs = problem((150, 64, 1000), (0, 0), torch.bfloat16, 2, False)
+    inputs = operands((150, 64, 1000), dtype=torch.bfloat16, sets=2)
     first = linear_lse(*inputs, 1.0, None, True)
     for _ in range(3):
         again = linear_lse(*inputs, 1.0, None, True)
@@ -126,13 +125,13 @@ def test_several_groups_of_rows(device, monkeypatch):
     from orpo_kernels.kernels import linear_lse as launcher
 
     monkeypatch.setattr(launcher, "share_columns", lambda *_: Share(3, 2))
-    check(problem((70, 24, 120), (0, 0), torch.float32, 2, False), 1.0, None)
+    check(operands((70, 24, 120), sets=2), 1.0, None)
 
 
 def test_without_a_kernel_the_plain_form(device):
     device(AMPERE)
     before = len(launches)
-    hidden, weight, _, labels = problem((4, 8, 20), (0, 0), torch.float32, 1, False)
+    hidden, weight, _, labels = operands((4, 8, 20))
     linear_lse(hidden.double(), weight.double(), None, labels, 1.0, None, False)
     linear_lse(hidden, torch.randn(8, 20).t(), None, labels, 1.0, None, False)
     linear_lse(hidden, weight, None, labels.expand(3, 4), 1.0, None, False)
@@ -143,7 +142,7 @@ def test_old_cards_are_refused_by_name(device):
     from orpo_kernels.kernels.linear_lse import linear_lse as launcher
 
     device(Device("consumer", 40, 75))
-    inputs = problem((4, 8, 20), (0, 0), torch.float32, 1, False)
+    inputs = operands((4, 8, 20))
     with pytest.raises(NotImplementedError, match="sm_80 or newer, this device is sm_75"):
         launcher(*inputs, 1.0, None, False)
 
@@ -157,7 +156,7 @@ def test_the_users_allocator_stays(device):
 
     device(HOPPER)
     triton.set_allocator(mine)
-    linear_lse(*problem((4, 8, 20), (0, 0), torch.bfloat16, 1, False), 1.0, None, False)
+    linear_lse(*operands((4, 8, 20), dtype=torch.bfloat16), 1.0, None, False)
     assert _allocation._allocator.get() is mine
 
 
