@@ -1,10 +1,12 @@
-"""Everything a rented GPU is for, in one call: correctness, sanitizer, row kernels, benchmarks.
+"""Everything a rented GPU is for, in one call: correctness, the table of budgets, then the rest.
 
     python -m tests.gpu.session --out DIR [--minutes 9]
     python -m tests.gpu.session --out DIR --dry-run         # on a CPU, tiny: shows that it runs
 
 Each step has its share of the minutes and writes its own file as it ends, so that a session that is
-cut short keeps what was done. Exits with 1 when a step failed; `session.json` says which.
+cut short keeps what was done: the first two are what a session must bring. The table of budgets
+(`benchmarks/budgets.py`: ours and the peers, launches, the kernels' sum) is printed once more at
+the end. Exits with 1 when a step failed; `session.json` says which.
 """
 
 import argparse
@@ -41,15 +43,21 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
     tests.append(str(REPOSITORY / "tests" / "gpu") if dry_run else str(REPOSITORY / "tests"))
     rows = [python, "-m", "tests.gpu.row_times", "--device", device]
     rows += ["--json", str(out / "rows.json"), *(["--tiny"] if dry_run else [])]
-    chosen = [Step("tests", tests, 0.3), Step("rows", rows, 0.15)]
+    small = ["--device", device, *(["--tiny"] if dry_run else [])]
+    budgets = [python, "-m", "benchmarks.budgets", *small, "--json", str(out / "budgets.json")]
+    models = [python, "-m", "benchmarks.model_step", *small, "--json", str(out / "models.json")]
+    budgets += ["--seconds", f"{60 * 0.2 * minutes:.0f}"]
+    models += ["--seconds", f"{60 * 0.15 * minutes:.0f}"]
+    chosen = [Step("tests", tests, 0.22), Step("budgets", budgets, 0.22)]
+    chosen += [Step("models", models, 0.18), Step("rows", rows, 0.1)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None and not dry_run:
-        small = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-k", SANITIZED]
-        chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *small], 0.15))
+        some = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-k", SANITIZED]
+        chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *some], 0.1))
     if not dry_run:
         benchmarks = [python, "-m", "benchmarks.run", "--device", "cuda"]
-        benchmarks += ["--minutes", f"{0.35 * minutes:.1f}", "--results", str(out)]
-        chosen.append(Step("benchmarks", benchmarks, 0.4))
+        benchmarks += ["--minutes", f"{0.16 * minutes:.1f}", "--results", str(out)]
+        chosen.append(Step("benchmarks", benchmarks, 0.18))
     return chosen
 
 
@@ -85,6 +93,7 @@ def main() -> int:
     for step in steps(out, args.minutes, dry_run=args.dry_run):
         done.append(run(step, out, 60 * args.minutes * step.share, environment))
         (out / "session.json").write_text(json.dumps(done, indent=1))
+    sys.stdout.write((out / "budgets.txt").read_text())
     return int(any(each["exit"] != 0 for each in done))
 
 

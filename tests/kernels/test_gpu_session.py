@@ -13,7 +13,13 @@ def test_dry_run(tmp_path):
     command = [sys.executable, "-m", "tests.gpu.session", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert [step["exit"] for step in json.loads((tmp_path / "session.json").read_text())] == [0, 0]
+    session = json.loads((tmp_path / "session.json").read_text())
+    assert [step["exit"] for step in session] == [0] * 4
+    assert done.stdout.endswith((tmp_path / "budgets.txt").read_text())
+    modes = {row["mode"] for row in json.loads((tmp_path / "budgets.json").read_text())["results"]}
+    assert modes == {"frozen", "trainable", "eval"}
+    models = json.loads((tmp_path / "models.json").read_text())["results"]
+    assert [row["loss"] for row in models] == ["TRL ORPO", "ours, 64 MiB", "ours, default"]
     names = {kernel["name"].split()[0] for kernel in _rows(tmp_path)}
     assert names == {
         "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio", "pair_loss",
@@ -29,7 +35,7 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
     # The sanitizer's selection holds every kernel, the benchmarks' arguments are theirs.
     monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}")
     steps = {step.name: step for step in session.steps(Path("out"), 9.0, dry_run=False)}
-    assert list(steps) == ["tests", "rows", "sanitizer", "benchmarks"]
+    assert list(steps) == ["tests", "budgets", "models", "rows", "sanitizer", "benchmarks"]
     assert sum(step.share for step in steps.values()) <= 1.0
     sanitizer, *rest = steps["sanitizer"].command
     small = rest[rest.index(sys.executable) :]
