@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +195,22 @@ def test_command_takes_a_recipe_and_a_known_name(capsys):
 def test_command_rejects(words, message, capsys):
     assert cli.main(["estimate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--bf16=true", "--fp16=true", "--tf32=true", "--bf16_full_eval=true", "--fp16_full_eval=1",
+        "--deepspeed=zero3.json", "--ddp_backend=nccl", "--use_cpu=false",
+    ],
+)  # fmt: skip
+def test_command_needs_nothing_of_the_machine_that_will_train(flag, capsys, tmp_path):
+    recipe = Path(__file__).parents[1] / "examples/llama3-8b-qlora.yaml"
+    mine = tmp_path / "mine.yaml"
+    name, _, value = flag[2:].partition("=")
+    mine.write_text(f"{recipe.read_text()}\n{name}: {value}\n")
+    outputs = []
+    for words in ([str(recipe)], [str(recipe), flag], [str(mine)]):
+        assert cli.main(["estimate", *words, "--model", "SmolLM2-135M"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]

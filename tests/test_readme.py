@@ -1,5 +1,6 @@
 """What the README shows, run as it stands there."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,53 @@ def test_files_and_targets_exist() -> None:
 @pytest.mark.parametrize("recipe", re.findall(r"examples/[\w.-]+\.yaml", README))
 def test_recipes_exist(recipe: str) -> None:
     assert (ROOT / recipe).is_file()
+
+
+# What a refusal of the package is about -> what README says of it.
+REFUSALS = {
+    "encoder-decoder": "encoder-decoder models",
+    "no output head": "models without an output head",
+    "expected torch.nn.Linear": "heads that are no `nn.Linear`",
+    "is quantised": "quantised",
+    "unquantised, not offloaded": "offloaded and tensor-parallel heads",
+    "twice in one forward": "called twice in a forward",
+    "adapter_names": "called with `adapter_names`",
+    "prompt-learning": "prompt-learning adapters",
+    "which rebuilds the": "`trainable_token_indices` on it",
+    "supports plain LoRA": "any adapter on the head but plain LoRA",
+    "only plain LoRA": "DoRA",
+    "torch.nn.DataParallel": "`nn.DataParallel`",
+    "context and sequence parallelism": "context and sequence parallelism",
+    "preprocess_logits_for_metrics": "`preprocess_logits_for_metrics`",
+    "generate_during_eval": "`generate_during_eval`",
+    "label_smoothing_factor": "`label_smoothing_factor`",
+    "second derivatives": "second derivatives",
+    "forward-mode": "forward-mode derivatives",
+}
+# Of one tile operation, which others stand in for; of a word that is none of the choices.
+NOT_OF_THE_PACKAGE = ("linear_lse needs tensor cores", "is not available; use one of")
+
+
+def refusals() -> list[str]:
+    """The text of every NotImplementedError that the package raises."""
+    found = []
+    for path in (ROOT / "orpo_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "NotImplementedError":
+                parts = ast.walk(call)
+                texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+                found.append("".join(text for text in texts if isinstance(text, str)))
+    return found
+
+
+def test_refusals_are_complete() -> None:
+    (row,) = re.findall(r"^\| Refused, by name \|(.*)$", README, flags=re.MULTILINE)
+    messages = refusals()
+    for message in messages:
+        if not any(part in message for part in NOT_OF_THE_PACKAGE):
+            named = [said for part, said in REFUSALS.items() if part in message]
+            assert named, f"README does not know this refusal: {message}"
+            assert all(said in row for said in named), (message, named)
+    for part in REFUSALS:
+        assert any(part in message for message in messages), f"nothing is refused as {part!r}"

@@ -155,7 +155,7 @@ def main(words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         sys.stdout.write(_USAGE)
         return 0
-    options = parse_options([_long_name(word) for word in words])
+    options = parse_options([_long_name(word) for word in words], elsewhere=True)
     name = options.model.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model NAME, FOLDER or config.json, or a recipe")

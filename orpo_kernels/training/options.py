@@ -164,7 +164,21 @@ _ELSEWHERE = {
 }
 
 
+# What says where and how fast a run is, and not what it takes.
+_OF_THE_MACHINE: dict[str, Any] = {
+    "use_cpu": True, "bf16": None, "fp16": False, "tf32": None, "bf16_full_eval": False,
+    "fp16_full_eval": False, "deepspeed": None, "ddp_backend": None,
+}  # fmt: skip
+
+
 class _Parser(HfArgumentParser):
+    fixed: Mapping[str, Any] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, rest = super().parse_known_args(args, namespace)
+        vars(namespace).update(self.fixed)
+        return namespace, rest
+
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage, 190 flags long, and leave.
         raise OptionError(message)
@@ -183,11 +197,13 @@ def make_parser() -> Any:
     )
 
 
-def parse_options(argv: Sequence[str]) -> Options:
+def parse_options(argv: Sequence[str], *, elsewhere: bool = False) -> Options:
     """Read `[CONFIG.yaml] [--option value ...]`.
 
     Args:
         argv: the arguments after `train`.
+        elsewhere: the run is for another machine: options that need its GPU, or a library that is
+            there, are set aside instead of checked against this one.
 
     Returns:
         The options; `output_dir` is `runs/<name of the file>` where nobody chose one.
@@ -197,6 +213,7 @@ def parse_options(argv: Sequence[str]) -> Options:
             nearest), a wrong type or value.
     """
     parser = make_parser()
+    parser.fixed = _OF_THE_MACHINE if elsewhere else {}
     flags = list(argv)
     path, from_file = Path(), list[str]()
     if flags and not flags[0].startswith("-"):
