@@ -124,6 +124,6 @@ def certified_logps(
         )
         certificate = Certificate(*fields.unbind())
     else:
-        logps, *_ = exact.linear_logps_exact(*problem, *needs, True)
+        logps, *_ = exact.exact_linear_logps(*problem, *needs, True)
     logps = logps.to(hidden.device)
     return (logps[0], logps[1]) if isinstance(labels, tuple) else logps[0], certificate

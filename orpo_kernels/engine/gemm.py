@@ -40,8 +40,20 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _widening_mm(out, a, b)
 
 
+def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out += a @ b` in the epilogue of the GEMM, which reads and writes `out` as it is."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out)
+    else:
+        _widening_addmm(out, a, b)
+
+
 def _widening_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)  # type: ignore[no-any-return]
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _widening_addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 def accumulate_product_(

@@ -9,44 +9,18 @@ As `softmax_stats` over all V columns, of logits that are never there: on a GPU 
 Triton GEMM (`kernels/linear_lse.py`); elsewhere, and for float64, this file's plain torch, a tile
 at a time. `hidden` (R, H) and `weight` (V, H) are of one dtype, `labels` (K, R) int64, -1 where a
 row has none. The mean logit is the sum over V.
-
-`forward` is the loop of a call without a gradient: it holds rows of hidden in the GEMMs' dtype and
-about 1 KiB per row. No tile, and no float32 copy of rows, as the dots of the labels come with the
-statistics. A head that has to be copied (cast, or joined with its low-rank part) is, one vocabulary
-block at a time.
 """
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.budget import Plan, accumulation_dtype, spans
+from orpo_kernels.engine.budget import accumulation_dtype, spans
 from orpo_kernels.engine.gemm import gemm_widens, matmul_into
-from orpo_kernels.engine.operands import Operands
-from orpo_kernels.engine.tile_loop import Results, empty_sums, finish
-from orpo_kernels.engine.tiles import linear_lse, softmax_stats
+from orpo_kernels.engine.tiles import softmax_stats
 from orpo_kernels.engine.tiles.plain import merge
 from orpo_kernels.kernels import register_tile_operation
 
 _ROWS, _COLUMNS = 256, 8192  # 8 MiB of float32 logits, and the temporaries of softmax_stats
-
-
-def forward(operands: Operands, plan: Plan, out: Results) -> None:
-    """Fills the statistics of the scored rows, `plan.rows` of them at a time."""
-    rows, head, all_labels, sizes, _ = operands
-    for start, stop in spans(sizes.rows, plan.rows):
-        hidden, labels = rows.take(start, stop), all_labels.stacked(start, stop)
-        row_max, sum_exp = empty_sums(hidden)
-        dots = hidden.new_zeros(labels.shape, dtype=row_max.dtype)
-        for v0, v1 in spans(sizes.vocabulary, plan.columns):
-            here = torch.where((labels >= v0) & (labels < v1), labels - v0, -1)
-            block_max, block_sum, block_dots, _ = linear_lse(
-                hidden, head.block(v0, v1), head.block_bias(v0, v1), here, *head.transform, False
-            )
-            row_max, sum_exp, *_ = merge(row_max, sum_exp, block_max, block_sum)
-            dots += block_dots
-        label = head.terms_of(hidden[:0], list(dots), labels)
-        statistics, _ = finish(label, row_max, sum_exp, None)
-        out.write(operands.placed(start, stop), statistics, None)
 
 
 def _linear_lse(

@@ -262,20 +262,54 @@ def select(problem: Problem, scored: Scored) -> Operands:
     While a CUDA graph is captured nothing may sync: every row is processed, those that are not
     scored as rows of 0 with coefficient 0.
     """
-    parts = tuple(flat_rows(each) for each in problem.hiddens)
     is_scored = scored.labels.first >= 0
-    index: Tensor | None = None
-    labels, count = scored.labels, is_scored.shape[0]
-    capturing = is_capturing(is_scored.device)
-    if not capturing:
-        index = is_scored.nonzero()[:, 0]
+    if is_capturing(is_scored.device):
+        return _operands(problem, scored, None, is_scored)
+    return _operands(problem, scored, is_scored.nonzero()[:, 0], None)
+
+
+class Places(NamedTuple):
+    """Which rows a forward selected, for its backward, which then need not wait for the device."""
+
+    rows: Tensor  # (N,) int64, the scored ones first
+    number: Tensor  # (1,) int64 on the host: how many; -1: every row, those not scored as 0
+
+    @classmethod
+    def empty(cls, problem: Problem) -> "Places":
+        """Their memory, of no element where no backward will ask."""
+        count = problem.count if problem.trainable else 0
+        number = torch.empty(int(problem.trainable), dtype=torch.int64)
+        return cls(problem.labels.new_empty(count), number)
+
+    def note(self, operands: Operands) -> None:
+        """Keeps what was selected."""
+        masked = operands.rows.scored is not None
+        self.number.fill_(-1 if masked else operands.sizes.rows)
+        if operands.places is not None and self.rows.shape[0] > 0 and not masked:
+            self.rows[: operands.sizes.rows].copy_(operands.places)
+
+
+def select_again(problem: Problem, scored: Scored, places: Places) -> Operands:
+    """The same rows in the backward."""
+    count = int(places.number)
+    if count < 0:
+        return _operands(problem, scored, None, scored.labels.first >= 0)
+    return _operands(problem, scored, places.rows[:count], None)
+
+
+def _operands(
+    problem: Problem, scored: Scored, index: Tensor | None, mask: Tensor | None
+) -> Operands:
+    """Of the rows `index`, or of all of them, those outside `mask` as 0."""
+    parts = tuple(flat_rows(each) for each in problem.hiddens)
+    labels, count = scored.labels, problem.count
     if index is not None and index.shape[0] < count:
         labels = labels.take(index)
     elif all(part.ndim == 2 for part in parts):
         index = None
-    elif capturing:
-        index = torch.arange(count, device=is_scored.device)
-    rows = Rows(parts, index, problem.dtype, is_scored if capturing else None)
+    elif index is None:
+        index = torch.arange(count, device=labels.first.device)
+    rows = Rows(parts, index, problem.dtype, mask)
     head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
     return Operands(rows, head, labels, problem.sizes(labels.first.shape[0]), index)
 

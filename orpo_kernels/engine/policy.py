@@ -7,13 +7,13 @@
     one pass      nothing needs a gradient                                 1
     sparse        gradient="sparse", and anything needs a gradient         1; as above
                                                                            where tiles are dense
-    linear_lse    hidden needs no gradient, and either no tile of logits   1 (3: the head trains)
-                  fits, or the device is one it was measured to be faster
-                  on (`FASTER_ON`)
+    linear_lse    hidden needs no gradient, on a GPU where it should be    1 (3: the head trains)
+                  faster than tiles, or where no tile of logits fits
 
-A pass is a GEMM of 2 N V H FLOP, forward and backward together. The sizes of chunks and blocks are
-those of `budget.py`. The first time a decision is taken it is logged by the logger "orpo_kernels"
-at level DEBUG; `explain` gives it without a run.
+A pass is a GEMM of 2 N V H FLOP, forward and backward together. On a GPU E is kept for as many rows
+as fit, and of the others recomputed. The sizes of chunks and blocks are those of `budget.py`, on a
+GPU of `gpu/plan.py`, which weighs them by the time they should take. The first time a decision is
+taken it is logged by the logger "orpo_kernels" at level DEBUG; `explain` gives it without a run.
 """
 
 import functools
@@ -32,16 +32,15 @@ from orpo_kernels.engine.budget import (
     workspace_budget,
 )
 from orpo_kernels.engine.gemm import gemm_widens
+from orpo_kernels.engine.gpu.card import card_of
+from orpo_kernels.engine.gpu.model import Job, job_of
+from orpo_kernels.engine.gpu.plan import ForwardPlan
+from orpo_kernels.engine.gpu.plan import kept_rows as gpu_kept_rows
+from orpo_kernels.engine.gpu.plan import plan_backward as plan_backward_on_gpu
+from orpo_kernels.engine.gpu.plan import plan_forward as plan_forward_on_gpu
+from orpo_kernels.engine.problem import Problem
 from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
 from orpo_kernels.kernels import has_tensor_cores, runs_triton
-
-FASTER_ON: frozenset[str] = frozenset()
-"""Device classes where `linear_lse` was measured faster than a GEMM and `softmax_stats`: none."""
-
-_LEAST_ROWS = 16
-_ROW_BYTES = 1024  # partials of 64 splits, statistics and what computes them
-_FIXED_BYTES = 2**14  # descriptors of the 64 programs that share the first block of rows
-_COLUMNS = 1024  # least block of a head that is copied block by block
 
 _logger = logging.getLogger("orpo_kernels")
 
@@ -58,6 +57,7 @@ class Decision:
         workspace_bytes: most of forward and backward, the kept E included.
         budget: bytes allowed.
         reason: why this strategy.
+        seconds: what the forward, and the gradient of the head, should take on a GPU.
     """
 
     strategy: str
@@ -67,13 +67,16 @@ class Decision:
     workspace_bytes: int
     budget: int
     reason: str
+    seconds: float | None = None
 
     def __str__(self) -> str:
         """One line."""
         used, allowed = (each / 2**20 for each in (self.workspace_bytes, self.budget))
+        expected = "" if self.seconds is None else f"; {1e3 * self.seconds:.1f} ms expected"
         return (
             f"{self.strategy}: {self.passes} passes over {self.rows} rows, {self.plan.rows} rows x "
-            f"{self.plan.columns} columns at a time, {used:.2f} of {allowed:.2f} MiB; {self.reason}"
+            f"{self.plan.columns} columns at a time, {used:.2f} of {allowed:.2f} MiB; "
+            f"{self.reason}{expected}"
         )
 
 
@@ -88,9 +91,66 @@ def device_class(device: torch.device) -> str:
     return "cuda sm_80+" if modern else "cuda"
 
 
-def keeps(sizes: Sizes, count: int, budget: int, *, needs_dweight: bool) -> bool:
-    """Whether the forward keeps E for `count` rows, and the backward recomputes no logit."""
-    return needs_dweight and count <= kept_rows(sizes, budget)
+def kept_count(problem: Problem, *, needs_dhidden: bool) -> int:
+    """For how many rows the forward keeps E, whichever of them are scored."""
+    if not problem.trainable:
+        return 0
+    count, sizes = problem.count, problem.sizes(0)
+    if runs_on_gpu(problem):
+        card = card_of(sizes.device)
+        return gpu_kept_rows(problem.job(count), problem.budget, card, with_g=needs_dhidden)
+    return count if count <= kept_rows(sizes, problem.budget) else 0
+
+
+def runs_on_gpu(problem: Problem) -> bool:
+    """Whether the exact loops for a GPU run: Triton's kernels, on a head that lies in rows."""
+    return runs_triton(problem.weight.device, problem.dtype) and problem.in_rows
+
+
+def choose_on_gpu(
+    job: Job, device: torch.device, budget: int, *, needs_dhidden: bool, needs_dweight: bool,
+    kept: int = 0,
+) -> tuple[Decision, ForwardPlan]:  # fmt: skip
+    """The strategy of a call on a GPU, and the shapes of its forward.
+
+    Args:
+        job: sizes of the scored rows.
+        device: of the head.
+        budget: bytes of workspace.
+        needs_dhidden: whether hidden, or its low-rank part, needs a gradient.
+        needs_dweight: whether the head needs one.
+        kept: rows that E was allocated for, 0 for none.
+
+    Returns:
+        The decision, and the plan.
+
+    Raises:
+        ValueError: the budget is too small for every strategy; says what the smallest takes.
+    """
+    card, folds = card_of(device), device_class(device) == "cuda sm_80+"
+    plan = plan_forward_on_gpu(job, budget, card, with_g=needs_dhidden, kept=kept, folds=folds)
+    seconds, backward = plan.seconds, 0
+    if needs_dweight:  # a budget too small for the backward is refused here
+        of_head = plan_backward_on_gpu(job, budget, card, kept)
+        seconds, backward = seconds + of_head.seconds, of_head.workspace_bytes
+    passes = 1 + needs_dhidden + needs_dweight * (1 if kept >= job.rows else 2)
+    strategy = {(False, False): "one pass", (True, False): "two passes"}.get(
+        (needs_dhidden, needs_dweight), "recompute"
+    )
+    shape, reason = plan.shape, "the fastest of what fits"
+    if kept >= job.rows and plan.kept_shape is not None:
+        strategy, shape = "E kept", plan.kept_shape
+    elif kept:
+        strategy, reason = "E kept", f"E of {kept} rows fits"
+    elif plan.folded:
+        strategy = "linear_lse"
+    of_kept = kept * job.kept_row_bytes
+    most = Plan(min(shape.rows, job.rows), shape.columns, plan.workspace_bytes + of_kept)
+    decision = Decision(
+        strategy, job.rows, most, passes, max(most.workspace_bytes, backward + of_kept), budget,
+        reason, seconds,
+    )  # fmt: skip
+    return _said(decision), plan
 
 
 def choose(
@@ -108,7 +168,7 @@ def choose(
         budget: bytes of workspace.
         needs_dhidden: whether hidden, or its low-rank part, needs a gradient.
         needs_dweight: whether the head needs one.
-        kept: rows that E was allocated for (`keeps`), 0 for none.
+        kept: rows that E was allocated for (`kept_count`), 0 for none.
 
     Returns:
         The decision.
@@ -130,11 +190,9 @@ def choose(
         passes, strategy = passes + 1, "recompute" if needs_dweight else "two passes"
         plan = plan_forward(sizes, budget, with_gradient=True)
         return _decided(strategy, sizes, plan, passes, backward, budget, "hidden needs a gradient")
-    plan, reason = _without_gradient(sizes, budget)
-    strategy = "linear_lse" if reason else strategy
-    return _decided(
-        strategy, sizes, plan, passes, backward, budget, reason or "a tile of logits fits"
-    )
+    plan = plan_forward(sizes, budget, with_gradient=False)
+    reason = "only the head needs a gradient" if needs_dweight else "nothing needs a gradient"
+    return _decided(strategy, sizes, plan, passes, backward, budget, reason)
 
 
 def describe_sparse(sizes: Sizes, plan: SparsePlan, budget: int, *, trainable: bool) -> Decision:
@@ -202,53 +260,24 @@ def explain(  # noqa: PLR0913 - the public signature
         slots = takes_slots(sizes)
         plan = plan_sparse(sizes, 2, budget, trainable=needs_dweight, slots=slots)
         return describe_sparse(sizes, plan, budget, trainable=needs_dweight)
-    keep = keeps(sizes, rows, budget, needs_dweight=needs_dweight)
-    return choose(
-        sizes, budget, needs_dhidden=needs_dhidden, needs_dweight=needs_dweight,
-        kept=rows if keep else 0,
-    )  # fmt: skip
-
-
-def _without_gradient(sizes: Sizes, budget: int) -> tuple[Plan, str]:
-    """Plan of a forward without a gradient, and why it is `linear_lse`'s, or ""."""
-    card = device_class(sizes.device)
-    possible = card == "cuda sm_80+" and sizes.on_triton
-    if possible and card in FASTER_ON:
-        return _plan_linear_lse(sizes, budget), f"measured faster on {card}"
-    try:
-        return plan_forward(sizes, budget, with_gradient=False), ""
-    except ValueError:
-        if not possible:
-            raise
-        return _plan_linear_lse(sizes, budget), "no tile of logits fits the budget"
-
-
-def _plan_linear_lse(sizes: Sizes, budget: int) -> Plan:
-    """Rows per call, and the columns of a block where the head has to be copied."""
-    row_bytes = sizes.hidden_columns * sizes.compute_dtype.itemsize + _ROW_BYTES
-    column_bytes = row_bytes - _ROW_BYTES if sizes.weight_is_copied else 0
-    columns = sizes.vocabulary
-    if column_bytes:
-        columns = min(columns, max(_COLUMNS, budget // 2 // column_bytes // _COLUMNS * _COLUMNS))
-    least_rows = min(_LEAST_ROWS, sizes.rows)
-    fixed = _FIXED_BYTES + columns * column_bytes
-    rows = min(sizes.rows, (budget - fixed) // row_bytes)
-    if rows < least_rows:
-        least = least_rows * row_bytes + _FIXED_BYTES + min(columns, _COLUMNS) * column_bytes
-        raise ValueError(
-            f"workspace_bytes={budget} is too small: {least_rows} rows of a head with H = "
-            f"{sizes.hidden_columns} and V = {sizes.vocabulary} take {least} bytes without any "
-            "logit; raise workspace_bytes to at least that"
-        )
-    even = -(-sizes.rows // -(-sizes.rows // rows))
-    return Plan(even, columns, even * row_bytes + fixed)
+    needs = {"needs_dhidden": needs_dhidden, "needs_dweight": needs_dweight}
+    if sizes.on_triton:
+        job, kept = job_of(sizes, dtype.itemsize), 0
+        if needs_dweight:
+            kept = gpu_kept_rows(job, budget, card_of(device), with_g=needs_dhidden)
+        return choose_on_gpu(job, device, budget, kept=kept, **needs)[0]
+    keep = needs_dweight and rows <= kept_rows(sizes, budget)
+    return choose(sizes, budget, kept=rows if keep else 0, **needs)
 
 
 def _decided(
     strategy: str, sizes: Sizes, plan: Plan, passes: int, backward: int, budget: int, reason: str
 ) -> Decision:
     most = max(plan.workspace_bytes, backward)
-    decision = Decision(strategy, sizes.rows, plan, passes, most, budget, reason)
+    return _said(Decision(strategy, sizes.rows, plan, passes, most, budget, reason))
+
+
+def _said(decision: Decision) -> Decision:
     if says_why():
         _log(decision)
     return decision

@@ -4,7 +4,7 @@ An op turns its flat arguments into a `Problem` and hands it to `engine/run.py`.
 at the values of a tensor, so a problem can be made while the op is traced.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orpo_kernels.engine.budget import Sizes, workspace_budget
 from orpo_kernels.engine.gemm import gemm_widens
+from orpo_kernels.engine.gpu.model import Job, job_of
 from orpo_kernels.kernels import runs_triton
 
 
@@ -80,6 +81,19 @@ class Problem:
     def budget(self) -> int:
         """Bytes the workspace may take."""
         return workspace_budget(self.workspace_bytes, self.weight.device)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the entries of the head lie in rows, as the loops for a GPU read them."""
+        return all(each.stride(1) == 1 or each.shape[1] == 1 for each in self.weights)
+
+    def job(self, rows: int, *, gathers: bool = True) -> Job:
+        """Sizes of `rows` scored rows of this problem, as the plans of a GPU count them."""
+        head_item = max(each.element_size() for each in self.weights)
+        job = job_of(self.sizes(rows), head_item)
+        result_item = min(each.element_size() for each in self.weights)
+        alone = len(self.weights) == 1
+        return replace(job, gathers=gathers, result_item=result_item, in_result=alone)
 
     def sizes(self, rows: int) -> Sizes:
         """Sizes of `rows` scored rows of this problem."""

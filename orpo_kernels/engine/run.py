@@ -5,31 +5,45 @@
     exact_head_gradient,
     sparse_head_gradient             dW and db
 
-The loops are `tile_loop.py` and `triton_loop.py` (exact), `linear_lse.py` (nothing needs a
-gradient) and those of `sparse/`. Allocations do not depend on which rows are scored: the registered
-ops allocate the same while they are traced.
+The loops are `tile_loop.py` and those of `gpu/` (exact), and those of `sparse/`. Allocations do not
+depend on which rows are scored: the registered ops allocate the same while they are traced.
 """
 
+import importlib
+from dataclasses import replace
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine import linear_lse, tile_loop, triton_loop
+from orpo_kernels.engine import tile_loop
 from orpo_kernels.engine.budget import accumulation_dtype, spans
+from orpo_kernels.engine.gpu.card import card_of
+from orpo_kernels.engine.gpu.model import Job
+from orpo_kernels.engine.gpu.plan import plan_backward
 from orpo_kernels.engine.host_copy import HostCopy
 from orpo_kernels.engine.operands import (
     Coefficients,
     Head,
     Operands,
+    Places,
     Scored,
     Statistics,
     refuse_other_groups,
     refuse_out_of_range,
     score,
     select,
+    select_again,
 )
-from orpo_kernels.engine.policy import choose, describe_sparse, keeps, says_why
+from orpo_kernels.engine.policy import (
+    choose,
+    choose_on_gpu,
+    describe_sparse,
+    kept_count,
+    runs_on_gpu,
+    says_why,
+)
 from orpo_kernels.engine.problem import Problem
 from orpo_kernels.engine.sparse import slot_loop
 from orpo_kernels.engine.sparse import tile_loop as sparse_tile_loop
@@ -49,7 +63,9 @@ class ExactState(NamedTuple):
     statistics: Tensor  # (7, N)
     g: Tensor  # (N, H), or (0, H) where hidden needs no gradient
     g_r: Tensor  # (N, r), or (0, r)
-    kept: Tensor  # (N, V) E of the scored rows, the first ones; (0, V): it is recomputed
+    kept: Tensor  # (N', V) E of the first scored rows, of the others it is recomputed
+    places: Tensor  # these two: of `Places`
+    number: Tensor
 
 
 class SparseState(NamedTuple):
@@ -67,12 +83,13 @@ class SparseState(NamedTuple):
 
 def exact_state(problem: Problem, *, needs_dhidden: bool) -> ExactState:
     """Its memory, zeros but for the E that is kept."""
-    sizes, count = problem.sizes(0), problem.count
-    fits = keeps(sizes, count, problem.budget, needs_dweight=problem.trainable)
-    statistics, g, g_r = _row_results(problem, 7, needs_dhidden=needs_dhidden)
+    sizes = problem.sizes(0)
+    rows = kept_count(problem, needs_dhidden=needs_dhidden)
+    kept_shape = (rows, sizes.pitch(sizes.vocabulary))
     return ExactState(
-        statistics, g, g_r,
-        problem.hidden.new_empty((count if fits else 0, sizes.vocabulary), dtype=problem.dtype),
+        *_row_results(problem, 7, needs_dhidden=needs_dhidden),
+        problem.hidden.new_empty(kept_shape, dtype=problem.dtype),
+        *Places.empty(problem),
     )  # fmt: skip
 
 
@@ -111,17 +128,19 @@ def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Exa
     operands = select(problem, scored)
     sizes, state = operands.sizes, exact_state(problem, needs_dhidden=needs_dhidden)
     state.kept[sizes.rows :].zero_()  # of no row, but an output
+    Places(state.places, state.number).note(operands)
     if sizes.rows > 0:
-        decision = choose(
-            sizes, problem.budget, needs_dhidden=needs_dhidden, needs_dweight=problem.trainable,
-            kept=state.kept.shape[0],
-        )  # fmt: skip
-        out = Results(state.statistics, state.g, state.g_r)
-        if decision.strategy == "linear_lse":
-            linear_lse.forward(operands, decision.plan, out)
+        needs = {"needs_dhidden": needs_dhidden, "needs_dweight": problem.trainable}
+        kept, out = _kept_rows(state.kept, operands), Results(*state[:3])
+        if runs_on_gpu(problem):
+            _, plan = choose_on_gpu(
+                _job(problem, operands), sizes.device, problem.budget, kept=state.kept.shape[0],
+                **needs,
+            )  # fmt: skip
+            _on_gpu().exact_forward(operands, plan, kept, out)
         else:
-            loop = triton_loop.forward if sizes.on_triton else tile_loop.forward
-            loop(operands, decision.plan, _kept_rows(state.kept, operands), out)
+            decision = choose(sizes, problem.budget, kept=state.kept.shape[0], **needs)
+            tile_loop.forward(operands, decision.plan, kept, out)
     return scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape), state
 
 
@@ -173,6 +192,9 @@ def hidden_gradient_(
     With `product`, q W (G, H + r) of the sparse gradient, g is first completed by it: row t lacks
     `statistics.dropped[t]` times the row of its group.
     """
+    if product is None and runs_on_gpu(problem):
+        _on_gpu().hidden_gradient_(problem, dlogps, statistics, g)
+        return
     scored = score(problem.labels, problem.ignore_index)
     figures, a = Statistics.of(statistics), scored.coefficients(dlogps)
     head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
@@ -204,15 +226,24 @@ def hidden_gradient_(
 
 
 def exact_head_gradient(
-    problem: Problem, dlogps: Tensor, statistics: Tensor, kept: Tensor, out: HeadGradients
-) -> None:
+    problem: Problem, dlogps: Tensor, statistics: Tensor, kept: Tensor, places: Places,
+    out: HeadGradients,
+) -> None:  # fmt: skip
     """Fills the gradients of the head, of an exact forward."""
-    operands, figures, a = _scored_again(problem, dlogps, statistics)
+    scored = score(problem.labels, problem.ignore_index)
+    operands = select_again(problem, scored, places)
     if operands.sizes.rows == 0:
         _fill_nothing(out)
         return
+    of_forward = (statistics, _kept_rows(kept, operands))
+    if runs_on_gpu(problem):
+        job, card = _job(problem, operands, out), card_of(kept.device)
+        plan = plan_backward(job, problem.budget, card, kept.shape[0])
+        _on_gpu().exact_head_gradient(problem, operands, of_forward, dlogps, plan, out)
+        return
+    figures, a = _of_rows(scored, operands, dlogps, statistics)
     budget = problem.budget - kept.numel() * kept.element_size()
-    weight_gradient(operands, figures, a, _kept_rows(kept, operands), out, budget)
+    weight_gradient(operands, figures, a, of_forward[1], out, budget)
 
 
 def sparse_head_gradient(
@@ -248,11 +279,32 @@ def _scored_again(
     """The scored rows, their statistics and their coefficients, in the backward."""
     scored = score(problem.labels, problem.ignore_index)
     operands = select(problem, scored)
-    a = scored.coefficients(dlogps)
-    if operands.places is None:
-        return operands, Statistics.of(statistics), a
-    rows = operands.places
-    return operands, Statistics.of(statistics[:, rows]), a.take(rows)
+    return operands, *_of_rows(scored, operands, dlogps, statistics)
+
+
+def _of_rows(
+    scored: Scored, operands: Operands, dlogps: Tensor, statistics: Tensor
+) -> tuple[Statistics, Coefficients]:
+    """Statistics and coefficients of the scored rows."""
+    a, rows = scored.coefficients(dlogps), operands.places
+    if rows is None:
+        return Statistics.of(statistics), a
+    return Statistics.of(statistics[:, rows]), a.take(rows)
+
+
+def _job(problem: Problem, operands: Operands, out: HeadGradients | None = None) -> Job:
+    """Sizes of the scored rows, as the plans of a GPU count them."""
+    rows, chosen = operands.rows, operands.places is not None
+    plain = len(rows.parts) == 1 and rows.parts[0].dtype == rows.dtype and rows.scored is None
+    job = problem.job(operands.sizes.rows, gathers=chosen or not plain)
+    # Only of a matrix of the whole head can dW lend its memory.
+    lends = out is not None and len(problem.weights) == 1 and out.weights[0] is not None
+    return replace(job, in_result=lends)
+
+
+def _on_gpu() -> ModuleType:
+    """The loops of a GPU: imported with the first call that takes them, and triton with them."""
+    return importlib.import_module("orpo_kernels.engine.gpu.call")
 
 
 def _kept_rows(kept: Tensor, operands: Operands) -> Tensor | None:

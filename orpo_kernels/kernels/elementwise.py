@@ -62,6 +62,55 @@ def edge_columns(head, body, C, split, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def whole_vectors(size, ALIGNED: tl.constexpr, VECTOR: tl.constexpr):
+    """`size`; where it is a multiple of VECTOR written as one, which the compiler sees."""
+    if ALIGNED:
+        size = size // VECTOR * VECTOR
+    return size
+
+
+@triton.jit
+def where_width(width, exists):
+    """`width`, or 0 where a scalar says that there is nothing: a mask `column < width` in one piece.
+
+    Not `& exists`: the interpreter makes an integer of a scalar mask.
+    """
+    return tl.where(exists, width, 0)
+
+
+@triton.jit
+def row_place(
+    position, period, stride_slice, stride_row, ALIGNED: tl.constexpr, VECTOR: tl.constexpr
+):
+    """First element of row `position` (int64): row `position % period` of a slice."""
+    outer = whole_vectors(stride_slice, ALIGNED, VECTOR)
+    inner = whole_vectors(stride_row, ALIGNED, VECTOR)
+    return position // period * outer + position % period * inner
+
+
+@triton.jit
+def log_add(a, b):
+    """`log(e^a + e^b)`; either, not both, may be -inf."""
+    return tl.maximum(a, b) + log1p(tl.exp(-tl.abs(a - b)))
+
+
+@triton.jit
+def log_sigmoid(x):
+    """`log(1 / (1 + e^-x))`."""
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def expm1(x):
+    """`e^x - 1` for x <= 0."""
+    return tl.where(
+        x > -0.6931471805599453,
+        expm1_near_zero(tl.maximum(x, -0.6931471805599453)),
+        tl.exp(x) - 1.0,
+    )
+
+
+@triton.jit
 def expm1_near_zero(x):
     """`e^x - 1` on [-log 2, 0]: eleven terms, whose remainder is under half an ulp."""
     series = 1.0 + x * 0.09090909090909091

@@ -24,7 +24,6 @@ registers that the 128 x 256 accumulator leaves (18 to 500 spills on sm_80 and s
 """
 
 import contextvars
-import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -91,7 +90,8 @@ def _fold(z, m, s):
 
 @triton.jit(
     do_not_specialize=[
-        "stride_hidden", "stride_weight", "stride_labels", "R", "C", "H", "splits", "group",
+        "stride_hidden", "stride_weight", "stride_labels", "R", "C", "H", "first_column", "splits",
+        "group",
     ],
     do_not_specialize_on_alignment=["max_ptr", "sum_ptr", "total_ptr", "bias_ptr", "labels_ptr"],
 )  # fmt: skip
@@ -101,7 +101,7 @@ def _linear_lse_kernel(
     weight_ptr, stride_weight,  # (C, H)
     bias_ptr,  # (C,)
     labels_ptr, stride_labels,  # (K, R) int64
-    R, C, H, splits, group,
+    R, C, H, first_column, splits, group,
     logit_scale, softcap,  # times log2 e, so that z is
     LABEL_SETS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     WITH_TOTAL: tl.constexpr, TMA: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -110,10 +110,11 @@ def _linear_lse_kernel(
     first_row, split = _place(tl.program_id(0), R, splits, group, BLOCK_R)
     row = first_row + tl.arange(0, BLOCK_R)
     exists = row < R
-    label = tl.load(labels_ptr + row, mask=exists, other=-1).to(tl.int32)
+    label = (tl.load(labels_ptr + row, mask=exists, other=-1) - first_column).to(tl.int32)
     second = label
     if LABEL_SETS == 2:
-        second = tl.load(labels_ptr + stride_labels + row, mask=exists, other=-1).to(tl.int32)
+        second = tl.load(labels_ptr + stride_labels + row, mask=exists, other=-1)
+        second = (second - first_column).to(tl.int32)
 
     tl.assume(H > 0)  # else the epilogue is compiled twice, once for no step at all
     width, hidden_step, weight_step = _steps(H, stride_hidden, stride_weight, ALIGNED, VECTOR)
@@ -205,20 +206,52 @@ def linear_lse(
     with_logit_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches all three: (R,) maximum and sum of exponentials, (K, R) dots, (R,) total or (0,)."""
-    (R, H), C, K = hidden.shape, weight.shape[0], labels.shape[0]
-    device = tuning.device_info(hidden.device)
-    form = _form(hidden, weight, device)
-    inputs = (hidden, hidden.stride(0), weight, weight.stride(0))
-    bias = None if bias is None else bias.contiguous()
-    new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    (R, H), K = hidden.shape, labels.shape[0]
 
-    def run(tile: Tile, device: Device) -> tuple[Tensor, Tensor, Tensor]:
+    def run_dots(row: Row, _device: Device) -> Tensor:
+        dots = torch.empty((K, R), dtype=torch.float32, device=hidden.device)
+        _label_dots_kernel[(triton.cdiv(R, _DOT_ROWS), K)](
+            dots, hidden, hidden.stride(0), weight, weight.stride(0), labels, labels.stride(0),
+            R, H, ALIGNED=_in_vectors(hidden, weight),
+            BLOCK_R=_DOT_ROWS, BLOCK_H=row.block, VECTOR=VECTOR,
+            num_warps=row.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        return dots
+
+    operands = (hidden, weight, bias, labels)
+    partials = fold(*operands, (logit_scale, softcap), with_logit_sum=with_logit_sum)
+    with tuning.guard(hidden.device):
+        row_max, row_sum, total = combine(partials)
+    return row_max, row_sum, launch("label_dots", hidden.dtype, hidden.device, run_dots), total
+
+
+def fold(
+    hidden: Tensor,  # (R, H)
+    weight: Tensor,  # (C, H)
+    bias: Tensor | None,  # (C,)
+    labels: Tensor,  # (K, R)
+    transform: tuple[float, float | None],
+    first_column: int = 0,
+    *,
+    with_logit_sum: bool = False,
+) -> Tensor:
+    """Launches the product: (2 or 3, R, S) float32 partial maxima, sums of exponentials, of logits.
+
+    `weight` and `bias` begin with entry `first_column` of the vocabulary.
+    """
+    (R, H), C, K = hidden.shape, weight.shape[0], labels.shape[0]
+    form = _form(hidden, weight, tuning.device_info(hidden.device))
+    logit_scale, softcap = transform
+    bias = None if bias is None else bias.contiguous()
+
+    def run(tile: Tile, device: Device) -> Tensor:
         row_blocks, column_blocks = triton.cdiv(R, tile.rows), triton.cdiv(C, tile.columns)
         share = share_columns(row_blocks, column_blocks, tile, device.processors)
-        partials = new((3 if with_logit_sum else 2, R, share.splits))
+        shape = (3 if with_logit_sum else 2, R, share.splits)
+        partials = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         _linear_lse_kernel[(row_blocks * share.splits,)](
-            *pointers(partials), *inputs, bias, labels, labels.stride(0),
-            R, C, H, share.splits, share.group,
+            *pointers(partials), hidden, hidden.stride(0), weight, weight.stride(0), bias,
+            labels, labels.stride(0), R, C, H, first_column, share.splits, share.group,
             logit_scale * _LOG2E, _LOG2E if softcap is None else softcap * _LOG2E,
             LABEL_SETS=K, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
             WITH_TOTAL=with_logit_sum, TMA=form in _BY_TMA, ALIGNED=form == "pointers",
@@ -226,23 +259,11 @@ def linear_lse(
             BLOCK_R=tile.rows, BLOCK_C=tile.columns, BLOCK_H=tile.depth, VECTOR=VECTOR,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
-        return combine(partials)
-
-    def run_dots(row: Row, _device: Device) -> Tensor:
-        dots = new((K, R))
-        _label_dots_kernel[(triton.cdiv(R, _DOT_ROWS), K)](
-            dots, *inputs, labels, labels.stride(0), R, H, ALIGNED=_in_vectors(hidden, weight),
-            BLOCK_R=_DOT_ROWS, BLOCK_H=row.block, VECTOR=VECTOR,
-            num_warps=row.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        return dots
+        return partials
 
     transformed = "" if bias is None and softcap is None else "_transformed"
     name = f"linear_lse_{form}{transformed}"
-    row_max, row_sum, total = _with_allocator(
-        hidden.device, lambda: launch(name, hidden.dtype, hidden.device, run)
-    )
-    return row_max, row_sum, launch("label_dots", hidden.dtype, hidden.device, run_dots), total
+    return _with_allocator(hidden.device, lambda: launch(name, hidden.dtype, hidden.device, run))
 
 
 def _form(hidden: Tensor, weight: Tensor, device: Device) -> str:

@@ -19,7 +19,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -86,6 +86,23 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     TABLE["sequence_mean_backward", _class, torch.float32] = (Row(1024, 4),)
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
     TABLE["pair_loss", _class, torch.float32] = (Row(256, 4),)
+
+# Kernels of the loops over tiles (`engine/gpu/forward.py`): one program per row. A row of a block is
+# held in registers, 32 elements per thread or less; the table's rows are the blocks there are, and a
+# tile takes the smallest that holds its columns. Whole rows are read 16 elements per thread at once.
+for _class in ("datacenter", "consumer", "amd", "other"):
+    for _dtype in (torch.float32, *_NARROW):
+        for _kernel in ("take_rows", "label_terms", "finish_rows", "scale_rows", "reach"):
+            TABLE[_kernel, _class, _dtype] = (Row(1024, 4),)
+        for _kernel in ("softmax_block", "weight_probs"):
+            TABLE[_kernel, _class, _dtype] = (
+                Row(16384, 16), Row(8192, 8), Row(4096, 4), Row(2048, 4), Row(1024, 4),
+            )  # fmt: skip
+        TABLE["softmax_rows", _class, _dtype] = (Row(4096, 8),)
+        TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
+        TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
+    TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
+    TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
 
 # linear_lse by where its operands come from: TMA for wgmma (sm_90), for tcgen05 (sm_100) and for
 # mma.sync (sm_120); pointers with cp.async (sm_80, 86, 89) or what AMD and Intel have; pointers of
@@ -221,6 +238,25 @@ def launch(
                     stacklevel=2,
                 )
         return run(rows[-1], info)
+
+
+def row_of(kernel: str, dtype: torch.dtype, device: torch.device) -> Row:
+    """The one row of a kernel that every card has room for."""
+    (row,) = TABLE[kernel, device_info(device).architecture, dtype]
+    return cast("Row", row)
+
+
+def row_holding(kernel: str, dtype: torch.dtype, device: torch.device, columns: int) -> Row:
+    """The row of the smallest block that holds `columns` elements.
+
+    Raises:
+        ValueError: none does.
+    """
+    rows = TABLE[kernel, device_info(device).architecture, dtype]
+    fitting = [cast("Row", row) for row in rows if cast("Row", row).block >= columns]
+    if not fitting:
+        raise ValueError(f"{kernel} holds no row of {columns} columns; take narrower blocks")
+    return fitting[-1]
 
 
 def compile_options(row: Row, device: Device) -> dict[str, Any]:

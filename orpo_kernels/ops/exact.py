@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.run import exact_forward, exact_head_gradient, exact_state
+from orpo_kernels.engine.operands import Places
+from orpo_kernels.engine.run import ExactState, exact_forward, exact_head_gradient, exact_state
 from orpo_kernels.ops.shared import (
     EXACT_ARGUMENTS,
     PROBLEM,
@@ -21,17 +22,19 @@ from orpo_kernels.ops.shared import (
 )
 
 _TENSORS = 6
+_OUTPUTS = 1 + len(ExactState._fields)
+_SAVED = 5  # tensors of the backward before those of the problem
 _NO_TAIL = (None, 0.0)  # groups and eps, of a call that drops nothing
 
 
 @torch.library.custom_op(
-    "orpo_kernels::linear_logps_exact",
+    "orpo_kernels::exact_linear_logps",
     mutates_args=(),
     schema=f"({PROBLEM}, bool needs_dhidden, bool trainable, bool consume_g) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"-> ({', '.join(['Tensor'] * _OUTPUTS)})",
 )
-def linear_logps_exact(*arguments: Any) -> tuple[Tensor, ...]:
-    """Log-probs (K, ...), statistics (7, N), g (N, H), its low-rank part (N, r), kept E (N, V).
+def exact_linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
+    """Log-probs (K, ...) and `ExactState`.
 
     With `consume_g` the backward may turn g into dhidden in place: the caller lets go of it.
     """
@@ -42,7 +45,7 @@ def linear_logps_exact(*arguments: Any) -> tuple[Tensor, ...]:
         return logps, *state
 
 
-@linear_logps_exact.register_fake
+@exact_linear_logps.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     needs_dhidden, trainable, _ = arguments[EXACT_ARGUMENTS:]
     problem = problem_of(arguments[:EXACT_ARGUMENTS], trainable=trainable)
@@ -51,26 +54,29 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "orpo_kernels::linear_logps_exact_dweight",
+    "orpo_kernels::exact_linear_logps_dweight",
     mutates_args=(),
-    schema=f"(Tensor dlogps, Tensor statistics, Tensor kept, {PROBLEM}, bool[] needs) "
+    schema="(Tensor dlogps, Tensor statistics, Tensor kept, Tensor places, Tensor number, "
+    f"{PROBLEM}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def linear_logps_exact_dweight(
-    dlogps: Tensor, statistics: Tensor, kept: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def exact_linear_logps_dweight(
+    dlogps: Tensor, statistics: Tensor, kept: Tensor, places: Tensor, number: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of weight (V, H), bias (V,) and weight_r (V, r); empty where `needs` says no."""
     problem = problem_of(arguments[:EXACT_ARGUMENTS], trainable=True)
     results, wanted = empty_head_gradients(problem, arguments[EXACT_ARGUMENTS])
     with without_autocast(problem):
-        exact_head_gradient(problem, dlogps, statistics, kept, wanted)
+        of_rows = Places(places, number)
+        exact_head_gradient(problem, dlogps, statistics, kept, of_rows, wanted)
     return results
 
 
-@linear_logps_exact_dweight.register_fake
+@exact_linear_logps_dweight.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem = problem_of(arguments[3 : 3 + EXACT_ARGUMENTS], trainable=True)
-    return empty_head_gradients(problem, arguments[3 + EXACT_ARGUMENTS])[0]
+    problem = problem_of(arguments[_SAVED : _SAVED + EXACT_ARGUMENTS], trainable=True)
+    return empty_head_gradients(problem, arguments[_SAVED + EXACT_ARGUMENTS])[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -82,15 +88,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, statistics, g, g_r, kept = ctx.saved_tensors
+    *tensors, statistics, g, g_r, kept, places, number = ctx.saved_tensors
     problem = (*tensors, *ctx.options)
     ctx.arguments = (*problem, *_NO_TAIL)
 
     def head_gradient(wanted: list[bool]) -> Any:
-        return linear_logps_exact_dweight(dlogps, statistics, kept, *problem, wanted)
+        of_forward = (statistics, kept, places, number)
+        return exact_linear_logps_dweight(dlogps, *of_forward, *problem, wanted)
 
     gradients = backward(ctx, dlogps, statistics, (g, g_r), head_gradient)
     return *gradients, *[None] * (EXACT_ARGUMENTS - _TENSORS + 3)
 
 
-linear_logps_exact.register_autograd(_backward, setup_context=_setup_context)
+exact_linear_logps.register_autograd(_backward, setup_context=_setup_context)

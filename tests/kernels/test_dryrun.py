@@ -50,14 +50,14 @@ def forward_and_backward(rows, H, V, *, sets=1, bias=False, trains=True, budget=
     labels = cuda(sets, rows, dtype=torch.int64)
     bias = cuda(V, dtype=dtype) if bias else None
     inputs, options = (hidden, weight, labels, bias, None, None), (1.0, None, -100, dtype, budget)
-    _, statistics, _, _, kept = exact.linear_logps_exact._init_fn(
+    _, statistics, _, _, kept = exact.exact_linear_logps._init_fn(
         *inputs, *options, True, trains, True
     )
     if not trains:
         return
     dlogps = cuda(sets, rows, dtype=torch.float32)
     wanted = [True, bias is not None, False]
-    exact.linear_logps_exact_dweight._init_fn(dlogps, statistics, kept, *inputs, *options, wanted)
+    exact.exact_linear_logps_dweight._init_fn(dlogps, statistics, kept, *inputs, *options, wanted)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])

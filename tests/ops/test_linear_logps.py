@@ -267,7 +267,7 @@ def test_inference_keeps_nothing():
         with mode():
             assert not linear_logps(hidden, weight, labels).requires_grad
     with torch.no_grad():
-        outputs = torch.ops.orpo_kernels.linear_logps_exact(
+        outputs = torch.ops.orpo_kernels.exact_linear_logps(
             hidden, weight, labels[None], None, None, None, 1.0, None, -100, torch.float32, None,
             False, False, True,
         )  # fmt: skip
@@ -304,7 +304,7 @@ def test_opcheck(sets, workspace_bytes):
         hidden, weight, labels, bias, None, None, 1.0, None, -100, torch.float32, workspace_bytes,
         True, True, False,
     )  # fmt: skip
-    opcheck(torch.ops.orpo_kernels.linear_logps_exact.default, args)
+    opcheck(torch.ops.orpo_kernels.exact_linear_logps.default, args)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

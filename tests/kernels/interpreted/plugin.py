@@ -14,10 +14,11 @@ import torch
 from orpo_kernels import kernels, odds_ratio, pair_loss, sequence_mean
 from orpo_kernels.engine import linear_lse
 from orpo_kernels.engine.tiles import plain
-from orpo_kernels.kernels import tuning
+from orpo_kernels.kernels import start, tuning
 from tests.kernels.interpreted import strict
 
 launches: list[str] = []  # names of the kernels launched so far
+programs: list[tuple[str, int]] = []  # those started by the loops of a GPU, with their programs
 
 
 def pytest_configure():
@@ -37,6 +38,15 @@ def pytest_configure():
     ):  # fmt: skip
         __import__(f"orpo_kernels.kernels.{module}")
         getattr(kernels, module).launch = counted
+    started = start.Start.__call__
+
+    def counted_start(self, count, *numbers):
+        name = self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        launches.append(name)
+        programs.append((name, count))
+        started(self, count, *numbers)
+
+    start.Start.__call__ = counted_start
     kernels.DEVICES = ("cpu",)
     for name in ("softmax_stats", "softmax_grad_", "column_sums"):
         kernels.register_tile_operation(name, getattr(plain, name))

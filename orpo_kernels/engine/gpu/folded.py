@@ -1,0 +1,38 @@
+"""The forward without a gradient and without a logit: a GEMM that folds its tiles, `linear_lse`.
+
+    for a group of rows:            (a gather)
+        for a vocabulary block:     (a cast of it, if the head is of another dtype; else one block)
+                                    the GEMM, one launch that combines its partials
+        finish                      statistics, written in their place
+
+What it holds is rows of hidden, if they are gathered, and 8 bytes per row and split of a row.
+"""
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.engine.gpu.parts import Head, Hidden, spans
+from orpo_kernels.engine.gpu.shapes import Shape
+from orpo_kernels.kernels.combine_rows import combine_rows
+from orpo_kernels.kernels.finish_rows import FinishRows
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.linear_lse import fold
+
+
+def forward(
+    inputs: Inputs, shape: Shape, statistics: Tensor, state: Tensor, rows: tuple[int, int]
+) -> None:
+    """Fills the statistics (7, N) of some of the scored rows, from the state of all of them."""
+    transform = (inputs.logit_scale, inputs.softcap)
+    both = (inputs.labels,) if inputs.second is None else (inputs.labels, inputs.second)
+    labels = torch.stack(both)
+    hidden, head = Hidden(inputs, shape.group), Head(inputs, shape.columns, padded=False)
+    nothing = statistics[0, :0, None]
+    finish = FinishRows(inputs, state, None, statistics, (nothing, nothing))
+    for start, stop in spans(rows, shape.group):
+        x, here = hidden.take(start, stop), labels[:, start:stop]
+        for block, (v0, v1) in enumerate(head.blocks):
+            ((w, _),) = head.take(block).operands
+            bias = None if inputs.bias is None else inputs.bias[v0:v1]
+            combine_rows(state, fold(x, w[: v1 - v0], bias, here, transform, v0), start)
+        finish(start, stop, 0, 0)

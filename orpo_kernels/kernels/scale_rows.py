@@ -1,0 +1,107 @@
+"""g into dhidden, in place, in one launch: its factor, and the entries of two differing labels.
+
+    dhidden_t = a_t (1 - p_t) g_t                              one label, or two that agree
+    dhidden_t = (a + a2) (1 - p - p2) g_t + share W[y] + share2 W[y2]        two that differ
+
+N rows, H and r columns, K label sets; `coefficients.py` defines a and the shares. Rows nobody scores
+are left as they are, 0. Bytes: a row of g read and written, 4 H of the head where labels differ.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orpo_kernels.kernels.coefficients import Slopes, shares_of, slope_numbers, slopes_of
+from orpo_kernels.kernels.elementwise import where_width, whole_vectors
+from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, pair
+from orpo_kernels.kernels.start import Start, in_vectors
+from orpo_kernels.kernels.tuning import VECTOR, row_of
+
+
+@triton.jit
+def _scale_part(
+    g_ptr, first_ptr, second_ptr, width, factor, share, share2, distinct,
+    HAS_SECOND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(g_ptr + column, mask=inside, other=0.0).to(tl.float32) * factor
+        if HAS_SECOND:
+            w = tl.load(first_ptr + column, mask=column < where_width(width, distinct), other=0.0)
+            g += share * w.to(DTYPE).to(tl.float32)
+            w = tl.load(second_ptr + column, mask=column < where_width(width, distinct), other=0.0)
+            g += share2 * w.to(DTYPE).to(tl.float32)
+        tl.store(g_ptr + column, g.to(g_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "H", "r", "stride_g", "stride_g_r", "stride_weight", "stride_weight_r", "stride_set",
+        "stride_dlogps", "stride_labels", "ignore_index",
+    ],
+    do_not_specialize_on_alignment=["statistics_ptr", "dlogps_ptr", "labels_ptr"],
+)  # fmt: skip
+def _scale_rows_kernel(
+    g_ptr, g_r_ptr,  # (N, H), (N, r)
+    statistics_ptr,  # (7, N) float32
+    dlogps_ptr, labels_ptr,  # (K, N)
+    weight_ptr, weight_r_ptr,  # (V, H), (V, r)
+    N, H, r, stride_g, stride_g_r, stride_weight, stride_weight_r,
+    stride_set, stride_dlogps, stride_labels, ignore_index,
+    HAS_SECOND: tl.constexpr, LOW_RANK: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label, second, a, a2 = slopes_of(
+        dlogps_ptr, labels_ptr, row, stride_set, stride_dlogps, stride_labels, ignore_index,
+        HAS_SECOND,
+    )  # fmt: skip
+    if label >= 0:
+        statistics = statistics_ptr + row
+        factor = (a + a2) * tl.load(statistics + 2 * N)
+        share, share2 = shares_of(statistics, N, a, a2)
+        distinct = second >= 0
+        step = whole_vectors(stride_weight, ALIGNED, VECTOR)
+        _scale_part(
+            g_ptr + row * whole_vectors(stride_g, ALIGNED, VECTOR), weight_ptr + label * step,
+            weight_ptr + second * step, whole_vectors(H, ALIGNED, VECTOR), factor, share, share2,
+            distinct, HAS_SECOND, DTYPE, BLOCK,
+        )  # fmt: skip
+        if LOW_RANK:
+            step = whole_vectors(stride_weight_r, ALIGNED, VECTOR)
+            _scale_part(
+                g_r_ptr + row * whole_vectors(stride_g_r, ALIGNED, VECTOR),
+                weight_r_ptr + label * step, weight_r_ptr + second * step,
+                whole_vectors(r, ALIGNED, VECTOR), factor, share, share2, distinct,
+                HAS_SECOND, DTYPE, BLOCK,
+            )  # fmt: skip
+
+
+def scale_rows(
+    g: tuple[Tensor, ...],  # (N, H), and (N, r) or not: overwritten
+    statistics: Tensor,  # (7, N) float32
+    slopes: Slopes,
+    parts: tuple[Tensor, ...],  # of the head: (V, H), and (V, r) or not
+    dtype: torch.dtype,  # of the GEMMs' operands: what entries of the head are rounded to
+) -> None:
+    """Launches the factors of all rows."""
+    weight, weight_r = pair(parts)
+    N = statistics.shape[1]
+    row = row_of("scale_rows", dtype, statistics.device)
+    start = Start(
+        _scale_rows_kernel,
+        (*pair(g), statistics, slopes.dlogps, slopes.labels, weight, weight_r), row,
+        {
+            "HAS_SECOND": slopes.labels.shape[0] == 2, "LOW_RANK": weight_r is not None,
+            "DTYPE": LANGUAGE_DTYPE[dtype], "ALIGNED": in_vectors(*parts, *g),
+            "BLOCK": row.block, "VECTOR": VECTOR,
+        },
+    )  # fmt: skip
+    widths = [each.shape[1] for each in g] + [0]
+    strides = [each.stride(0) for each in g] + [0]
+    weights = [each.stride(0) for each in parts] + [0]
+    start(
+        N, statistics.stride(0), *widths[:2], *strides[:2], *weights[:2], *slope_numbers(slopes)
+    )  # fmt: skip
