@@ -1,26 +1,33 @@
-"""One fused call: what stands in for the head's forward while the model's own forward runs."""
+"""One fused call: what the override of the head does while the model's own forward runs."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.mean_logits import mean_logits
-from orpo_kernels.integrations.head import Head, HeadTerms, LogitTransform
+from orpo_kernels.integrations.follower import followed
+from orpo_kernels.integrations.head import HeadTerms, LogitTransform, OutputHead
 from orpo_kernels.integrations.selfcheck import SelfCheck
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import Certificate, LogpsOptions
 from orpo_kernels.pairing import Pairing, tail_groups
 
+if TYPE_CHECKING:
+    from orpo_kernels.integrations.override import ForwardOverride
+
 _BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
-class Options:
+class FuseOptions:
     """What `fuse_head` was asked for."""
 
     loss: ORPOLoss | None
@@ -33,27 +40,31 @@ class Options:
 
 
 class HeadCall:
-    """One fused call: stands in for the head's forward and keeps what it computed."""
+    """One fused call of `owner`'s model: scores the hidden states its head is given."""
 
     def __init__(
         self,
-        options: Options,
-        head: Head,
+        owner: ForwardOverride,
+        options: FuseOptions,
+        head: OutputHead,
         labels: Tensor,
         nll_labels: Tensor | None,
         transform: LogitTransform,
+        readings: tuple[LogitTransform, ...] = (),
     ) -> None:
-        self.head = head
-        self.labels, self.nll_labels = labels, nll_labels  # (B, T) shifted
+        """`labels` (B, T) are shifted; `readings` of the logit transform are to be checked."""
+        self.owner, self.head = owner, head
+        self.labels, self.nll_labels = labels, nll_labels
+        self.transform = transform
         self.results: dict[str, Tensor] = {}
         self.certificate: Certificate | None = None
-        self.readings: list[LogitTransform] = []  # to be checked
         self.check: SelfCheck | None = None
-        self.own_forward: Callable[..., Tensor]
-        self._options, self._transform = options, transform
+        self._options, self._readings = options, readings
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return empty (B, T, 0) for hidden (B, T, H), or two tokens' logits for the self-check."""
+    def forward(
+        self, own: Callable[[Tensor], Tensor], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Score hidden (B, T, H) and return empty logits (B, T, 0); `own` is the head's forward."""
         self._validate(hidden, [*(type(each).__name__ for each in args), *kwargs])
         hidden = hidden.to(self.head.linear.weight.device)
         terms, target = self.head.terms(hidden), self.labels.device
@@ -62,21 +73,29 @@ class HeadCall:
         if self._options.loss is not None:  # which takes chosen sequences first
             groups = tail_groups(self.labels, Pairing(None, self.labels.shape[0]))
         logps, self.certificate = self._score(
-            hidden, terms, sets, self._transform, self._options.compute_dtype, groups
+            hidden, terms, sets, self.transform, self._options.compute_dtype, groups
         )
         if isinstance(logps, tuple):
             self.results["nll_token_logps"], logps = logps[1].to(target), logps[0]
         self.results["token_logps"] = logps.to(target)
         if self._options.mean_logits:
-            self.results["mean_logits"] = self._mean_logits(hidden, terms).to(target)
-        empty = logps[..., None][..., :0].to(hidden)
+            with torch.no_grad():
+                means = _mean_logits(
+                    hidden,
+                    terms.weight,
+                    terms.bias,
+                    *(terms.low_rank or (None, None)),
+                    *self.transform,
+                    self._options.workspace_bytes,
+                )
+            self.results["mean_logits"] = means.to(target)
+        # A copy: compilers cannot rebuild an empty view, and FSDP warns of any view.
+        empty = logps[..., None][..., :0].to(hidden).clone()
         self.results["logits"] = empty.detach()
-        if self.readings and hidden.numel() > 0:
+        if self._readings and hidden.numel() > 0:
             tokens = _two_tokens(hidden, self.labels)
-            self.check = SelfCheck(
-                self.head.module, self.own_forward, tokens, self.readings, self._score_rows
-            )
-            return self.check.logits + empty.sum()
+            self.check = SelfCheck(own, tokens, list(self._readings), self._score_rows)
+            followed(empty, self.check.logits)
         return empty
 
     def tie(self, logits: Tensor) -> None:
@@ -132,23 +151,40 @@ class HeadCall:
         logps, _ = self._score(hidden, self.head.terms(hidden), labels, transform, None, None)
         return logps if isinstance(logps, Tensor) else logps[0]
 
-    @torch.no_grad()
-    def _mean_logits(self, hidden: Tensor, terms: HeadTerms) -> Tensor:
-        """(B,) over positions 0 to T - 2, those that predict a token."""
-        hidden, weight = hidden[:, :-1], terms.weight
-        options = {**self._transform._asdict(), "workspace_bytes": self._options.workspace_bytes}
-        if terms.low_rank is None:
-            return mean_logits(hidden, weight, terms.bias, **options)
-        # A LoRA on the head: its r columns go beside the weight's, block by block.
-        hidden = torch.cat((hidden, terms.low_rank[0][:, :-1].to(hidden)), dim=-1)
-        size = max(1, _BLOCK_ELEMENTS // hidden.shape[-1])
-        total = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-        for start in range(0, weight.shape[0], size):
-            rows = slice(start, start + size)
-            block = torch.cat((weight[rows], terms.low_rank[1][rows].to(weight)), dim=-1)
-            bias = None if terms.bias is None else terms.bias[rows]
-            total += mean_logits(hidden, block, bias, **options) * block.shape[0]
-        return total / weight.shape[0]
+
+# One node in the graph of a compiler, which would unroll the loops over blocks of the vocabulary.
+@torch.library.custom_op("orpo_kernels::head_mean_logits", mutates_args=())
+def _mean_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_r: Tensor | None,
+    weight_r: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int | None,
+) -> Tensor:
+    """(B,) float32 over positions 0 to T - 2, those that predict a token. hidden (B, T, H)."""
+    hidden = hidden[:, :-1]
+    mean = partial(
+        mean_logits, logit_scale=logit_scale, softcap=softcap, workspace_bytes=workspace_bytes
+    )
+    if hidden_r is None or weight_r is None:
+        return mean(hidden, weight, bias)
+    # A LoRA on the head: its r columns go beside the weight's, block by block.
+    hidden = torch.cat((hidden, hidden_r[:, :-1].to(hidden)), dim=-1)
+    size = max(1, _BLOCK_ELEMENTS // hidden.shape[-1])
+    total = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+    for start in range(0, weight.shape[0], size):
+        rows = slice(start, start + size)
+        block = torch.cat((weight[rows], weight_r[rows].to(weight)), dim=-1)
+        total += mean(hidden, block, None if bias is None else bias[rows]) * block.shape[0]
+    return total / weight.shape[0]
+
+
+@_mean_logits.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
 def _two_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

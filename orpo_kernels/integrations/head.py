@@ -6,8 +6,6 @@ The head is looked up in every call, so that adapters switched on or off and res
 need no second fusing.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,17 +34,12 @@ class HeadTerms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """The output head of a model as it is now: `module` is called, `linear` holds the weight."""
 
     module: nn.Module
     linear: nn.Linear
     adapters: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Changes when the head becomes another one."""
-        return id(self.module), self.linear.out_features, self.adapters
 
     def terms(self, hidden: Tensor) -> HeadTerms:
         """The tensors whose logits the head returns for `hidden` (..., H)."""
@@ -65,26 +58,8 @@ class Head:
                 bias = extra if bias is None else bias + extra
         return HeadTerms(weight, bias, low_rank)
 
-    @contextmanager
-    def replaced(self, forward: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-        """Run `forward` in place of the head's own, on this instance; yields the head's own."""
-        # accelerate keeps the real forward under this name; weights are loaded around it
-        name = "_old_forward" if hasattr(self.module, "_hf_hook") else "forward"
-        attributes = self.module.__dict__
-        missing = object()
-        before = attributes.get(name, missing)
-        own: Callable[..., Tensor] = getattr(self.module, name)
-        attributes[name] = forward
-        try:
-            yield own
-        finally:
-            if before is missing:
-                del attributes[name]
-            else:
-                attributes[name] = before
 
-
-def resolve_head(model: nn.Module) -> Head:
+def resolve_head(model: nn.Module) -> OutputHead:
     """The head that `model` would call now.
 
     Raises:
@@ -107,7 +82,7 @@ def resolve_head(model: nn.Module) -> Head:
         _refuse_unless_linear(linear, name)
         adapters = peft.lora_adapters(module)
     _refuse_unless_linear(linear, name)
-    return Head(module, linear, adapters)
+    return OutputHead(module, linear, adapters)
 
 
 def _refuse_unless_linear(linear: nn.Module, model_name: str) -> None:

@@ -1,19 +1,22 @@
 """Two tokens of a fused call, compared with the model's own logits.
 
-In the first call the head returns the true logits of two tokens instead of the empty tensor. The
-rest of the model's forward transforms them as it would all logits, and what comes out is compared
-with the log-probs that `linear_logps` gives for the same two hidden states. There is no second
-forward: no random number is drawn, and sharded, split and quantised models are as they train.
+In the first call the true logits of two tokens follow the empty tensor that the head returns (see
+`follower`). The rest of the model's forward transforms them as it would all logits, and what comes
+out is compared with the log-probs that `linear_logps` gives for the same two hidden states. There
+is no second forward: no random number is drawn, nothing else is saved for the backward, and
+sharded, split and quantised models are as they train.
 
 The second token's hidden state is enlarged until its logits reach about 64: an untrained or tiny
 model has logits so small that a missing softcap or norm would pass for rounding.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from orpo_kernels.integrations.head import LogitTransform
 
@@ -28,20 +31,22 @@ Score = Callable[[Tensor, Tensor, LogitTransform], Tensor]
 class SelfCheck:
     """Made while the head runs, from two hidden states; judged when the model's logits are there.
 
-    `logits` (1, 2, V) are the head's own, to be sent through the rest of the model's forward.
+    `logits` (1, 2, V) are the head's own, to follow what the rest of the model's forward does;
+    `outcome` is what became of them there, or why they could not follow.
     """
+
+    outcome: Tensor | Exception
 
     def __init__(
         self,
-        head: nn.Module,
         own: Callable[[Tensor], Tensor],
         tokens: tuple[Tensor, Tensor],
         readings: list[LogitTransform],
         score: Score,
     ) -> None:
-        """`own` is the forward of `head`; `tokens` are hidden (1 or 2, H) and labels (1 or 2,)."""
+        """`own` is the head's own forward; `tokens` are hidden (1 or 2, H) and labels (1 or 2,)."""
         hidden, labels = torch.stack((tokens[0][0], tokens[0][-1])), tokens[1].expand(2)
-        with torch.no_grad(), _without_dropout(head):
+        with torch.no_grad(), _WithoutDropout():
             room = _LARGE_HIDDEN / hidden.abs().amax().float()
             factor = torch.minimum(_LARGE_LOGIT / own(hidden).abs().amax().float(), room)
             hidden[1] *= factor.nan_to_num(1.0, posinf=1.0).to(hidden.dtype)
@@ -54,13 +59,19 @@ class SelfCheck:
             self._logps = {each: score(rows, self._labels.flatten(), each) for each in readings}
             self._largest = float(self.logits.abs().amax())
 
-    def choose(self, model: nn.Module, logits: Tensor) -> LogitTransform:
-        """The first reading that agrees with `logits`, what the model's forward made of ours.
+    def choose(self, model: nn.Module) -> LogitTransform:
+        """The first reading of the logit transform that agrees with `outcome`.
 
         Raises:
-            RuntimeError: none does.
+            RuntimeError: none does, or the logits could not follow.
         """
-        name = type(model).__name__
+        name, logits = type(model).__name__, self.outcome
+        if isinstance(logits, Exception):
+            raise RuntimeError(
+                f"the fused head cannot follow the logits of {name}: {type(logits).__name__}: "
+                f"{logits}. The model does more than scale and cap them, so the fused head would "
+                "train another objective; train this model on its own logits"
+            ) from logits
         if logits.shape != self.logits.shape:
             raise RuntimeError(
                 f"{name} turned the logits {tuple(self.logits.shape)} of its head into "
@@ -92,13 +103,16 @@ class SelfCheck:
         return 1e-4 + 4.0 * eps * largest
 
 
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    modes = [(each, each.training) for each in module.modules()]
-    for each, _ in modes:
-        each.training = False
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout is the identity in this thread; no module is touched, another thread may train it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.dropout:
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Two processes on gloo: the loss runs inside the wrapped forward, gradients are synchronised."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -73,10 +74,13 @@ def train(rank: int, folder: str) -> None:
     for name, (make, wrap) in CASES.items():
         model = make()
         wrapped = wrap(model)
-        fuse_head(wrapped, loss=ORPOLoss(BETA))
-        for _ in range(2):  # with the self-check and without
+        fused = fuse_head(wrapped, loss=ORPOLoss(BETA))
+        for context in (nullcontext(), fused.active()):  # with the self-check and without
             wrapped.zero_grad()
-            wrapped(**without_types(name, pair(rank))).loss.backward()
+            with context:
+                loss = wrapped(**without_types(name, pair(rank))).loss
+            fused.unfuse()
+            loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results[name] = {n: whole(grad) for n, grad in grads.items()}
     torch.save(results, f"{folder}/{rank}.pt")

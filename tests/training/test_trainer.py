@@ -95,7 +95,7 @@ def test_no_logits_in_training_and_evaluation(tmp_path: Path) -> None:
     for run in (trainer.evaluate, trainer.train):
         with LargestTensor() as largest:
             run()
-        assert largest.elements == vocabulary * 32
+        assert largest.elements <= vocabulary * 32
     _, output = trainer.compute_loss(trainer.model, batch(trainer), return_outputs=True)
     assert output.logits.shape[-1] == 0
 

@@ -1,0 +1,333 @@
+"""The forward of a fused model: the model's own, with labels taken out and log-probs put on."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.integrations.call import FuseOptions, HeadCall
+from orpo_kernels.integrations.follower import released
+from orpo_kernels.integrations.head import (
+    LogitTransform,
+    OutputHead,
+    logit_transforms,
+    resolve_head,
+)
+from orpo_kernels.integrations.output import fused_output
+from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, HeadOverride
+from orpo_kernels.integrations.token_ids import check_token_ids
+from orpo_kernels.loss import ORPOLoss
+from orpo_kernels.options import validate_labels
+
+_OWN_ARGUMENTS = ("nll_labels", "num_nll_tokens", "num_pairs")
+_KEEP_ARGUMENTS = ("logits_to_keep", "num_logits_to_keep")  # the head must see every position
+_ATTRIBUTES = ("accepts_loss_kwargs", "extra_repr")  # of the instance, beside its forward
+
+
+class Fusing:
+    """What one `fuse_head` asked for, and how its self-check read the model's logit transform."""
+
+    def __init__(self, options: FuseOptions, transform: LogitTransform | None) -> None:
+        self.options = options
+        self.transform = transform  # None: to be found by the self-check
+        self._checked: tuple[Any, ...] | None = None
+
+    def trusts(self, head: OutputHead) -> bool:
+        """Whether `transform` holds for `head`: adapters on it and its vocabulary may change."""
+        if not self.options.check:
+            return True
+        if self._checked is None:
+            return False
+        module, *rest = self._checked
+        return module() is head.module and rest == [head.linear.out_features, head.adapters]
+
+    def settle(self, head: OutputHead, transform: LogitTransform) -> None:
+        """Note that the self-check found `transform` for `head`."""
+        self.transform = transform
+        self._checked = (weakref.ref(head.module), head.linear.out_features, head.adapters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": None}  # another model's head
+
+
+class Entry:
+    """How one thread is served by `owner`'s model until it leaves; None: as if not fused."""
+
+    def __init__(self, owner: ModelOverride, fusing: Fusing | None) -> None:
+        self.owner, self.fusing = owner, fusing
+        self.live = True  # a generator may be closed, and leave, in another thread
+
+
+class ModelOverride(ForwardOverride):
+    """The forward of a model while it is fused for anybody.
+
+    A call takes the youngest fusing that its own thread has entered, else the youngest of those
+    made for everybody, `fusings`; where there is none, and without labels, the model runs as ever.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.fusings: list[Fusing] = []
+        self._found: dict[str, Any] = {}  # what `_ATTRIBUTES` were
+        self._heads: list[HeadOverride] = []  # in use
+        self._known_heads: list[HeadOverride] = []
+
+    def push(self, fusing: Fusing) -> None:
+        """Fuse for everybody."""
+        with LOCK:
+            self.acquire()
+            self.fusings.append(fusing)
+
+    def drop(self, fusing: Fusing) -> None:
+        """Undo `push`, in any order; a fusing that is not there changes nothing."""
+        with LOCK:
+            if fusing in self.fusings:
+                self.fusings.remove(fusing)
+                self.release()
+
+    def _visible(self) -> Fusing | None:
+        """What serves a call of the running thread."""
+        for entry in reversed(THREAD.entered):
+            if entry.owner is self and entry.live:
+                return entry.fusing
+        return self.fusings[-1] if self.fusings else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward; with labels, the fused one. See `fuse_head`."""
+        if args and args[0] is self.module:  # accelerate's unwrap_model binds whatever it finds
+            args = args[1:]
+        fusing = self._visible()
+        if fusing is None:
+            return self._unfused(*args, **kwargs)
+        arguments = kwargs
+        if args:
+            positional = inspect.signature(self.__wrapped__).bind_partial(*args).arguments
+            arguments = positional | kwargs
+        if arguments.get("labels") is None:
+            if arguments.get("nll_labels") is not None:
+                raise ValueError(
+                    "nll_labels came without labels: pass labels (B, T) to a fused model"
+                )
+            rest = {k: v for k, v in kwargs.items() if k not in _OWN_ARGUMENTS}
+            return self._unfused(*args, **rest)
+        if torch.compiler.is_compiling():
+            return self._fused(fusing, arguments)
+        self.acquire()  # unfusing from another thread waits until this call is done
+        try:
+            return self._fused(fusing, arguments)
+        finally:
+            self.release()
+
+    def _unfused(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward with the head's own, also from within a fused call (a hook's)."""
+        before = THREAD.calls
+        if not before:
+            return self.own(*args, **kwargs)
+        try:
+            THREAD.calls = tuple(call for call in before if call.owner is not self)
+            return self.own(*args, **kwargs)
+        finally:
+            THREAD.calls = before
+
+    def _fused(self, fusing: Fusing, arguments: dict[str, Any]) -> ModelOutput:
+        taken = ("labels", *_OWN_ARGUMENTS, *_KEEP_ARGUMENTS)
+        rest = {name: value for name, value in arguments.items() if name not in taken}
+        labels = _shifted("labels", arguments["labels"])
+        nll_labels = arguments.get("nll_labels")
+        if nll_labels is not None:
+            nll_labels = _shifted("nll_labels", nll_labels)
+        if fusing.options.loss is not None:
+            self._refuse_unless_pairs(labels, fusing.options.loss)
+            _refuse_foreign_scale(arguments["labels"], rest.pop("num_items_in_batch", None))
+        head = resolve_head(self.module)
+        if HeadOverride.on(head.module) not in self._heads:
+            self._cover(head.module)
+        new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels)
+        if fusing.transform is not None and fusing.trusts(head):
+            call = new_call(fusing.transform)
+            output = self._run(call, rest)
+        else:
+            call, output = self._checked(fusing, new_call, rest)
+        counts = {name: arguments.get(name) for name in _OWN_ARGUMENTS[1:]}
+        return fused_output(self.module, output, call, fusing.options.loss, **counts)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+        reason="the self-check of fuse_head reads tensors: with fullgraph=True, call the model "
+        "once with labels before it is compiled, or fuse it with check=False"
+    )
+    def _checked(
+        self, fusing: Fusing, new_call: Callable[..., HeadCall], arguments: dict[str, Any]
+    ) -> tuple[HeadCall, ModelOutput]:
+        """Run a call that compares two tokens with the model's own logits."""
+        likeliest = () if fusing.transform is None else (fusing.transform,)
+        readings = tuple(dict.fromkeys((*likeliest, *logit_transforms(self.module))))
+        call = new_call(readings[0], readings)
+        check_token_ids(self.module, arguments)
+        output = self._run(call, arguments)
+        if call.check is None:  # no token in this batch
+            return call, output
+        agreeing = call.check.choose(self.module)
+        fusing.settle(call.head, agreeing)
+        if agreeing == call.transform:
+            return call, output
+        if arguments.get("past_key_values") is not None:
+            raise RuntimeError(
+                f"the self-check found that {type(self.module).__name__} reads its config as "
+                f"{agreeing}, after this call had extended past_key_values; call again, with the "
+                "cache as it was before"
+            )
+        # Once per fusing. What the first run saved is of no use; a checkpoint around this call,
+        # which counts what is saved, does not see the second.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            call = new_call(agreeing)
+            return call, self._run(call, arguments)
+
+    def _run(self, call: HeadCall, arguments: dict[str, Any]) -> ModelOutput:
+        """The model's own forward, its head served by `call` in this thread."""
+        before = THREAD.calls
+        try:
+            THREAD.calls = (*before, call)
+            output = self.own(**arguments)
+        finally:
+            THREAD.calls = before
+        self._refuse_unless_complete(call, output)
+        if call.check is not None:
+            call.check.outcome = released(output.logits)
+        if output.logits.requires_grad:
+            call.tie(output.logits)
+        return output  # type: ignore[no-any-return]
+
+    def _refuse_unless_pairs(self, labels: Tensor, loss: ORPOLoss) -> None:
+        if labels.shape[0] % 2 != 0:
+            raise ValueError(
+                f"the head of this {type(self.module).__name__} is fused (fuse_head) with {loss}: "
+                "called with labels, it returns the loss of stacked pairs, P chosen then P "
+                f"rejected sequences, and got {labels.shape[0]}. For the model's own loss, call it "
+                "within `with fused.paused():`, or undo with unfuse_head(model)"
+            )
+
+    def _refuse_unless_complete(self, call: HeadCall, output: object) -> None:
+        name = type(self.module).__name__
+        if not call.results:
+            code = inspect.unwrap(self.__wrapped__)
+            raise RuntimeError(
+                f"{name}.forward ({code.__module__}.{code.__qualname__}) returned without calling "
+                "its output head: another patch computes the logits or the loss (Unsloth, Liger, "
+                "Cut Cross Entropy?); undo it before fuse_head"
+            )
+        if not isinstance(output, ModelOutput) or not isinstance(output.get("logits"), Tensor):
+            raise TypeError(
+                f"{name} returned a {type(output).__name__}, expected a ModelOutput with logits to "
+                "put token_logps on; call it with return_dict=True"
+            )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's own and the arguments that only a fused model takes.
+
+        `transformers.Trainer` drops the columns of a batch that are not named here.
+        """
+        signature = inspect.signature(self.__wrapped__)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in _OWN_ARGUMENTS
+        ]
+        return signature.replace(parameters=[*named, *own, *rest])
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says: the model's own, and that its head is fused."""
+        model, fusing = self.module, self._visible()
+        found = self._found.get("extra_repr")
+        own: str = type(model).extra_repr(model) if found is None else found()
+        if fusing is None:
+            return own
+        loss = "" if fusing.options.loss is None else f" and the loss of {fusing.options.loss}"
+        note = f"head fused by orpo_kernels: called with labels, returns log-probs{loss}"
+        return f"{own}\n{note}" if own else note
+
+    def _put_on(self) -> None:
+        model = self.module
+        head = resolve_head(model)  # refuses before anything is changed
+        super()._put_on()
+        attributes = model.__dict__
+        self._found = {name: attributes[name] for name in _ATTRIBUTES if name in attributes}
+        # transformers.Trainer asks: our loss ignores num_items_in_batch, so Trainer is to average
+        # over the micro-batches itself.
+        attributes["accepts_loss_kwargs"] = False
+        attributes["extra_repr"] = self.extra_repr
+        self._cover(head.module)
+
+    def _take_off(self) -> None:
+        for each in self._heads:
+            each.release()
+        self._heads = []
+        attributes = self.module.__dict__
+        for name in _ATTRIBUTES:
+            attributes.pop(name, None)
+        attributes.update(self._found)
+        super()._take_off()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _cover(self, head: nn.Module) -> None:
+        """Override the forward of `head` as well, until this is taken off."""
+        with LOCK:
+            known = [each for each in self._known_heads if each.is_alive]
+            override = HeadOverride.on(head)
+            if override is None:
+                override = next((each for each in known if each.module is head), None)
+            if override is None:
+                override = HeadOverride(head)
+            if override not in self._heads:
+                override.acquire()
+                self._heads.append(override)
+            self._known_heads = list(dict.fromkeys((*known, override)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._users = len(self.fusings)  # a copy is fused for everybody, not for a thread
+        for each in self._heads:
+            each._users += 1  # the copies of the heads have it as their forward already
+
+
+def _shifted(name: str, labels: object) -> Tensor:
+    """(B, T) int64, where position t holds the label of position t + 1."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"{name} must be an integer tensor (B, T), got {given}; pad the batch first"
+        )
+    validate_labels(name, labels)
+    return F.pad(labels[:, 1:].to(torch.int64), (0, 1), value=IGNORE_INDEX)
+
+
+def _refuse_foreign_scale(labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
+    """Refuse a Trainer that was made before the head was fused, where that matters.
+
+    It asked the model then whether its loss accepts `num_items_in_batch`, takes the loss for scaled
+    by that number, and would not average over micro-batches or ranks.
+    """
+    if num_items_in_batch is None:
+        return
+    scored = labels != IGNORE_INDEX
+    own = {int(scored.sum()), int(scored[:, 1:].sum())}  # Trainer's count, old and new
+    if int(num_items_in_batch) not in own:
+        raise ValueError(
+            f"num_items_in_batch={int(num_items_in_batch)} counts the tokens of more batches than "
+            f"this one ({max(own)}): the Trainer was made before the head was fused and would not "
+            "average over them; make it after fuse_head(model, ...)"
+        )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
