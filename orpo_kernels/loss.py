@@ -308,11 +308,18 @@ class ORPOLoss(nn.Module):
 
         Raises:
             TypeError: as the class.
-            ValueError: an unknown name, and as the class.
+            ValueError: an unknown name, labels only a collator can make ("xfactlab"), and so on.
         """
         check_choice("preset", name, tuple(PRESETS))
         refuse_unknown(cls.from_preset, options, LogpsSettings)
         preset = PRESETS[name]
+        if preset.nll_scope not in NLL_SCOPES or preset.odds_scope != "completion":
+            raise ValueError(
+                f"the preset {name!r} is a matter of the labels, which the loss cannot tell from "
+                f"others: make them with PreferenceCollator(nll_scope={preset.nll_scope!r}, "
+                f"odds_scope={preset.odds_scope!r}) and take ORPOLoss(beta, "
+                f"{preset.nll_reduction!r}, 'prompt+completion'); ORPOConfig(preset={name!r}) does"
+            )
         return cls(beta, preset.nll_reduction, preset.nll_scope, **options)
 
     def nll_labels_of(self, nll_labels: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.options import check_choice, validate_labels
-from orpo_kernels.presets import NLL_SCOPES
+from orpo_kernels.presets import LABEL_NLL_SCOPES, ODDS_SCOPES
 from orpo_kernels.training.data import COLUMNS
 
 _SIDES = ("chosen", "rejected")
@@ -24,13 +24,18 @@ class PreferenceCollator:
     - `input_ids` (2P, T) int64: the P chosen sequences, then the P rejected ones;
     - `attention_mask` (2P, T) int64: 0 on padding;
     - `labels` (2P, T) int64: answer tokens, -100 elsewhere, not shifted;
-    - `nll_labels` (2P, T) int64, with nll_scope="prompt+completion" only: tokens of the NLL, the
-      chosen prompts and answers; rejected rows all -100. Without, `labels` are those of the NLL.
+    - `nll_labels` (2P, T) int64, unless nll_scope="completion": tokens of the NLL, the chosen
+      prompts and answers; rejected rows all -100. Without, `labels` are those of the NLL.
 
     Args:
         processing_class: tokenizer (or processor) that knows the pad token.
         pad_token_id: id to pad with instead.
-        nll_scope: "prompt+completion" or "completion".
+        nll_scope: "prompt+completion" or "completion"; or "prompt+completion-pad", without the
+            tokens that are the pad token.
+        odds_scope: "completion"; or "completion+pad", with the pad token that follows an answer
+            shorter than `max_length`. Both "pad" scopes are xfactlab's, and pad with EOS unless
+            `pad_token_id` is given.
+        max_length: of a row, where "completion+pad" has to know it; None: no row is as long.
         vocab_size: refuse token ids of this value and above, the pad token's among them; None if
             not known. ORPOTrainer sets it.
         pad_to_multiple_of: round T up.
@@ -45,21 +50,27 @@ class PreferenceCollator:
         *,
         pad_token_id: int | None = None,
         nll_scope: str = "prompt+completion",
+        odds_scope: str = "completion",
+        max_length: int | None = None,
         vocab_size: int | None = None,
         pad_to_multiple_of: int = 1,
     ) -> None:
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        check_choice("nll_scope", nll_scope, LABEL_NLL_SCOPES)
+        check_choice("odds_scope", odds_scope, ODDS_SCOPES)
         if pad_token_id is None:
-            pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+            name = "eos_token_id" if "pad" in nll_scope + odds_scope else "pad_token_id"
+            pad_token_id = getattr(self.tokenizer, name, None)
         if pad_token_id is None:
             raise ValueError(
                 "a pad token is needed to batch sequences, but the tokenizer has none; set "
                 "tokenizer.pad_token (tokenizer.eos_token will do: padding is never scored), or "
                 "pass pad_token_id (padding_value in ORPOConfig)"
             )
-        check_choice("nll_scope", nll_scope, NLL_SCOPES)
         self.pad_token_id = pad_token_id
         self.nll_scope = nll_scope
+        self.odds_scope = odds_scope
+        self.max_length = max_length
         self.vocab_size = vocab_size  # checks the pad token
         self.pad_to_multiple_of = pad_to_multiple_of
 
@@ -81,23 +92,25 @@ class PreferenceCollator:
             )
         self._vocab_size = vocab_size
 
-    def bind(self, vocab_size: int, nll_scope: str) -> None:
+    def bind(self, vocab_size: int, nll_scope: str, odds_scope: str) -> None:
         """Take the bound of the token ids from a trainer's model, unless there is one.
 
         Args:
             vocab_size: of the model.
             nll_scope: of the trainer's loss.
+            odds_scope: of the trainer's loss.
 
         Raises:
             ValueError: another scope than this collator's.
         """
         if self.vocab_size is None:
             self.vocab_size = vocab_size
-        if self.nll_scope != nll_scope:
-            raise ValueError(
-                f"data_collator.nll_scope is {self.nll_scope!r} but the arguments say "
-                f"{nll_scope!r}; set nll_scope in ORPOConfig to match"
-            )
+        for name, asked in (("nll_scope", nll_scope), ("odds_scope", odds_scope)):
+            if getattr(self, name) != asked:
+                raise ValueError(
+                    f"data_collator.{name} is {getattr(self, name)!r} but the arguments say "
+                    f"{asked!r}; set {name} in ORPOConfig to match"
+                )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows with the columns `COLUMNS`; others are ignored.
@@ -118,14 +131,12 @@ class PreferenceCollator:
             [_ids(f"{side}_{kind}", row[f"{side}_{kind}"]) for side in _SIDES for row in features]
             for kind in ("input_ids", "labels")
         )
+        _check_lengths(ids, labels)
         longest = max(len(sequence) for sequence in ids)
+        if self.odds_scope == "completion+pad":
+            labels = [self._with_pad(sequence) for sequence in labels]
+            longest = max(longest, *(len(sequence) for sequence in labels))
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        for one, other in zip(ids, labels, strict=True):
-            if len(one) != len(other):
-                raise ValueError(
-                    "input_ids and labels of a sequence must have one length, got "
-                    f"{len(one)} and {len(other)}; prepare_dataset makes both"
-                )
         lengths = torch.tensor([len(sequence) for sequence in ids], device="cpu")
         real = lengths[:, None] > torch.arange(length, device="cpu")
         batch = {
@@ -135,10 +146,19 @@ class PreferenceCollator:
         }
         self._check_range("input_ids", batch["input_ids"][real])
         self._check_range("labels", batch["labels"][batch["labels"] != IGNORE_INDEX])
-        if self.nll_scope == "prompt+completion":
-            batch["nll_labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+        if self.nll_scope != "completion":
+            scored = real if self.nll_scope == "prompt+completion" else self._text(batch, real)
+            batch["nll_labels"] = batch["input_ids"].masked_fill(~scored, IGNORE_INDEX)
             batch["nll_labels"][len(features) :] = IGNORE_INDEX
         return batch
+
+    def _with_pad(self, labels: torch.Tensor) -> torch.Tensor:
+        if self.max_length is not None and len(labels) >= self.max_length:
+            return labels
+        return torch.cat((labels, labels.new_full((1,), self.pad_token_id)))
+
+    def _text(self, batch: Mapping[str, torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+        return real & (batch["input_ids"] != self.pad_token_id)
 
     def _check_range(self, name: str, values: torch.Tensor) -> None:
         if values.numel() == 0:
@@ -149,6 +169,15 @@ class PreferenceCollator:
             raise ValueError(
                 f"{name} must be in {vocabulary} (or {IGNORE_INDEX} in labels), got values from "
                 f"{low} to {high}; prepare the dataset with the tokenizer of this model"
+            )
+
+
+def _check_lengths(ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> None:
+    for one, other in zip(ids, labels, strict=True):
+        if len(one) != len(other):
+            raise ValueError(
+                "input_ids and labels of a sequence must have one length, got "
+                f"{len(one)} and {len(other)}; prepare_dataset makes both"
             )
 
 

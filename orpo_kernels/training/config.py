@@ -19,7 +19,7 @@ from orpo_kernels.options import (
     check_integer,
     check_workspace_bytes,
 )
-from orpo_kernels.presets import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
+from orpo_kernels.presets import LABEL_NLL_SCOPES, NLL_REDUCTIONS, ODDS_SCOPES, PRESETS
 from orpo_kernels.training.rows import RowOptions
 
 DEFAULT_MAX_LENGTH = 512
@@ -55,9 +55,12 @@ class ORPOConfig(TrainingArguments):
             `chat_template_kwargs`. By default they are dropped, as Arrow fills rows with them.
         on_bad_row: "raise" for a row that cannot be used (the chat template refuses it, it has no
             prompt, ...), or "skip" it and say how many there were.
-        preset: whose loss it is: "trl", "llamafactory" or "xfactlab". It sets `nll_scope` and
-            `nll_reduction` where these are None.
-        nll_scope: tokens of the chosen sequence in the NLL, "prompt+completion" or "completion".
+        preset: whose loss it is: "trl", "llamafactory", "xfactlab" (what its code does) or "paper".
+            It sets `nll_scope`, `nll_reduction` and `odds_scope` where these are None.
+        nll_scope: tokens of the chosen sequence in the NLL, "prompt+completion" or "completion";
+            "prompt+completion-pad" leaves out those that are the pad token.
+        odds_scope: tokens of the odds, "completion"; "completion+pad" with the padding position
+            that follows. Both "pad" scopes pad with EOS unless `padding_value` is given.
         nll_reduction: mean over "token"s of the batch, or over each pair first ("pair").
         loss_normalization: what a token's share of the loss is when one optimizer step takes
             several micro-batches or ranks. "micro_batch": the mean of their means, as in TRL.
@@ -160,12 +163,15 @@ class ORPOConfig(TrainingArguments):
         default="raise",
         metadata={"help": "What to do about rows that cannot be used; skip says how many."},
     )
-    preset: Literal["trl", "llamafactory", "xfactlab"] = field(
+    preset: Literal["trl", "llamafactory", "xfactlab", "paper"] = field(
         default="trl",
-        metadata={"help": "Whose loss: sets nll_scope and nll_reduction where they are not given."},
+        metadata={"help": "Whose loss: sets the scopes and nll_reduction if they are not given."},
     )
-    nll_scope: Literal["prompt+completion", "completion"] | None = field(
+    nll_scope: Literal["prompt+completion", "completion", "prompt+completion-pad"] | None = field(
         default=None, metadata={"help": "Tokens of the chosen sequence that enter the NLL."}
+    )
+    odds_scope: Literal["completion", "completion+pad"] | None = field(
+        default=None, metadata={"help": "Tokens of an answer that enter the odds."}
     )
     nll_reduction: Literal["token", "pair"] | None = field(
         default=None, metadata={"help": "NLL as a mean over tokens, or over each pair first."}
@@ -220,6 +226,11 @@ class ORPOConfig(TrainingArguments):
         return self.nll_reduction or str(PRESETS[self.preset].nll_reduction)
 
     @property
+    def resolved_odds_scope(self) -> str:
+        """`odds_scope`, or the preset's."""
+        return self.odds_scope or str(PRESETS[self.preset].odds_scope)
+
+    @property
     def resolved_max_length(self) -> int:
         """`max_length`, or TRL's 512."""
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
@@ -244,7 +255,8 @@ class ORPOConfig(TrainingArguments):
 
     def _check_values(self) -> None:
         check_choice("preset", self.preset, tuple(PRESETS))
-        check_choice("nll_scope", self.nll_scope, (None, *NLL_SCOPES))
+        check_choice("nll_scope", self.nll_scope, (None, *LABEL_NLL_SCOPES))
+        check_choice("odds_scope", self.odds_scope, (None, *ODDS_SCOPES))
         check_choice("nll_reduction", self.nll_reduction, (None, *NLL_REDUCTIONS))
         check_choice("loss_normalization", self.loss_normalization, ("micro_batch", "global"))
         check_choice("gradient", self.gradient, GRADIENTS)

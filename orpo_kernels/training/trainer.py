@@ -110,6 +110,8 @@ class ORPOTrainer(Trainer):
                 processing_class,
                 pad_token_id=args.padding_value,
                 nll_scope=args.resolved_nll_scope,
+                odds_scope=args.resolved_odds_scope,
+                max_length=args.resolved_max_length,
             )
         if model is not None:
             model = set_up_model(model, args, peft_config)
@@ -130,7 +132,8 @@ class ORPOTrainer(Trainer):
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
         self._tell_trainer_what_is_scaled()
         if isinstance(self.data_collator, PreferenceCollator):
-            self.data_collator.bind(self._vocab_size, args.resolved_nll_scope)
+            scopes = (args.resolved_nll_scope, args.resolved_odds_scope)
+            self.data_collator.bind(self._vocab_size, *scopes)
         self._max_length = bounded_length(args.resolved_max_length, cast(nn.Module, self.model))
         self.train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(eval_dataset, Mapping):
@@ -187,8 +190,7 @@ class ORPOTrainer(Trainer):
             ValueError: nothing is.
         """
         refuse_frozen(cast(nn.Module, self.model))
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        return optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -313,8 +315,8 @@ class ORPOTrainer(Trainer):
 
     @property
     def _loss(self) -> ORPOLoss:
-        args = self.args
-        return ORPOLoss(args.beta, args.resolved_nll_reduction, args.resolved_nll_scope)
+        scope = self.args.resolved_nll_scope.removesuffix("-pad")  # a matter of the labels
+        return ORPOLoss(self.args.beta, self.args.resolved_nll_reduction, scope)
 
     def _fuse(self, model: nn.Module) -> None:
         args = self.args

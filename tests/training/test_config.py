@@ -38,12 +38,14 @@ def test_checkpointing_goes_by_both_names(name: str) -> None:
     [
         ("trl", "prompt+completion", "token"),
         ("llamafactory", "completion", "pair"),
-        ("xfactlab", "prompt+completion", "token"),
+        ("xfactlab", "prompt+completion-pad", "token"),
+        ("paper", "prompt+completion", "token"),
     ],
 )
 def test_presets(preset: str, scope: str, reduction: str) -> None:
     args = config(preset=preset)
     assert (args.resolved_nll_scope, args.resolved_nll_reduction) == (scope, reduction)
+    assert args.resolved_odds_scope == "completion" + ("+pad" if preset == "xfactlab" else "")
     args = config(preset=preset, nll_scope="completion", nll_reduction="pair")
     assert (args.resolved_nll_scope, args.resolved_nll_reduction) == ("completion", "pair")
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from orpo_kernels import PRESETS
 from orpo_kernels.training import ORPOConfig, ORPOTrainer, PreferenceCollator, prepare_dataset
 from tests.tiny_models import VOCAB_SIZE, build, tiny_tokenizer
 from tests.training.runs import history, make, pairs, settings
@@ -116,9 +117,10 @@ def test_model_is_itself_without_labels(tmp_path: Path) -> None:
 def test_presets_change_the_loss(tmp_path: Path) -> None:
     losses = {
         preset: history(make(tmp_path, preset=preset, max_steps=1))[0]["nll_loss"]
-        for preset in ("trl", "llamafactory", "xfactlab")
+        for preset in PRESETS
     }
-    assert losses["trl"] == losses["xfactlab"] != losses["llamafactory"]
+    assert losses["trl"] == losses["paper"]
+    assert len(set(losses.values())) == 3
 
 
 def test_workspace_and_dtype_reach_the_head(tmp_path: Path) -> None:
