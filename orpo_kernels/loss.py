@@ -23,7 +23,6 @@ from orpo_kernels.options import (
     LogpsKeywords,
     LogpsOptions,
     LogpsSettings,
-    check_beta,
     check_choice,
     refuse_unknown,
     spelled_out,
@@ -33,8 +32,9 @@ from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.pairing import (
     BatchKeywords,
     CallKeywords,
+    Pairing,
+    Weighting,
     as_int64,
-    check_count,
     check_log_probs,
     check_nll_labels,
     chosen_only,
@@ -42,7 +42,7 @@ from orpo_kernels.pairing import (
     pairing_of,
     tail_groups,
 )
-from orpo_kernels.presets import NLL_REDUCTIONS, NLL_SCOPES, PRESETS
+from orpo_kernels.presets import NLL_SCOPES, PRESETS
 from orpo_kernels.sequence_mean import sequence_mean
 
 if TYPE_CHECKING:
@@ -133,27 +133,21 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
     """
     refuse_unknown(orpo_loss, options, LogpsKeywords)
     scoring = LogpsOptions(**options)
-    ignore_index = scoring.ignore_index
-    _check_loss(beta, nll_reduction, num_nll_tokens, num_pairs)
-    if nll_labels is labels:
-        nll_labels = None
+    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs)
+    others = None if nll_labels is labels else nll_labels
     labels = as_int64("labels", labels)
     pairing = pairing_of(labels, sequence_ids, num_sequences)
     if scoring.tail_groups is None and scoring.gradient != "exact":
         scoring = replace(scoring, tail_groups=tail_groups(labels, pairing))
     label_sets: Tensor | tuple[Tensor, Tensor] = labels
-    if nll_labels is not None:
-        nll_labels = check_nll_labels(nll_labels, labels, pairing)
-        nll_labels = chosen_only(nll_labels, labels, pairing, ignore_index)
-        label_sets = (labels, nll_labels)
+    if others is not None:
+        others = check_nll_labels(others, labels, pairing)
+        others = chosen_only(others, labels, pairing, scoring.ignore_index)
+        label_sets = (labels, others)
     logps, certificate = certified_logps(hidden, weight, label_sets, bias, scoring)
     token_logps, nll_token_logps = logps if isinstance(logps, tuple) else (logps, None)
-    output = orpo_loss_from_logps(
-        token_logps, labels, nll_token_logps, nll_labels,
-        beta=beta, nll_reduction=nll_reduction, ignore_index=ignore_index,
-        sequence_ids=sequence_ids, num_sequences=num_sequences,
-        num_nll_tokens=num_nll_tokens, num_pairs=num_pairs,
-    )  # fmt: skip
+    nll = None if nll_token_logps is None or others is None else (nll_token_logps, others)
+    output = _output(token_logps, labels, nll, scoring.ignore_index, pairing, weighting)
     return output._replace(sparse=certificate)
 
 
@@ -194,26 +188,39 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         ValueError: an odd number of sequences, packed ones without `num_sequences`, shapes that do
             not match, a value out of range.
     """
-    _check_loss(beta, nll_reduction, num_nll_tokens, num_pairs)
+    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs)
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
     labels = as_int64("labels", labels)
     pairing = pairing_of(labels, sequence_ids, num_sequences)
     check_log_probs("token_logps", token_logps, labels)
-    dtype = torch.promote_types(token_logps.dtype, torch.float32)
     nll = None
     if nll_token_logps is not None and nll_labels is not None:
-        nll_labels = check_nll_labels(nll_labels, labels, pairing)
+        nll = (nll_token_logps, check_nll_labels(nll_labels, labels, pairing))
         check_log_probs("nll_token_logps", nll_token_logps, labels)
-        dtype = torch.promote_types(dtype, nll_token_logps.dtype)
-        nll = (nll_token_logps.to(dtype), nll_labels)
+    return _output(token_logps, labels, nll, ignore_index, pairing, weighting)
+
+
+def _output(
+    token_logps: Tensor,
+    labels: Tensor,
+    nll: tuple[Tensor, Tensor] | None,
+    ignore_index: int,
+    pairing: Pairing,
+    weighting: Weighting,
+) -> ORPOOutput:
+    """The loss of checked log-probs and labels; `nll` are those of the NLL if they are others."""
+    dtype = torch.promote_types(token_logps.dtype, torch.float32)
+    if nll is not None:
+        dtype = torch.promote_types(dtype, nll[0].dtype)
+        nll = (nll[0].to(dtype), nll[1])
     mean, count = sequence_mean(
         token_logps.to(dtype), labels, nll, ignore_index=ignore_index, **pairing._asdict()
     )
     found = pair_loss(
-        mean, count, beta=beta, by_token=nll_reduction == "token",
-        num_nll_tokens=count_on(mean.device, num_nll_tokens),
-        num_pairs=count_on(mean.device, num_pairs),
+        mean, count, beta=weighting.beta, by_token=weighting.nll_reduction == "token",
+        num_nll_tokens=count_on(mean.device, weighting.num_nll_tokens),
+        num_pairs=count_on(mean.device, weighting.num_pairs),
     )  # fmt: skip
     chosen, rejected = mean[0].detach().chunk(2)
     nll_loss, or_loss = found.parts.unbind()
@@ -291,8 +298,8 @@ class ORPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unknown(type(self), options, LogpsSettings)
-        LogpsOptions(**options)  # refuses what is out of range
-        _check_loss(beta, nll_reduction)
+        LogpsOptions(**options)  # these two refuse what is out of range
+        Weighting(beta, nll_reduction)
         check_choice("nll_scope", nll_scope, (None, *NLL_SCOPES))
         self.beta = beta
         self.nll_reduction = nll_reduction
@@ -373,10 +380,11 @@ class ORPOLoss(nn.Module):
     ) -> ORPOOutput:
         """See `orpo_loss_from_logps`."""
         refuse_unknown(self.from_logps, batch, BatchKeywords)
-        if self.nll_labels_of(nll_labels) is None:
-            nll_token_logps = nll_labels = None
+        needed = self.nll_labels_of(nll_labels)
+        if nll_labels is not needed:
+            nll_token_logps = None
         return orpo_loss_from_logps(
-            token_logps, labels, nll_token_logps, nll_labels,
+            token_logps, labels, nll_token_logps, needed,
             beta=self.beta, nll_reduction=self.nll_reduction,
             ignore_index=self.options.get("ignore_index", IGNORE_INDEX), **batch,
         )  # fmt: skip
@@ -386,15 +394,3 @@ class ORPOLoss(nn.Module):
         scope = {} if self.nll_scope is None else {"nll_scope": self.nll_scope}
         options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **scope, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _check_loss(
-    beta: float,
-    nll_reduction: str,
-    num_nll_tokens: Tensor | int | None = None,
-    num_pairs: Tensor | int | None = None,
-) -> None:
-    check_beta(beta)
-    check_choice("nll_reduction", nll_reduction, NLL_REDUCTIONS)
-    check_count("num_nll_tokens", num_nll_tokens)
-    check_count("num_pairs", num_pairs)

@@ -1,16 +1,18 @@
-"""Which sequence a token belongs to, and which sequence is paired with which.
+"""Which sequence a token is of, which sequences are pairs, and how the pairs are weighed.
 
 Stacked sequences, chosen first: sequence i is paired with sequence P + i. Padded, a sequence is a
 row of (2P, T). Packed, a token (N,) has the id of its sequence; how many there are is told apart
 from the ids, as a sequence without a token has none.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from orpo_kernels.options import check_integer, validate_labels
+from orpo_kernels.options import check_beta, check_choice, check_integer, validate_labels
+from orpo_kernels.presets import NLL_REDUCTIONS
 
 
 class BatchKeywords(TypedDict, total=False):
@@ -108,13 +110,28 @@ def _packed_count(labels: Tensor, sequence_ids: Tensor, num_sequences: int | Non
     return num_sequences
 
 
-def check_count(name: str, count: Tensor | int | None) -> None:
-    """Refuse a count over all micro-batches that is neither a number of them nor a 0-dim tensor.
+@dataclass(frozen=True)
+class Weighting:
+    """How the terms of the loss are weighed, checked; see `orpo_loss`.
 
     Raises:
-        TypeError: not an integer.
-        ValueError: negative, or more than one number.
+        TypeError: a value of another type.
+        ValueError: a value out of range.
     """
+
+    beta: float
+    nll_reduction: str
+    num_nll_tokens: Tensor | int | None = None
+    num_pairs: Tensor | int | None = None
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_choice("nll_reduction", self.nll_reduction, NLL_REDUCTIONS)
+        _check_count("num_nll_tokens", self.num_nll_tokens)
+        _check_count("num_pairs", self.num_pairs)
+
+
+def _check_count(name: str, count: Tensor | int | None) -> None:
     if isinstance(count, Tensor):
         if count.ndim != 0:
             raise ValueError(f"{name} must be 0-dim, got {tuple(count.shape)}; sum it")

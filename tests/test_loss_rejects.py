@@ -121,5 +121,9 @@ def test_a_batch_without_the_prompt_for_an_nll_with_it():
 def test_rejects_unknown_names():
     with pytest.raises(ValueError, match="nll_reduction"):
         ORPOLoss(nll_reduction="sum")
+    one = torch.zeros(2, 2), torch.zeros(2, 2).long(), torch.zeros(2, 2)
+    for scope in (None, "completion"):
+        with pytest.raises(ValueError, match="go together"):
+            ORPOLoss(nll_scope=scope).from_logps(*one)
     with pytest.raises(ValueError, match="go together"):
         orpo_loss_from_logps(torch.zeros(2, 2), torch.zeros(2, 2).long(), torch.zeros(2, 2))
