@@ -73,6 +73,12 @@ class DensityGuard:
             )
         self._exact_steps_left, self._last = left, None
 
+    def __getstate__(self) -> GuardState:
+        return self.state_dict()  # a certificate on its way cannot be copied
+
+    def __setstate__(self, state: GuardState) -> None:
+        self.load_state_dict(state)
+
     def _look(self) -> None:
         """Reads the last certificate, once."""
         if self._last is None:

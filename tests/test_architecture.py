@@ -18,11 +18,11 @@ ROOMS = [
     {"selftest"},
     {"integrations"},
     {"__init__"},  # the public names
-    {"loss", "presets"},
+    {"loss"},
     {"guard"},
     {"linear_logps", "odds_ratio", "pair_loss", "pairing", "sequence_mean"},
     {"ops"},
-    {"options", "reference"},
+    {"options", "presets", "reference"},
     {"engine"},
     {"kernels"},
     {"constants", "version"},

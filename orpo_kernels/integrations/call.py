@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.mean_logits import mean_logits
+from orpo_kernels.guard import DensityGuard
 from orpo_kernels.integrations.follower import followed
 from orpo_kernels.integrations.head import HeadTerms, LogitTransform, OutputHead
 from orpo_kernels.integrations.selfcheck import SelfCheck
@@ -28,7 +29,12 @@ _BLOCK_ELEMENTS = 2**20
 
 @dataclass(frozen=True)
 class FuseOptions:
-    """What `fuse_head` was asked for."""
+    """What `fuse_head` was asked for, checked; and what `gradient="auto"` has seen so far.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a value out of range.
+    """
 
     loss: ORPOLoss | None
     workspace_bytes: int | None
@@ -37,6 +43,19 @@ class FuseOptions:
     compute_dtype: torch.dtype | None
     mean_logits: bool
     check: bool
+    guard: DensityGuard = field(default_factory=DensityGuard, compare=False)
+
+    def __post_init__(self) -> None:
+        LogpsOptions(
+            gradient=self.gradient, eps=self.eps, compute_dtype=self.compute_dtype,
+            workspace_bytes=self.workspace_bytes,
+        )  # fmt: skip
+
+    def next_gradient(self) -> str:
+        """How the gradient of the next call is to be taken; a call without one asks no guard."""
+        if self.gradient == "auto" and torch.is_grad_enabled():
+            return "exact" if self.guard.gradient() == "exact" else "auto"
+        return self.gradient
 
 
 class HeadCall:
@@ -75,6 +94,8 @@ class HeadCall:
         logps, self.certificate = self._score(
             hidden, terms, sets, self.transform, self._options.compute_dtype, groups
         )
+        if self._options.gradient == "auto" and self.certificate is not None:
+            self._options.guard.record(self.certificate)
         if isinstance(logps, tuple):
             self.results["nll_token_logps"], logps = logps[1].to(target), logps[0]
         self.results["token_logps"] = logps.to(target)
@@ -137,7 +158,7 @@ class HeadCall:
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Certificate | None]:
         options = LogpsOptions(
             low_rank=terms.low_rank,
-            gradient=self._options.gradient,
+            gradient=self._options.next_gradient(),
             eps=self._options.eps,
             tail_groups=groups,
             compute_dtype=compute_dtype,

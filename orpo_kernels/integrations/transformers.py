@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orpo_kernels.constants import DEFAULT_EPS
+from orpo_kernels.guard import DensityGuard
 from orpo_kernels.integrations import peft
 from orpo_kernels.integrations.call import FuseOptions
 from orpo_kernels.integrations.head import LogitTransform, logit_transforms, resolve_head
@@ -61,7 +62,8 @@ def fuse_head(
         model: a causal LM of transformers, also inside `PeftModel`, DDP or FSDP.
         loss: computes `out.loss` from the log-probs.
         workspace_bytes: as in `linear_logps`, like `gradient`, `eps` and `compute_dtype`.
-        gradient: "exact", "sparse" or "auto".
+        gradient: "exact", "sparse", or "auto": sparse where the GEMMs are 16-bit, but for the 32
+            steps after one whose softmax was too flat for it (`FusedHead.guard`).
         eps: of the sparse gradient, 0 to 1.
         compute_dtype: dtype of the GEMMs; default: autocast's, else that of hidden and weight.
         mean_logits: also report the mean logit of each row.
@@ -112,6 +114,13 @@ def unfuse_head(model: nn.Module) -> None:
         override.withdraw()
 
 
+def guard_of(model: nn.Module) -> DensityGuard | None:
+    """The guard of the fusing in force for everybody; None where `model` is not fused."""
+    override = ModelOverride.on(_causal_lm(model))
+    fusings = [] if override is None else override.fusings
+    return fusings[-1].options.guard if fusings else None
+
+
 class FusedHead:
     """One fusing of one model, made by `fuse_head`: the handle to undo, redo and suspend it.
 
@@ -135,6 +144,11 @@ class FusedHead:
     def transform(self) -> LogitTransform | None:
         """Logit scale and softcap in use; None before the self-check has found them."""
         return self._fusing.transform
+
+    @property
+    def guard(self) -> DensityGuard:
+        """What `gradient="auto"` has seen so far; its state belongs to a run's checkpoints."""
+        return self._fusing.options.guard
 
     @property
     def is_fused(self) -> bool:

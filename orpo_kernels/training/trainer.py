@@ -31,12 +31,14 @@ from orpo_kernels.training.checkpoints import (
 from orpo_kernels.training.collator import PreferenceCollator
 from orpo_kernels.training.config import ORPOConfig
 from orpo_kernels.training.data import check_dataset, prepare_dataset
+from orpo_kernels.training.guard_state import guard_callbacks
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from orpo_kernels.training.model_setup import (
     load_model,
     load_processing_class,
     refuse_frozen,
     set_up_model,
+    vocabulary_size,
 )
 from orpo_kernels.training.positions import bounded_length
 
@@ -124,7 +126,7 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             model_init=model_init,  # type: ignore[arg-type]
             compute_metrics=None if compute_metrics is None else explained(compute_metrics),
-            callbacks=callbacks,
+            callbacks=[*(callbacks or ()), *guard_callbacks(args.gradient)],
             optimizers=optimizers,
         )
         if model is not None:
@@ -133,7 +135,7 @@ class ORPOTrainer(Trainer):
         self._tell_trainer_what_is_scaled()
         if isinstance(self.data_collator, PreferenceCollator):
             scopes = (args.resolved_nll_scope, args.resolved_odds_scope)
-            self.data_collator.bind(self._vocab_size, *scopes)
+            self.data_collator.bind(vocabulary_size(self.model), *scopes)
         self._max_length = bounded_length(args.resolved_max_length, cast(nn.Module, self.model))
         self.train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(eval_dataset, Mapping):
@@ -376,18 +378,10 @@ class ORPOTrainer(Trainer):
                 self.processing_class,
                 max_length=self._max_length,
                 num_proc=args.dataset_num_proc,
-                vocab_size=self._vocab_size,
+                vocab_size=vocabulary_size(self.model),
                 name=name,
                 **args.row_options,
             )
-
-    @property
-    def _vocab_size(self) -> int:
-        """Ids must have an embedding and, to be scored, a logit."""
-        model: Any = self.model
-        weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        # ZeRO-3 leaves an empty tensor and keeps the real shape aside.
-        return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)
 
     def _tell_trainer_what_is_scaled(self) -> None:
         """Whether the loss is already divided for gradient accumulation, in old and new ways."""
