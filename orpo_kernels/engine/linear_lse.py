@@ -18,7 +18,10 @@ from orpo_kernels.engine.budget import accumulation_dtype, spans
 from orpo_kernels.engine.gemm import gemm_widens, matmul_into
 from orpo_kernels.engine.tiles import softmax_stats
 from orpo_kernels.engine.tiles.plain import merge
+from orpo_kernels.engine.tiles.schemas import linear_lse
 from orpo_kernels.kernels import register_tile_operation
+
+__all__ = ["linear_lse"]
 
 _ROWS, _COLUMNS = 256, 8192  # 8 MiB of float32 logits, and the temporaries of softmax_stats
 

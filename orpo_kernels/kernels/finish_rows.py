@@ -66,10 +66,10 @@ def _finish_rows_kernel(
     reference, total = tl.load(state), tl.load(state + M)
     z, slope = tl.load(state + 2 * M), tl.load(state + 3 * M)
 
-    some = total > 0
-    over_sum = tl.where(some, 1.0 / total, 0.0)
-    m = tl.where(some, reference, z)  # nothing but labels: m is not one
-    rest = tl.log(total)
+    nothing = total == 0  # but labels: m is not one
+    over_sum = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, total))
+    m = tl.where(nothing, z, reference)
+    rest = tl.where(nothing, float("-inf"), tl.log(tl.where(nothing, 1.0, total)))
     first = z - m
     mass = total + tl.exp(first)
     besides_first = rest
@@ -96,6 +96,7 @@ def _finish_rows_kernel(
 
     if WITH_G:
         label = tl.load(labels_ptr + row)
+        over_sum = tl.where(label >= 0, over_sum, 0.0)  # 0 where a row is not scored
         width = whole_vectors(H, ALIGNED, VECTOR)
         rest_width = whole_vectors(r, ALIGNED, VECTOR)
         sums = (first_sum + pid).to(tl.int64) * (width + rest_width)

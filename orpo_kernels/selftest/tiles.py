@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import reference
+from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.engine.tiles import (
     accumulate_,
     column_sums,
     csr_matmul_,
-    linear_lse,
     softmax_collect_,
     softmax_grad_,
     softmax_stats,

@@ -5,7 +5,7 @@ import torch
 
 from orpo_kernels import reference
 from orpo_kernels.engine import linear_lse as module
-from orpo_kernels.engine.tiles import linear_lse
+from orpo_kernels.engine.linear_lse import linear_lse
 from tests.helpers import peak_bytes, problem
 
 OPTIONS = [(1.0, None, False), (0.3, None, True), (-1.7, 2.0, True)]

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from orpo_kernels.engine import tiles
-from orpo_kernels.engine.tiles import linear_lse
+from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.pair_loss import pair_loss

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps, reference
-from orpo_kernels.engine.tiles import linear_lse
+from orpo_kernels.engine.linear_lse import linear_lse
 from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu

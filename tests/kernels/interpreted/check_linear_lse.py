@@ -5,7 +5,7 @@ import torch
 
 from orpo_kernels import kernels, linear_logps, reference
 from orpo_kernels.engine import policy
-from orpo_kernels.engine.tiles import linear_lse
+from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.tuning import Device, Share, Tile, share_columns
 from tests.helpers import problem
