@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := hf,qlora,triton,plot,bench,peers,dev
+# Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
+WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 export HF_HUB_OFFLINE ?= 1
@@ -37,8 +39,8 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
-test: setup  ## everything that needs no GPU, benchmarks once and small among it
-	$(BIN)/python -m pytest tests benchmarks --benchmark-disable
+test: setup  ## everything that needs no GPU, benchmarks once and small among it; a test per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks --benchmark-disable $(WORKERS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

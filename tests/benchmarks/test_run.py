@@ -91,7 +91,9 @@ def test_a_complete_run_leaves_only_its_json(options, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*/*"))) == 1
 
 
-def test_a_tiny_run_from_end_to_end(options, tmp_path):
+def test_a_tiny_run_from_end_to_end(options, tmp_path, monkeypatch):
+    # It is timed in a process of its own, which pytest-benchmark refuses where tests share cores.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     # One case of the GPU's plan on a CPU, timed at tiny size: `make bench-gpu` in seconds.
     extra = ["--plan", "cuda", "--tiny", "--groups", "opt-125m and frozen and ours-exact"]
     assert run.main([*options, *extra]) == 0

@@ -148,9 +148,11 @@ def test_the_whole_sparse_loss(engine, architecture):
         for H, V in itertools.product((4096, 4097), (128256, 151936, 262144, 32003)):
             whole_loss(300, H, V, trains=False)
             assert whole_loss(300, H, V, bias=True, sets=2)
-        assert not whole_loss(300, 4096, 262144, budget=32 * 2**20)  # no room for a store
+        # No size is part of what is compiled: of the next two, which recompute a tile at a time,
+        # a smaller vocabulary takes a tenth of the launches.
+        assert not whole_loss(300, 4096, 32768, budget=32 * 2**20)  # no room for a store
         engine([True, False])  # the second chunk overflowed
-        assert whole_loss(700, 4096, 128256, bias=True)
+        assert whole_loss(700, 4096, 32768, bias=True)
     names = {launch.name for launch in log}
     assert {
         "_softmax_compact_kernel", "_list_columns_kernel", "_pieces_kernel",
@@ -167,11 +169,14 @@ def test_the_whole_sparse_loss(engine, architecture):
         assert figures.shared_bytes <= SHARED_LIMIT[architecture]
 
 
-@pytest.mark.parametrize("budget", [48 * 2**20, 256 * 2**20, 1400 * 2**20])
+# Two chunks or more: of 256 rows x 16,384 columns, 256 x all and 1,536 x all.
+@pytest.mark.parametrize(
+    ("N", "budget"), [(1200, 48 * 2**20), (3000, 256 * 2**20), (3000, 1400 * 2**20)]
+)
 @pytest.mark.parametrize("trains", [False, True])
-def test_memory_is_within_the_budget(engine, trains, budget):
+def test_memory_is_within_the_budget(engine, trains, N, budget):
     # What is alive at once, by storages; with segments at once, and with a chunk that overflowed.
-    N, H, V = 3000, 1024, 128256
+    H, V = 1024, 128256
     for pattern in ([True], [False, True]):
         engine(pattern)
         with dryrun(89), Alive() as alive:

@@ -32,6 +32,6 @@ def test_interpreted(path):
         str(path),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
