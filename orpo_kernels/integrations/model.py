@@ -27,6 +27,7 @@ from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, He
 from orpo_kernels.integrations.token_ids import check_token_ids
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import validate_labels
+from orpo_kernels.pair_batch import is_in_pairs, refuse_rejected_nll, stack_batch
 
 _OWN_ARGUMENTS = ("nll_labels", "num_nll_tokens", "num_pairs")
 _KEEP_ARGUMENTS = ("logits_to_keep", "num_logits_to_keep")  # the head must see every position
@@ -139,6 +140,9 @@ class ModelOverride(ForwardOverride):
             THREAD.calls = before
 
     def _fused(self, fusing: Fusing, arguments: dict[str, Any]) -> ModelOutput:
+        in_pairs = is_in_pairs(arguments)
+        if in_pairs:
+            arguments = stack_batch(arguments)
         taken = ("labels", *_OWN_ARGUMENTS, *_KEEP_ARGUMENTS)
         rest = {name: value for name, value in arguments.items() if name not in taken}
         labels = _shifted("labels", arguments["labels"])
@@ -147,6 +151,8 @@ class ModelOverride(ForwardOverride):
             nll_labels = _shifted("nll_labels", nll_labels)
         if fusing.options.loss is not None:
             self._refuse_unless_pairs(labels, fusing.options.loss)
+            if nll_labels is not None and nll_labels.shape == labels.shape:
+                refuse_rejected_nll(nll_labels)
             _refuse_foreign_scale(arguments["labels"], rest.pop("num_items_in_batch", None))
         head = resolve_head(self.module)
         if HeadOverride.on(head.module) not in self._heads:
@@ -158,7 +164,8 @@ class ModelOverride(ForwardOverride):
         else:
             call, output = self._checked(fusing, new_call, rest)
         counts = {name: arguments.get(name) for name in _OWN_ARGUMENTS[1:]}
-        return fused_output(self.module, output, call, fusing.options.loss, **counts)
+        loss = fusing.options.loss
+        return fused_output(self.module, output, call, loss, in_pairs=in_pairs, **counts)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
         reason="the self-check of fuse_head reads tensors: with fullgraph=True, call the model "

@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 from orpo_kernels.integrations.call import HeadCall
 from orpo_kernels.loss import ORPOLoss, ORPOOutput
 from orpo_kernels.options import Certificate
+from orpo_kernels.pair_batch import pair_output
 
 _FIELDS = ("token_logps", "nll_token_logps", "mean_logits", "orpo_terms")
 _PER_PAIR = ("chosen_logps", "rejected_logps", "log_odds_ratio", "pair_mask")
@@ -57,11 +58,16 @@ def fused_output(
     call: HeadCall,
     loss: ORPOLoss | None,
     *,
+    in_pairs: bool,
     num_nll_tokens: Tensor | int | None,
     num_pairs: Tensor | int | None,
 ) -> ModelOutput:
-    """The model's output with what `call` computed, as a subclass of its own type."""
-    fields: dict[str, Any] = {**output, **call.results}
+    """The model's output with what `call` computed, as a subclass of its own type.
+
+    `in_pairs`: what there is of each sequence, (2P, ...), is returned as (P, 2, ...).
+    """
+    results = pair_output(call.results) if in_pairs else call.results
+    fields: dict[str, Any] = {**output, **results}
     if loss is not None:
         orpo = loss.from_logps(
             call.results["token_logps"],

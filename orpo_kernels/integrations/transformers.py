@@ -42,7 +42,9 @@ def fuse_head(
     """Let `model` return the log-probs of its labels instead of logits, in a fixed workspace.
 
     The fused model takes `labels` (B, T) int64 as usual (unshifted, -100 ignored) and optionally
-    `nll_labels` (B, T), a second label set scored in the same pass. Its output has
+    `nll_labels` (B, T), a second label set scored in the same pass. A batch of pairs (P, 2, T), as
+    `PreferenceCollator` makes it, is stacked to B = 2P sequences, chosen first, and what comes out
+    per sequence is (P, 2, ...) again. Its output has
 
     - `logits`: empty (B, T, 0);
     - `token_logps` (B, T) float32, nats: at t the log-prob of `labels[:, t + 1]`, 0 where ignored
@@ -81,7 +83,8 @@ def fuse_head(
 
     Note:
         The first call with labels raises RuntimeError when the self-check fails, and any call does
-        when the model does not call its head; with `loss`, ValueError for rows that are no pairs.
+        when the model does not call its head; with `loss`, ValueError for rows that are no pairs,
+        and for NLL labels in rejected ones (on a GPU, an assertion of the device).
         `torch.nn.DataParallel` copies the override without rebinding it: refused, use DDP.
     """
     causal_lm = _causal_lm(model)

@@ -1,4 +1,4 @@
-"""PreferenceCollator: rows of a prepared dataset to one stacked batch, chosen first."""
+"""PreferenceCollator: rows of a prepared dataset to one batch of pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.options import check_choice, validate_labels
+from orpo_kernels.pair_batch import paired
 from orpo_kernels.presets import LABEL_NLL_SCOPES, ODDS_SCOPES
 from orpo_kernels.training.data import COLUMNS
 
@@ -16,16 +17,18 @@ _SIDES = ("chosen", "rejected")
 
 
 class PreferenceCollator:
-    """Stack P preference pairs into a batch of 2P sequences on the CPU, padded on the right.
+    """Make a batch of P preference pairs on the CPU, padded on the right.
 
     The batch goes as it is into a model whose head is fused (`fuse_head`), with ORPOTrainer or
     with a plain `transformers.Trainer(..., args with remove_unused_columns=False)`:
 
-    - `input_ids` (2P, T) int64: the P chosen sequences, then the P rejected ones;
-    - `attention_mask` (2P, T) int64: 0 on padding;
-    - `labels` (2P, T) int64: answer tokens, -100 elsewhere, not shifted;
-    - `nll_labels` (2P, T) int64, unless nll_scope="completion": tokens of the NLL, the chosen
-      prompts and answers; rejected rows all -100. Without, `labels` are those of the NLL.
+    - `input_ids` (P, 2, T) int64: of each pair the chosen sequence and the rejected one;
+    - `attention_mask` (P, 2, T) int64: 0 on padding;
+    - `labels` (P, 2, T) int64: answer tokens, -100 elsewhere, not shifted;
+    - `nll_labels` (P, 2, T) int64, unless nll_scope="completion": tokens of the NLL, the chosen
+      prompts and answers; rejected ones all -100. Without, `labels` are those of the NLL.
+
+    Whatever cuts, joins or gathers it along dimension 0 does so between two pairs.
 
     Args:
         processing_class: tokenizer (or processor) that knows the pad token.
@@ -150,7 +153,7 @@ class PreferenceCollator:
             scored = real if self.nll_scope == "prompt+completion" else self._text(batch, real)
             batch["nll_labels"] = batch["input_ids"].masked_fill(~scored, IGNORE_INDEX)
             batch["nll_labels"][len(features) :] = IGNORE_INDEX
-        return batch
+        return {name: paired(stacked) for name, stacked in batch.items()}
 
     def _with_pad(self, labels: torch.Tensor) -> torch.Tensor:
         if self.max_length is not None and len(labels) >= self.max_length:

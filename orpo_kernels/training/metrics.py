@@ -64,7 +64,7 @@ def pair_table(
 
     Args:
         orpo: the batch's loss.
-        mean_logits: (2P,) floating, one for each sequence.
+        mean_logits: (P, 2) floating, chosen and rejected of each pair.
         aux_loss: 0-dim floating, weighted like the NLL.
         weight: what the batch weighs in the means over batches; `orpo.nll_loss` is already
             multiplied by it (a share of the step's). None: one for each pair, not multiplied yet.
@@ -93,7 +93,7 @@ def pair_table(
     nll = orpo.nll_loss
     if weight is not None:
         batch, nll = batch * weight / pairs, nll / pairs
-    logits = zeros.expand(pairs, 2) if mean_logits is None else mean_logits.view(2, pairs).t()
+    logits = zeros.expand(pairs, 2) if mean_logits is None else mean_logits
     with_logits = zeros[:1] if mean_logits is None else ones
     clamped = orpo.clamped_logps / pairs
     rest = (with_logits, batch, torch.stack((nll, clamped)), ones)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.integrations.transformers import FusedHead, fuse_head
 from orpo_kernels.loss import ORPOLoss, count_terms
+from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training.arguments import (
     adapt_arguments,
     check_arguments,
@@ -334,6 +335,7 @@ class ORPOTrainer(Trainer):
         )
 
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        batch = stack_batch(batch)
         nll_labels = self._loss.nll_labels_of(batch.get("nll_labels"))
         nll_labels = None if nll_labels is None else nll_labels[:, 1:]
         return torch.stack(count_terms(batch["labels"][:, 1:], nll_labels))
@@ -343,6 +345,11 @@ class ORPOTrainer(Trainer):
             raise ValueError(
                 f"a batch must have input_ids, attention_mask and labels, got {list(inputs)}; use "
                 "PreferenceCollator as data_collator"
+            )
+        if inputs["labels"].ndim != 3:
+            raise ValueError(
+                "labels of a batch must be (P, 2, T), chosen and rejected of each pair, got "
+                f"{tuple(inputs['labels'].shape)}; use PreferenceCollator as data_collator"
             )
         # The fused head has put the loss on the output: all of it runs inside `model`'s wrappers.
         return model(**inputs, **counts, use_cache=False)

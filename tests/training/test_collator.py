@@ -1,4 +1,4 @@
-"""The stacked batch, against TRL's collator and concatenation, and its refusals."""
+"""The batch of pairs, against TRL's collator and concatenation, and its refusals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 
 from orpo_kernels import ORPOLoss, fuse_head
+from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training import PreferenceCollator, prepare_dataset
 from tests.tiny_models import VOCAB_SIZE, build, tiny_tokenizer
 from tests.training.runs import make, pairs
@@ -39,7 +40,7 @@ def test_batch_equals_trl() -> None:
     ]
     padded = DPODataCollatorWithPadding(tokenizer.pad_token_id)(masked)
     theirs = TRLTrainer.concatenated_inputs(padded, padding_value=tokenizer.pad_token_id)
-    ours = PreferenceCollator(tokenizer)(rows)
+    ours = stack_batch(PreferenceCollator(tokenizer)(rows))
     for name in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(ours[name], theirs[f"concatenated_{name}"]), name
     expected = ours["input_ids"].masked_fill(ours["attention_mask"] == 0, -100)
@@ -50,19 +51,19 @@ def test_batch_equals_trl() -> None:
 def test_layout() -> None:
     batch = PreferenceCollator(pad_token_id=0, nll_scope="completion", pad_to_multiple_of=4)([ROW])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 7, 0], [5, 8, 0, 0]],
-        "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0]],
-        "labels": [[-100, 6, 7, -100], [-100, 8, -100, -100]],
+        "input_ids": [[[5, 6, 7, 0], [5, 8, 0, 0]]],
+        "attention_mask": [[[1, 1, 1, 0], [1, 1, 0, 0]]],
+        "labels": [[[-100, 6, 7, -100], [-100, 8, -100, -100]]],
     }
     whole = PreferenceCollator(pad_token_id=0)([ROW])  # with the prompt
-    assert whole["nll_labels"].tolist() == [[5, 6, 7], [-100] * 3]
+    assert whole["nll_labels"].tolist() == [[[5, 6, 7], [-100] * 3]]
     assert all(tensor.dtype == torch.int64 for tensor in [*batch.values(), *whole.values()])
 
 
 def test_pad_token_inside_a_sequence_counts() -> None:
     # TRL tells padding by the mask, not by the id: models that pad with EOS train on EOS.
     batch = PreferenceCollator(pad_token_id=7)([ROW])
-    assert batch["nll_labels"][0].tolist() == [5, 6, 7]
+    assert batch["nll_labels"][0, 0].tolist() == [5, 6, 7]
 
 
 def test_ids_out_of_range() -> None:
@@ -97,7 +98,7 @@ def test_masks_and_floats_are_no_ids(column: str) -> None:
 
 def test_an_empty_answer_has_no_dtype() -> None:
     batch = PreferenceCollator(tiny_tokenizer())([row(rejected_input_ids=[], rejected_labels=[])])
-    assert batch["labels"][1].tolist() == [-100] * 3
+    assert batch["labels"][0, 1].tolist() == [-100] * 3
 
 
 def test_bad_arguments() -> None:

@@ -50,13 +50,13 @@ def test_means_over_pairs_and_batches() -> None:
 def test_every_row_weighs_one_in_evaluation() -> None:
     sums = MetricSums(0.1)
     for orpo in (output([-1.0, -2.0], [-2.0, -1.5]), output([-3.0], [-4.0])):
-        logits = torch.arange(2.0 * len(orpo.chosen_logps))
+        logits = torch.arange(2.0 * len(orpo.chosen_logps)).view(-1, 2)
         sums.add(pair_table(orpo, mean_logits=logits, aux_loss=torch.tensor(7.0)))
     means = sums.pop()
     assert means["nll_loss"] == pytest.approx((2 * 1.5 + 3) / 3)
     assert means["aux_loss"] == pytest.approx(7)
-    assert means["logits/chosen"] == pytest.approx((0 + 1 + 0) / 3)
-    assert means["logits/rejected"] == pytest.approx((2 + 3 + 1) / 3)
+    assert means["logits/chosen"] == pytest.approx((0 + 2 + 0) / 3)
+    assert means["logits/rejected"] == pytest.approx((1 + 3 + 1) / 3)
 
 
 def test_what_the_sparse_gradient_leaves_out() -> None:
@@ -96,7 +96,7 @@ def test_what_is_nan_is_logged_and_what_is_absent_is_not() -> None:
     sums, nan = MetricSums(0.1), torch.tensor(float("nan"))
     fields = [torch.tensor(0.5), nan, *[torch.tensor(0.1)] * 3]
     broken = output([-1.0], [-2.0])._replace(sparse=Certificate(*fields))
-    logits = torch.tensor([nan, 1.0])
+    logits = torch.tensor([[nan, 1.0]])
     sums.add(pair_table(broken, mean_logits=logits, aux_loss=nan))
     # A batch that reports none of it weighs nothing in their means.
     sums.add(pair_table(output([-3.0], [-4.0])))
@@ -149,7 +149,7 @@ def test_a_table_is_few_operations(everything: bool) -> None:
     orpo, options = output([-1.0, -2.0], [-2.0, -1.5]), {}
     if everything:
         orpo = orpo._replace(sparse=Certificate(*[torch.tensor(0.5)] * 5))
-        options = {"mean_logits": torch.ones(4), "aux_loss": torch.tensor(1.0)}
+        options = {"mean_logits": torch.ones(2, 2), "aux_loss": torch.tensor(1.0)}
     sums = MetricSums(0.1)
     sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5)))
     with Operations() as started:

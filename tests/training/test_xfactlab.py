@@ -92,14 +92,14 @@ def test_the_batch() -> None:
     scopes = {"nll_scope": "prompt+completion-pad", "odds_scope": "completion+pad"}
     batch = PreferenceCollator(pad_token_id=2, **scopes)([row])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 2, 6, 2, 2], [5, 8, 2, 2, 2]],
-        "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]],
-        "labels": [[-100, -100, 6, 2, 2], [-100, 8, 2, -100, -100]],
-        "nll_labels": [[5, -100, 6, -100, -100], [-100] * 5],
+        "input_ids": [[[5, 2, 6, 2, 2], [5, 8, 2, 2, 2]]],
+        "attention_mask": [[[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]],
+        "labels": [[[-100, -100, 6, 2, 2], [-100, 8, 2, -100, -100]]],
+        "nll_labels": [[[5, -100, 6, -100, -100], [-100] * 5]],
     }
     # A row as long as max_length has no position after it.
     full = PreferenceCollator(pad_token_id=2, max_length=4, **scopes)([row])
-    assert full["labels"].tolist() == [[-100, -100, 6, 2], [-100, 8, 2, -100]]
+    assert full["labels"].tolist() == [[[-100, -100, 6, 2], [-100, 8, 2, -100]]]
 
 
 def test_the_loss_alone_cannot_have_it() -> None:
