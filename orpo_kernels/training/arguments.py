@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
-from datasets import IterableDataset
 from transformers import EvalPrediction
 
 from orpo_kernels.training.config import ORPOConfig
@@ -69,25 +68,45 @@ def check_arguments(model: Any, args: Any, model_init: Any, preprocess_logits: A
         )
 
 
-def adapt_arguments(args: ORPOConfig, train_dataset: Any) -> None:
-    """Change settings of Trainer that would break the pairing of rows in a batch.
+def adapt_arguments(args: ORPOConfig) -> None:
+    """Change settings of Trainer that do not go with batches of pairs.
 
     Args:
         args: arguments of the run; changed.
-        train_dataset: dataset or None.
     """
     args.remove_unused_columns = False  # it goes by the model's signature
     if args.n_gpu > 1:
         logger.warning(
-            "torch.nn.DataParallel would split chosen from rejected answers: of the %d devices "
-            "one is used. Start with `torchrun --nproc-per-node` or `accelerate launch` for all.",
+            "torch.nn.DataParallel copies a model without its fused head: of the %d devices one is "
+            "used. Start with `torchrun --nproc-per-node` or `accelerate launch` for all.",
             args.n_gpu,
         )
         args._n_gpu = 1
-    if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
-        # By default one rank would read for all and cut the stacked batch.
-        accelerator: Any = args.accelerator_config
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches is None:
+        # One rank would read a stream for all and join batches, which are not of one length.
         accelerator.dispatch_batches = False
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Refuse a batch that is not one of pairs, as another collator's would be.
+
+    Args:
+        batch: what the data collator made.
+
+    Raises:
+        ValueError: no labels, or labels that are not (P, 2, T).
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            f"a batch must have input_ids, attention_mask and labels, got {list(batch)}; use "
+            "PreferenceCollator as data_collator"
+        )
+    if batch["labels"].ndim != 3:
+        raise ValueError(
+            "labels of a batch must be (P, 2, T), chosen and rejected of each pair, got "
+            f"{tuple(batch['labels'].shape)}; use PreferenceCollator as data_collator"
+        )
 
 
 def refuse_split_sequences(context_size: int, sequence_size: int) -> None:

@@ -13,6 +13,9 @@ from orpo_kernels.pair_batch import paired
 from orpo_kernels.presets import LABEL_NLL_SCOPES, ODDS_SCOPES
 from orpo_kernels.training.data import COLUMNS
 
+PADDING = "is_padding"
+"""Column and key, (P,) bool, of pairs that only fill up a batch; see `EvenStream`."""
+
 _SIDES = ("chosen", "rejected")
 
 
@@ -116,7 +119,7 @@ class PreferenceCollator:
                 )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate rows with the columns `COLUMNS`; others are ignored.
+        """Collate rows with the columns `COLUMNS`; others are ignored, but for `PADDING`.
 
         Args:
             features: the P rows.
@@ -153,7 +156,10 @@ class PreferenceCollator:
             scored = real if self.nll_scope == "prompt+completion" else self._text(batch, real)
             batch["nll_labels"] = batch["input_ids"].masked_fill(~scored, IGNORE_INDEX)
             batch["nll_labels"][len(features) :] = IGNORE_INDEX
-        return {name: paired(stacked) for name, stacked in batch.items()}
+        batch = {name: paired(stacked) for name, stacked in batch.items()}
+        if PADDING in features[0]:
+            batch[PADDING] = torch.tensor([row[PADDING] for row in features], device="cpu")
+        return batch
 
     def _with_pad(self, labels: torch.Tensor) -> torch.Tensor:
         if self.max_length is not None and len(labels) >= self.max_length:

@@ -197,10 +197,3 @@ def _disable_dropout(model: nn.Module) -> None:
         for name in _DROPOUTS:
             if isinstance(module.__dict__.get(name), float):
                 setattr(module, name, 0.0)
-
-
-def vocabulary_size(model: Any) -> int:
-    """Token ids must be below it: they have an embedding and, to be scored, a logit."""
-    weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    # ZeRO-3 leaves an empty tensor and keeps the real shape aside.
-    return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, has_length
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.integrations.transformers import FusedHead, fuse_head
@@ -18,6 +19,7 @@ from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training.arguments import (
     adapt_arguments,
     check_arguments,
+    check_batch,
     explained,
     named_datasets,
     refuse_split_sequences,
@@ -29,19 +31,19 @@ from orpo_kernels.training.checkpoints import (
     last_complete_checkpoint,
     load_renamed,
 )
-from orpo_kernels.training.collator import PreferenceCollator
+from orpo_kernels.training.collator import PADDING, PreferenceCollator
 from orpo_kernels.training.config import ORPOConfig
 from orpo_kernels.training.data import check_dataset, prepare_dataset
+from orpo_kernels.training.evaluation import EvaluationSums, EvenStream
 from orpo_kernels.training.guard_state import guard_callbacks
+from orpo_kernels.training.limits import bounded_length, vocabulary_size
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from orpo_kernels.training.model_setup import (
     load_model,
     load_processing_class,
     refuse_frozen,
     set_up_model,
-    vocabulary_size,
 )
-from orpo_kernels.training.positions import bounded_length
 
 
 class ORPOTrainer(Trainer):
@@ -97,9 +99,10 @@ class ORPOTrainer(Trainer):
         check_arguments(model, args, model_init, preprocess_logits_for_metrics)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(dataset, name, **args.row_options)
-        adapt_arguments(args, train_dataset)
+        adapt_arguments(args)
         self._peft_config = peft_config
-        self._train_sums, self._eval_sums = MetricSums(args.beta), MetricSums(args.beta)
+        self._train_sums = MetricSums(args.beta)
+        self._eval_sums = EvaluationSums(MetricSums(args.beta))
         self._tokens: Tensor | None = None
         self._owns_output_dir = False
 
@@ -260,11 +263,13 @@ class ORPOTrainer(Trainer):
             Loss, and unless `prediction_loss_only` the `predictions` and `label_ids` described at
             `compute_metrics`, for the batch's P pairs.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = dict(self._prepare_inputs(inputs))
+        padding = inputs.pop(PADDING, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self._forward(model, inputs)
-        self._eval_sums.add(self.accelerator.gather_for_metrics(self._table(output, None)))
         loss = output.loss.detach().to(self.args.device)
+        table = self._table(output, None)
+        self._eval_sums.add(table, loss, padding, self.accelerator.gather_for_metrics)
         if prediction_loss_only:
             return loss, None, None
         orpo = output.orpo
@@ -272,15 +277,12 @@ class ORPOTrainer(Trainer):
         preferred = torch.where(orpo.pair_mask, 0, IGNORE_INDEX)
         return loss, logps, preferred
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop; the metrics get the loop's own prefix ("eval", "eval_<name>", "test")."""
-        self._eval_sums = MetricSums(self.args.beta)
-        output = super().evaluation_loop(*args, **kwargs)
+        self._eval_sums = EvaluationSums(MetricSums(self.args.beta))
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._eval_sums.pop()
-        metrics: dict[str, float] = output.metrics if output.metrics is not None else {}
-        metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return output._replace(metrics=metrics)
+        return self._eval_sums.finish(output, prefix, streamed=not has_length(dataloader))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer's; a dataset passed to `evaluate` is prepared like those of the trainer."""
@@ -291,6 +293,12 @@ class ORPOTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As Trainer's; the dataset passed to `predict` is prepared."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        evaluates = isinstance(dataset, IterableDataset) and not kwargs.get("is_training", False)
+        if evaluates and self.args.world_size > 1:
+            dataset = EvenStream(dataset, self.args.eval_batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics since the last log; see `transformers.Trainer.log`."""
@@ -341,16 +349,7 @@ class ORPOTrainer(Trainer):
         return torch.stack(count_terms(batch["labels"][:, 1:], nll_labels))
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Any], **counts: Tensor) -> Any:
-        if "labels" not in inputs:
-            raise ValueError(
-                f"a batch must have input_ids, attention_mask and labels, got {list(inputs)}; use "
-                "PreferenceCollator as data_collator"
-            )
-        if inputs["labels"].ndim != 3:
-            raise ValueError(
-                "labels of a batch must be (P, 2, T), chosen and rejected of each pair, got "
-                f"{tuple(inputs['labels'].shape)}; use PreferenceCollator as data_collator"
-            )
+        check_batch(inputs)
         # The fused head has put the loss on the output: all of it runs inside `model`'s wrappers.
         return model(**inputs, **counts, use_cache=False)
 
@@ -364,11 +363,7 @@ class ORPOTrainer(Trainer):
 
     def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
         mask = inputs.get("attention_mask")
-        tokens = (
-            inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
-            if mask is None
-            else mask.sum()
-        )
+        tokens = torch.ones_like(inputs["input_ids"]).sum() if mask is None else mask.sum()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:

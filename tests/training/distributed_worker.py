@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 
 from tests.training.runs import make, pairs
 
@@ -25,8 +26,9 @@ def run(folder: Path, case: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     options |= {"eval_dataset": pairs(7, seed=1)}
     trainer = make(folder, **{**options, **CASES[case], **changes})
     trainer.train()
-    metrics = trainer.evaluate()
-    return trainer, {"logs": trainer.state.log_history[:3], "eval": metrics}
+    logs, metrics = trainer.state.log_history[:3], trainer.evaluate()
+    stream = IterableDataset.from_generator(lambda: iter(pairs(7, seed=1)))
+    return trainer, {"logs": logs, "eval": metrics, "streamed": trainer.evaluate(stream)}
 
 
 def main(folder: Path) -> None:

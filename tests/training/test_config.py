@@ -101,10 +101,11 @@ def test_data_parallel_by_threads_is_switched_off(caplog: Any, monkeypatch: Any)
     args = config()
     monkeypatch.setattr(ORPOConfig, "n_gpu", property(lambda self: self._n_gpu))
     args._n_gpu = 2
-    adapt_arguments(args, None)
+    adapt_arguments(args)
     assert args._n_gpu == 1
     assert "of the 2 devices one is used" in caplog.text
     assert args.remove_unused_columns is False
+    assert args.accelerator_config.dispatch_batches is False
 
 
 def test_bf16_is_on_where_the_device_can(monkeypatch: Any) -> None:

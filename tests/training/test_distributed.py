@@ -70,6 +70,13 @@ def test_evaluation_counts_every_row_once(case: str, ranks: Path, tmp_path: Path
     names = [name for name in alone if "rewards" in name or "logps/" in name or "odds" in name]
     for name in [*names, "eval_skipped_pairs"]:
         assert results["eval"][name] == pytest.approx(alone[name], rel=1e-5), name
+        # Of a stream, accelerate cannot tell which pairs it has repeated.
+        assert results["streamed"][name] == pytest.approx(alone[name], rel=1e-5), name
+    for name in ("eval_loss", "eval_nll_loss"):  # these depend on which pairs share a batch
+        assert results["streamed"][name] == pytest.approx(results["eval"][name], rel=1e-2), name
+    streamed = results["streamed"]
+    pairs_seen = streamed["eval_samples_per_second"] * streamed["eval_runtime"]
+    assert pairs_seen == pytest.approx(7, rel=0.1)
 
 
 def test_micro_batch_is_the_mean_over_ranks(ranks: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from orpo_kernels.training.positions import learned_positions
+from orpo_kernels.training.limits import learned_positions
 from tests.tiny_models import VOCAB_SIZE, build
 from tests.training.runs import make, pairs
 

@@ -1,15 +1,30 @@
-"""How many positions a model has in a table: no sequence can be longer."""
+"""What a model cannot take: ids beyond its vocabulary, sequences beyond its positions."""
 
 from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
 _POSITION_NAME = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")
 
 logger = logging.getLogger(__name__)
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many token ids a model can read and score.
+
+    Args:
+        model: a causal LM of transformers, or a wrapper around one.
+
+    Returns:
+        Rows of the input embedding, or of the output embedding where those are fewer.
+    """
+    weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    # ZeRO-3 leaves an empty tensor and keeps the real shape aside.
+    return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)
 
 
 def learned_positions(model: nn.Module) -> int | None:
