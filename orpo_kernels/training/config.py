@@ -66,7 +66,8 @@ class ORPOConfig(TrainingArguments):
             several micro-batches or ranks. "micro_batch": the mean of their means, as in TRL.
             "global": the mean over all tokens and all pairs of the step, so that the result does
             not depend on how the step was cut up. The two agree when there is one micro-batch,
-            and when all have equally many NLL tokens and scored pairs.
+            and when all have equally many NLL tokens and scored pairs. The logged `loss` and
+            `nll_loss` follow it; all other metrics are means over pairs either way.
         workspace_bytes: cap of the memory of vocabulary-sized work; the package's default if None.
         gradient: strategy of the vocabulary-sized work, "exact", "sparse" or "auto", see
             `linear_logps`. What a sparse one leaves out is logged: `sparse/kept_share`,

@@ -31,8 +31,32 @@ def run(folder: Path, case: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     return trainer, {"logs": logs, "eval": metrics, "streamed": trainer.evaluate(stream)}
 
 
+def run_to_the_end(folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """One epoch of 7 pairs: on two ranks the last batch is filled up with the first pair.
+
+    The results are the logs and, for each, the log-probs of the pairs that this rank trained on.
+    """
+    options = {"max_steps": -1, "num_train_epochs": 1, "train_dataset": pairs(7)}
+    options |= {"learning_rate": 0.0}  # so that a pair keeps its log-probs
+    trainer = make(folder, **{**options, **changes})
+    compute_loss, seen = trainer.compute_loss, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        loss, output = compute_loss(*args, return_outputs=True, **kwargs)
+        seen.append([output.orpo.chosen_logps.tolist(), output.orpo.rejected_logps.tolist()])
+        return loss
+
+    trainer.compute_loss = recorded
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return trainer, {"logs": logs, "seen": seen}
+
+
 def main(folder: Path) -> None:
     """Run every case."""
+    trainer, results = run_to_the_end(folder / "padded", ddp_backend="gloo")
+    path = folder / f"padded-{trainer.args.process_index}.json"
+    path.write_text(json.dumps(results))
     for case in CASES:
         trainer, results = run(folder / case, case, ddp_backend="gloo")
         rank = trainer.args.process_index

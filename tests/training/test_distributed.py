@@ -88,3 +88,21 @@ def test_micro_batch_is_the_mean_over_ranks(ranks: Path, tmp_path: Path) -> None
     for one, other in zip(results["logs"], alone["logs"], strict=True):
         for name, value in other.items():
             assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_metrics_are_means_over_the_pairs_of_a_padded_last_batch(ranks: Path) -> None:
+    results = [json.loads((ranks / f"padded-{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0]["logs"] == results[1]["logs"]
+    assert [len(side[0]) for each in results for side in each["seen"]] == [2, 2, 2, 2]
+    for step, log in enumerate(results[0]["logs"]):
+        chosen, rejected = (
+            torch.tensor([logp for each in results for logp in each["seen"][step][side]])
+            for side in (0, 1)
+        )
+        assert log["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+        assert log["rewards/rejected"] == pytest.approx(0.1 * rejected.mean().item(), rel=1e-5)
+        assert log["rewards/accuracies"] == (chosen > rejected).double().mean().item()
+        assert log["skipped_pairs"] == 0
+    # The pair that fills the batch up is trained on again, and so it is counted again.
+    logps = [logp for each in results for sides in each["seen"] for logp in sides[0]]
+    assert (len(logps), len({round(logp, 3) for logp in logps})) == (8, 7)

@@ -14,7 +14,8 @@ from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import Certificate
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from tests.ops.test_launches import Operations
-from tests.training.runs import make
+from tests.training.distributed_worker import run_to_the_end
+from tests.training.runs import history, make, pairs
 
 IGNORED = -100
 
@@ -116,6 +117,26 @@ def test_sums_are_reduced_over_ranks() -> None:
     sums.add(pair_table(output([-1.0], [-2.0])))
     other = pair_table(output([-3.0], [-5.0])).sum(0)
     assert sums.pop(lambda mine: mine + other)["logps/rejected"] == pytest.approx(-3.5)
+
+
+def test_unequal_micro_batches(tmp_path: Path) -> None:
+    # 7 pairs of one step in batches of 4 and 3. Ours: each pair counts once. TRL's: each batch
+    # does, and because the step is the epoch's last, only the first 7 % 4 pairs of each.
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    _, results = run_to_the_end(tmp_path / "ours", **options)
+    (log,), seen = results["logs"], results["seen"]
+    assert [len(chosen) for chosen, _ in seen] == [4, 3]
+    chosen = [torch.tensor(batch[0]) for batch in seen]
+    mean = torch.cat(chosen).mean().item()
+    mean_of_means = torch.stack([each[:3].mean() for each in chosen]).mean().item()
+    assert log["logps/chosen"] == pytest.approx(mean, rel=1e-6)
+    assert abs(mean - mean_of_means) > 1e-2
+    options |= {"max_steps": -1, "num_train_epochs": 1, "train_dataset": pairs(7)}
+    trl_log = history(make(tmp_path / "trl", trl=True, **options))[0]
+    assert trl_log["logps/chosen"] == pytest.approx(mean_of_means, rel=1e-5)
+    # The loss and its NLL are averaged as the gradient is, in both.
+    for name in ("loss", "nll_loss", "grad_norm"):
+        assert log[name] == pytest.approx(trl_log[name], rel=1e-4), name
 
 
 def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: Any) -> None:
