@@ -147,6 +147,8 @@ class ModelOverride(ForwardOverride):
         rest = {name: value for name, value in arguments.items() if name not in taken}
         labels = _shifted("labels", arguments["labels"])
         nll_labels = arguments.get("nll_labels")
+        if fusing.options.loss is not None:
+            nll_labels = fusing.options.loss.nll_labels_of(nll_labels)
         if nll_labels is not None:
             nll_labels = _shifted("nll_labels", nll_labels)
         if fusing.options.loss is not None:
