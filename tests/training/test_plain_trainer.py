@@ -65,6 +65,17 @@ def test_a_collator_that_leaves_the_prompt_out(tmp_path: Path) -> None:
         trainer.evaluate()
 
 
+def test_prediction_has_a_row_for_each_pair(tmp_path: Path) -> None:
+    model = build("llama")
+    fuse_head(model, loss=ORPOLoss())
+    trainer = plain(tmp_path, model, per_device_eval_batch_size=3)  # 8 pairs: the last batch has 2
+    trainer.data_collator = PreferenceCollator(tiny_tokenizer(), pad_to_multiple_of=64)  # one T
+    output = trainer.predict(trainer.eval_dataset)
+    assert output.label_ids.shape == (8, 2, 64)
+    assert [each.shape for each in output.predictions[:-1]] == [(8, 2, 64, 0), *[(8, 2, 64)] * 2]
+    assert output.predictions[-1]["chosen_logps"].shape == (8,)
+
+
 def test_evaluation(tmp_path: Path) -> None:
     model = build("llama")
     fuse_head(model, loss=ORPOLoss())

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from orpo_kernels import PRESETS
+from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training import ORPOConfig, ORPOTrainer, PreferenceCollator, prepare_dataset
 from tests.tiny_models import VOCAB_SIZE, build, tiny_tokenizer
 from tests.training.runs import history, make, pairs, settings
@@ -259,6 +260,9 @@ def test_prepared_dataset_and_own_collator(tmp_path: Path) -> None:
     wrong = make(tmp_path, data_collator=lambda rows: {"input_ids": torch.ones(2, 3).long()})
     with pytest.raises(ValueError, match=r"and labels, got \['input_ids'\]; use Pref"):
         wrong.train()
+    stacked = make(tmp_path, data_collator=lambda rows: stack_batch(collator(rows)))
+    with pytest.raises(ValueError, match=r"must be \(P, 2, T\), .* got \(4, .*; use Pref"):
+        stacked.train()
 
 
 def test_stream(tmp_path: Path) -> None:
