@@ -50,17 +50,15 @@ class Line(NamedTuple):
 
 
 def lines() -> Iterator[Line]:
-    """Every line, mode by mode, ours first."""
+    """Every line, mode by mode, ours first; the sparse gradient of all modes last."""
     for mode, peers in PEERS.items():
-        for gradient in ("exact",) if mode == "eval" else ("exact", "sparse"):
-            budgets = (
-                (*BUDGETS, KEEPS_ALL) if (mode, gradient) == ("trainable", "exact") else BUDGETS
-            )
-            for budget in budgets:
-                yield Line(f"ours-{gradient}", mode, budget, ours(gradient, budget))
+        for budget in (*BUDGETS, KEEPS_ALL) if mode == "trainable" else BUDGETS:
+            yield Line("ours-exact", mode, budget, ours("exact", budget))
         for name in peers:
-            if name in IMPLEMENTATIONS:
-                yield Line(name, mode, None, IMPLEMENTATIONS[name])
+            yield Line(name, mode, None, IMPLEMENTATIONS[name])
+    for mode in ("frozen", "trainable"):
+        for budget in reversed(BUDGETS):  # the smallest is the slowest
+            yield Line("ours-sparse", mode, budget, ours("sparse", budget))
 
 
 def ours(gradient: str, budget: int | None) -> Implementation:

@@ -88,11 +88,12 @@ REFUSALS = {
     "preprocess_logits_for_metrics": "`preprocess_logits_for_metrics`",
     "generate_during_eval": "`generate_during_eval`",
     "label_smoothing_factor": "`label_smoothing_factor`",
+    "underflow_overflow": '`debug="underflow_overflow"`',
     "second derivatives": "second derivatives",
     "forward-mode": "forward-mode derivatives",
 }
 # Of one tile operation, which others stand in for; of a word that is none of the choices.
-NOT_OF_THE_PACKAGE = ("linear_lse needs tensor cores", "is not available; use one of")
+NOT_OF_THE_PACKAGE = ("linear_lse needs tensor cores",)
 
 
 def refusals() -> list[str]:
