@@ -8,7 +8,7 @@
     sparse        gradient="sparse", and anything needs a gradient         1; as above
                                                                            where tiles are dense
     linear_lse    hidden needs no gradient, on a GPU where it should be    1 (3: the head trains)
-                  faster than tiles, or where no tile of logits fits
+                  faster than tiles
 
 A pass is a GEMM of 2 N V H FLOP, forward and backward together. On a GPU E is kept for as many rows
 as fit, and of the others recomputed. The sizes of chunks and blocks are those of `budget.py`, on a

@@ -10,12 +10,10 @@ from orpo_kernels.engine.gpu.plan import ForwardPlan
 from orpo_kernels.engine.gpu.shapes import Shape, Sweep
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.engine.weight_gradient import HeadGradients
-from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.coefficients import Slopes
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scale_rows import scale_rows
-from orpo_kernels.kernels.tuning import Row
-from tests.kernels.interpreted.engine import as_on_a_gpu
+from tests.kernels.interpreted.engine import as_on_a_gpu, short_steps
 from tests.kernels.interpreted.plugin import launches, programs
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -24,11 +22,6 @@ F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # 64.
 N, H, V, RANK = 8, 24, 203, 8
 BLOCKS, WHOLE = Shape(3, 3, 72), Shape(3, 3, V)
-STEPS = {
-    "take_rows": 16, "label_terms": 16, "finish_rows": 16, "scale_rows": 16, "reach": 16,
-    "softmax_block": 256, "weight_probs": 256, "softmax_rows": 64, "softmax_few_rows": 64,
-    "column_totals": 32,
-}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -55,9 +48,7 @@ class Problem:
     def __init__(self, case, monkeypatch):
         as_on_a_gpu(monkeypatch, widens=case.widens)
         monkeypatch.setattr(forward, "MOST_HELD", case.held)
-        for kernel, step in STEPS.items():  # short, for the interpreter's sake
-            for dtype in (F32, BF16, FP16):
-                monkeypatch.setitem(tuning.TABLE, (kernel, "datacenter", dtype), (Row(step, 4),))
+        short_steps(monkeypatch)
         self.case = case
         self.hidden = [torch.randn(N, case.columns).to(case.dtype)]
         weight = torch.randn(V, case.columns) * 3 * case.columns**-0.5

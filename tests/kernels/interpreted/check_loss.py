@@ -57,8 +57,9 @@ def test_orpo_loss(widens, dtype, with_bias, softcap, workspace):
     found = gradients(ours.loss, (hidden, weight, bias))
     used = set(launches[before:])
     loss = {"sequence_mean", "pair_loss", "sequence_mean_backward"}
-    assert {"softmax_stats", "softmax_grad", *loss} <= used
-    assert ("column_sums" in used) == with_bias
+    loops = {"label_terms", "take_rows", "finish_rows", "coefficients", "weight_probs"}
+    assert {"softmax_block", *loops, *loss} <= used
+    assert ("column_totals" in used) == with_bias
 
     wide = [None if t is None else t.detach().double().requires_grad_() for t in
             (hidden, weight, bias)]  # fmt: skip

@@ -10,6 +10,23 @@ import torch
 
 from orpo_kernels import linear_logps
 from orpo_kernels.engine import gemm, problem
+from orpo_kernels.kernels import tuning
+
+# Elements of a step of the loops' kernels: short, for the interpreter's sake.
+_STEPS = {
+    "take_rows": 16, "label_terms": 16, "finish_rows": 16, "scale_rows": 16, "reach": 16,
+    "softmax_block": 256, "weight_probs": 256, "softmax_rows": 64, "softmax_few_rows": 64,
+    "column_totals": 32,
+}  # fmt: skip
+
+
+def short_steps(monkeypatch):
+    """Blocks of a few elements, up to 256 columns of a row that is held."""
+    for kernel, step in _STEPS.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            key = (kernel, "datacenter", dtype)
+            rows = tuning.TABLE[key] if kernel in ("softmax_block", "weight_probs") else ()
+            monkeypatch.setitem(tuning.TABLE, key, (*rows, tuning.Row(step, 4)))
 
 
 def as_on_a_gpu(monkeypatch, *, widens):
