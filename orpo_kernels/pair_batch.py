@@ -86,7 +86,7 @@ def refuse_rejected_nll(nll_labels: Tensor) -> None:
     """
     absent = (nll_labels[len(nll_labels) // 2 :] == IGNORE_INDEX).all()
     if absent.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(absent, _CUT)
+        torch._assert_async(absent, _CUT_SHORT)
     elif not absent:
         raise ValueError(_CUT)
 
@@ -96,4 +96,8 @@ _CUT = (
     "NLL is not part of the loss. If the batch was P chosen then P rejected sequences once, it has "
     "been cut along dimension 0 since (dispatch_batches, split_batches): make batches (P, 2, T) "
     "with PreferenceCollator, which can be cut"
+)
+_CUT_SHORT = (  # torch takes no longer one than 254 characters for a device
+    "orpo_kernels: nll_labels must be -100 in the rejected sequences; a stacked batch was cut along "
+    "dimension 0 (dispatch_batches, split_batches): make batches (P, 2, T) with PreferenceCollator"
 )
