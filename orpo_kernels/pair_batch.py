@@ -98,6 +98,6 @@ _CUT = (
     "with PreferenceCollator, which can be cut"
 )
 _CUT_SHORT = (  # torch takes no longer one than 254 characters for a device
-    "orpo_kernels: nll_labels must be -100 in the rejected sequences; a stacked batch was cut along "
+    "orpo_kernels: nll_labels must be -100 in rejected sequences; a stacked batch was cut along "
     "dimension 0 (dispatch_batches, split_batches): make batches (P, 2, T) with PreferenceCollator"
 )
