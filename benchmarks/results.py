@@ -1,6 +1,7 @@
 """Reading what `run.py` wrote: the newest full JSON of every machine, and selections from it."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def latest_runs(folder: Path = FOLDER) -> list[Run]:
 
 
 def is_full(path: Path) -> bool:
-    """Whether a JSON is of a whole run, and not of something else that is kept beside it."""
-    return not path.stem.endswith(("-tiny", ".header", "pair-memory", "sparse-parity"))
+    """Whether a JSON is of a whole run, whose name is its date, not of what is kept beside it."""
+    return re.fullmatch(r"\d{4}-\d\d-\d\d", path.stem) is not None
 
 
 def is_ours(result: Result) -> bool:

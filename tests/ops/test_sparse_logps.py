@@ -351,7 +351,7 @@ def test_compiles_without_breaks_or_extra_recompiles(backend):
         ({"eps": 1.5}, ValueError, "eps must be a probability"),
         ({"logit_scale": 0.0}, ValueError, "positive logit_scale"),
         ({"tail_groups": torch.zeros(2, 2).long()}, ValueError, "the shape of labels"),
-        ({"tail_groups": torch.zeros(2, 3)}, TypeError, "tail_groups must be an integer"),
+        ({"tail_groups": torch.zeros(2, 3)}, TypeError, "tail_groups must be"),
         ({"tail_groups": torch.full((2, 3), 2)}, ValueError, "0 or 1 everywhere"),
         ({"workspace_bytes": 100}, ValueError, "raise workspace_bytes"),
     ],
