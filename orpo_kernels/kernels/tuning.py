@@ -88,17 +88,15 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     TABLE["pair_loss", _class, torch.float32] = (Row(256, 4),)
 
 # Kernels of the loops over tiles (`engine/gpu/forward.py`): one program per row. A row of a block is
-# held in registers, 32 elements per thread or less; the table's rows are the blocks there are, and a
-# tile takes the smallest that holds its columns. Whole rows are read 16 elements per thread at once.
+# held in registers, 16 elements per thread: the table's rows are the blocks there are, and a tile
+# takes the smallest that holds its columns. Of whole rows each thread reads 8 elements at once.
 for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
         for _kernel in ("take_rows", "label_terms", "finish_rows", "scale_rows", "reach"):
             TABLE[_kernel, _class, _dtype] = (Row(1024, 4),)
         for _kernel in ("softmax_block", "weight_probs"):
-            TABLE[_kernel, _class, _dtype] = (
-                Row(16384, 16), Row(8192, 8), Row(4096, 4), Row(2048, 4), Row(1024, 4),
-            )  # fmt: skip
-        TABLE["softmax_rows", _class, _dtype] = (Row(4096, 8),)
+            TABLE[_kernel, _class, _dtype] = (Row(8192, 16), Row(4096, 8), Row(2048, 4))
+        TABLE["softmax_rows", _class, _dtype] = (Row(2048, 8),)
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _POSITION_NAME = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")
+_TOWER = re.compile(r"vision|visual|image|audio|speech")  # whose positions are not those of tokens
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def learned_positions(model: nn.Module) -> int | None:
     configured = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     counts = []
     for path, module in model.named_modules():
+        if _TOWER.search(path):
+            continue
         if isinstance(module, nn.Embedding) and _POSITION_NAME.search(path):
             # Some count from behind the padding index.
             before = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -20,6 +20,7 @@ from orpo_kernels.kernels import (
     softmax_stats,
     weight_gradient,
 )
+from tests.kernels.loop_cases import loop_launches
 
 R, H, V = 256, 4096, 128256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,8 +270,15 @@ def _product_cases() -> Iterator[Case]:
                 )  # fmt: skip
 
 
+def _loop_cases() -> Iterator[Case]:
+    for label, kernel, dtype, launch, asked in loop_launches():
+        meant = "_softmax_rows_kernel" if kernel == "softmax_few_rows" else ""
+        yield Case(label, kernel, dtype, launch, meant=meant, **asked)
+
+
 def cases() -> list[Case]:
     """Every launch of the report."""
     return [
         *_tile_cases(), *_gemm_cases(), *_small_cases(), *_compact_cases(), *_product_cases(),
+        *_loop_cases(),
     ]  # fmt: skip

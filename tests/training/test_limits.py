@@ -73,3 +73,8 @@ def test_shorter_rows_are_left_alone(tmp_path: Path, caplog: Any) -> None:
         trainer = make(tmp_path, model, max_length=12)
     assert "positions" not in caplog.text
     assert max(trainer.train_dataset["length"]) == 12
+
+
+@pytest.mark.parametrize("family", ["gemma3_vl", "qwen2_5_vl"])
+def test_patches_of_a_vision_tower_are_no_positions_of_tokens(family: str) -> None:
+    assert learned_positions(build(family)) is None

@@ -6,7 +6,7 @@
         finish                      statistics and g, written in their place
 
 The formulae are those of `tile_loop.py`; logits and slopes of all labels come from one launch
-before the loop. Two kinds of tile. *Blocks* of at most 16,384 columns, whose rows are held in
+before the loop. Two kinds of tile. *Blocks* of at most 8,192 columns, whose rows are held in
 registers and read once (`kernels/softmax_block.py`): products are summed in the epilogue of the
 GEMM, relative to a maximum that seldom moves, and P takes the place of the float32 logits. *The
 whole vocabulary* (`kernels/softmax_rows.py`): one product per group, no sum. A group has as many

@@ -26,7 +26,7 @@ from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep
 
 T = TypeVar("T")
 
-_COLUMNS = (16384, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256, 128, 64)
+_COLUMNS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 256, 128, 64)
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 _ROW_STEP = 256  # rows of a tile, where there are so many: whole output tiles
 _KEPT_TILES = (512, 1024, 256)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-MOST_HELD = 16_384
+MOST_HELD = 8192
 """Columns of a row that the registers of a program hold (`kernels/softmax_block.py`)."""
 
 _VECTOR = 8  # elements: rows of tiles start on 16 bytes
