@@ -133,6 +133,9 @@ class _Fakes(TorchFunctionMode):
         if name == "mv" and "out" in kwargs:  # its decomposition copies through a guarded binding
             out = kwargs.pop("out")
             return torch.ops.aten.copy_.default(out, function(*args, **kwargs))
+        if name == "addmm" and "out_dtype" in kwargs:  # likewise guarded
+            torch.ops.aten.mm.dtype_out(*args[1:], kwargs["out_dtype"], out=kwargs["out"])
+            return kwargs["out"]
         function = self.unguarded.get(name, function)
         return function(*args, **kwargs)
 
