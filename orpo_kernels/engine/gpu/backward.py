@@ -24,8 +24,8 @@ from torch import Tensor
 
 from orpo_kernels.engine.gemm import add_matmul_, matmul_into
 from orpo_kernels.engine.gpu.parts import (
-    Entries,
-    Head,
+    BlockViews,
+    HeadBlocks,
     Hidden,
     spans,
     tile_pair,
@@ -116,7 +116,7 @@ class _Tile:
         M = inputs.labels.shape[0]
         self.first = 0 if kept is None else min(M, kept.shape[0])  # rows before it keep E
         self.recomputes = self.first < M
-        self.head = Head(inputs, sweep.columns, (sweep.first, sweep.last))
+        self.head = HeadBlocks(inputs, sweep.columns, (sweep.first, sweep.last))
         most = min(M, sweep.rows)
         self.logits, self.probs = tile_pair(inputs, most, sweep.columns, apart=False)
 
@@ -127,12 +127,12 @@ class _Tile:
         self.from_logits = from_source(self.logits, kept=False)
         self.from_kept = None if kept is None else from_source(kept, kept=True)
 
-    def entries(self, block: int) -> Entries | None:
+    def entries(self, block: int) -> BlockViews | None:
         """The block-th block of the head, where any logit is recomputed."""
         return self.head.take(block) if self.recomputes else None
 
     def fill(
-        self, rows: tuple[int, int], columns: tuple[int, int], entries: Entries | None, x: Tensor
+        self, rows: tuple[int, int], columns: tuple[int, int], entries: BlockViews | None, x: Tensor
     ) -> None:
         """P of rows `start` to `stop`, whose hidden states are `x`, at the start of the tile."""
         start, stop = rows

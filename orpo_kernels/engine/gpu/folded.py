@@ -11,7 +11,7 @@ What it holds is rows of hidden, if they are gathered, and 8 bytes per row and s
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.gpu.parts import Head, Hidden, spans
+from orpo_kernels.engine.gpu.parts import HeadBlocks, Hidden, spans
 from orpo_kernels.engine.gpu.shapes import Shape
 from orpo_kernels.kernels.combine_rows import combine_rows
 from orpo_kernels.kernels.finish_rows import FinishRows
@@ -26,7 +26,7 @@ def forward(
     transform = (inputs.logit_scale, inputs.softcap)
     both = (inputs.labels,) if inputs.second is None else (inputs.labels, inputs.second)
     labels = torch.stack(both)
-    hidden, head = Hidden(inputs, shape.group), Head(inputs, shape.columns, padded=False)
+    hidden, head = Hidden(inputs, shape.group), HeadBlocks(inputs, shape.columns, padded=False)
     nothing = statistics[0, :0, None]
     finish = FinishRows(inputs, state, None, statistics, (nothing, nothing))
     for start, stop in spans(rows, shape.group):

@@ -21,8 +21,8 @@ from torch import Tensor
 from orpo_kernels.engine.gemm import add_matmul_, matmul_into
 from orpo_kernels.engine.gpu import folded
 from orpo_kernels.engine.gpu.parts import (
-    Entries,
-    Head,
+    BlockViews,
+    HeadBlocks,
     Hidden,
     TileViews,
     spans,
@@ -78,7 +78,7 @@ def _run(
     shape = Shape(min(shape.group, count), min(shape.rows, count), shape.columns)
     tiles = _tiles(inputs, shape, kept, stores=with_g or kept is not None)
     sums = sums_of(inputs, shape.group) if with_g else None
-    hidden, head = Hidden(inputs, shape.group), Head(inputs, shape.columns)
+    hidden, head = Hidden(inputs, shape.group), HeadBlocks(inputs, shape.columns)
     softmax = _softmax(inputs, state, tiles, sums)
     finish = FinishRows(inputs, state, sums, out.statistics, (out.g, out.g_r))
     apart = sums is not None and sums.partial is not None
@@ -119,7 +119,7 @@ def _lanes(hidden: Tensor, sums: Sums | None, group: tuple[int, int], rows: int)
 
 
 def _sum(
-    sums: Sums, first: bool, pieces: tuple[tuple[Tensor, Tensor], ...], entries: Entries
+    sums: Sums, first: bool, pieces: tuple[tuple[Tensor, Tensor], ...], entries: BlockViews
 ) -> None:
     """Adds P W of a tile, or begins with it; where it is summed apart its last product begins."""
     out = sums.total if sums.partial is None else sums.partial

@@ -49,14 +49,14 @@ class Hidden:
         return self.view[start:stop] if self.gathered is None else self.gathered(start, stop)
 
 
-class Entries(NamedTuple):
+class BlockViews(NamedTuple):
     """A vocabulary block as GEMMs take it: pieces of columns, and the entries of each."""
 
     edges: tuple[tuple[int, int], ...]  # columns of the tile, whole vectors
     operands: tuple[tuple[Tensor, Tensor], ...]  # (C, H + r) and its transpose
 
 
-class Head:
+class HeadBlocks:
     """Vocabulary blocks of the head in the GEMMs' dtype: views, or copies in one buffer.
 
     cuBLAS takes five times as long for a matrix whose columns are no whole vectors, and a resized
@@ -78,7 +78,7 @@ class Head:
         parts = inputs.weight
         self.blocks = list(spans(span or (0, parts[0].shape[0]), columns))
         self.copied: TakeRows | None = None
-        self.views: list[Entries] = []
+        self.views: list[BlockViews] = []
         if len(parts) == 1 and parts[0].dtype == inputs.dtype:
             self.views = [_views(parts[0], *block, padded=padded) for block in self.blocks]
             return
@@ -86,7 +86,7 @@ class Head:
         self.buffer = buffer[:, : inputs.columns]
         self.copied = TakeRows(self.buffer, parts)
 
-    def take(self, block: int) -> Entries:
+    def take(self, block: int) -> BlockViews:
         """The block-th block."""
         if self.copied is None:
             return self.views[block]
@@ -94,10 +94,10 @@ class Head:
         self.copied(v0, v1)
         # Past the last entry lie zeros, or entries of another block: what they give is left out.
         w = self.buffer[: pitch(v1 - v0)]
-        return Entries(((0, w.shape[0]),), ((w, w.t()),))
+        return BlockViews(((0, w.shape[0]),), ((w, w.t()),))
 
 
-def _views(weight: Tensor, v0: int, v1: int, *, padded: bool) -> Entries:
+def _views(weight: Tensor, v0: int, v1: int, *, padded: bool) -> BlockViews:
     whole = (v1 - v0) // VECTOR * VECTOR if padded else v1 - v0
     pieces = [] if whole == 0 else [((0, whole), weight[v0 : v0 + whole])]
     if whole < v1 - v0:
@@ -105,7 +105,7 @@ def _views(weight: Tensor, v0: int, v1: int, *, padded: bool) -> Entries:
         rest[: v1 - v0 - whole].copy_(weight[v0 + whole : v1])
         pieces.append(((whole, whole + VECTOR), rest))
     edges, operands = zip(*pieces, strict=True)
-    return Entries(edges, tuple((w, w.t()) for w in operands))
+    return BlockViews(edges, tuple((w, w.t()) for w in operands))
 
 
 class TileViews:
