@@ -88,15 +88,16 @@ for _class in ("datacenter", "consumer", "amd", "other"):
     TABLE["pair_loss", _class, torch.float32] = (Row(256, 4),)
 
 # Kernels of the loops over tiles (`engine/gpu/forward.py`): one program per row. A row of a block is
-# held in registers, 16 elements per thread: the table's rows are the blocks there are, and a tile
-# takes the smallest that holds its columns. Of whole rows each thread reads 8 elements at once.
+# held in registers, 16 to 32 elements per thread: the table's rows are the blocks there are, and a
+# tile takes the smallest that holds its columns. Of whole rows a thread reads 8 elements at once.
 for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
+        _lanes = 2 if _class == "amd" else 1  # twice the threads per warp
         for _kernel in ("take_rows", "label_terms", "finish_rows", "scale_rows", "reach"):
-            TABLE[_kernel, _class, _dtype] = (Row(1024, 4),)
-        for _kernel in ("softmax_block", "weight_probs"):
-            TABLE[_kernel, _class, _dtype] = (Row(8192, 16), Row(4096, 8), Row(2048, 4))
-        TABLE["softmax_rows", _class, _dtype] = (Row(2048, 8),)
+            TABLE[_kernel, _class, _dtype] = (Row(1024, 4 // _lanes),)
+        TABLE["softmax_block", _class, _dtype] = (Row(8192, 8), Row(4096, 4), Row(2048, 4))
+        TABLE["weight_probs", _class, _dtype] = (Row(8192, 16), Row(4096, 8), Row(2048, 4))
+        TABLE["softmax_rows", _class, _dtype] = (Row(2048, 8 // _lanes),)
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
@@ -160,8 +161,9 @@ for _class, _stages, _limit in (
         TABLE["softmax_compact_softcap", _class, _dtype] = (Row(8, 8),)
 
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
+TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
 for (_kernel, _class, _dtype), _all in list(TABLE.items()):
-    if _class == "datacenter":
+    if _class == "datacenter" and (_kernel, "blackwell", _dtype) not in TABLE:
         TABLE[_kernel, "blackwell", _dtype] = tuple(
             row._replace(registers=0) if isinstance(row, Row) else row for row in _all
         )
