@@ -13,8 +13,10 @@ from torch import Tensor
 from orpo_kernels.engine.budget import Sizes, accumulation_dtype, spans
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.tiles.plain import transformed
+from orpo_kernels.kernels import launcher, runs_triton
 
 _FEW_ROWS = 256
+_ANY_ID = 2**31 - 1
 
 
 class Labels(NamedTuple):
@@ -223,19 +225,6 @@ class Operands(NamedTuple):
         return slice(start, stop) if self.places is None else self.places[start:stop]
 
 
-def refuse_out_of_range(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Refuse ids outside [0, V): an error on a CPU, elsewhere an assertion that does not sync."""
-    in_range = ((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)
-    if labels.device.type != "cpu":
-        torch._assert_async(in_range.all(), "orpo_kernels: a label is outside [0, V)")
-    elif not bool(in_range.all()):
-        worst = int(labels[~in_range][0])
-        raise ValueError(
-            f"labels must be in [0, V) = [0, {vocabulary}) or ignore_index = {ignore_index}, "
-            f"got {worst}; is the tokenizer larger than the head?"
-        )
-
-
 def refuse_other_groups(groups: Tensor) -> None:
     """Refuse tail groups but 0 and 1; an error or an assertion, as for ids out of range."""
     known = ((groups == 0) | (groups == 1)).all()
@@ -245,15 +234,40 @@ def refuse_other_groups(groups: Tensor) -> None:
         raise ValueError("tail_groups must be 0 or 1 everywhere")
 
 
-def score(labels: Tensor, ignore_index: int) -> Scored:
-    """Labels (K, ...) to one or two distinct labels per position."""
+def score(labels: Tensor, ignore_index: int, vocabulary: int | None = None) -> Scored:
+    """Labels (K, ...) to one or two distinct labels per position; in one launch on a GPU.
+
+    With `vocabulary` ids outside [0, V) are refused: an error on a CPU, elsewhere an assertion that
+    does not sync.
+    """
     flat = labels.reshape(labels.shape[0], -1)
+    if runs_triton(labels.device, torch.float32) and flat.shape[1] > 0:
+        found, masks, valid = launcher("score_rows", "score_rows")(
+            flat, ignore_index, _ANY_ID if vocabulary is None else vocabulary
+        )
+        if vocabulary is not None:
+            _refuse(valid.all(), flat, ignore_index, vocabulary)
+        return Scored(Labels(found[0], found[1] if found.shape[0] == 2 else None), masks)
     masks = flat != ignore_index
+    if vocabulary is not None:
+        in_range = (flat >= 0) & (flat < vocabulary)
+        _refuse((in_range | ~masks).all(), flat, ignore_index, vocabulary)
     if flat.shape[0] == 1:
         return Scored(Labels(torch.where(masks[0], flat[0], -1), None), masks)
     either = torch.where(masks[0], flat[0], torch.where(masks[1], flat[1], -1))
     second = torch.where(masks[0] & masks[1] & (flat[0] != flat[1]), flat[1], -1)
     return Scored(Labels(either, second), masks)
+
+
+def _refuse(valid: Tensor, labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    if labels.device.type != "cpu":
+        torch._assert_async(valid, "orpo_kernels: a label is outside [0, V)")
+    elif not bool(valid):
+        in_range = ((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)
+        raise ValueError(
+            f"labels must be in [0, V) = [0, {vocabulary}) or ignore_index = {ignore_index}, "
+            f"got {int(labels[~in_range][0])}; is the tokenizer larger than the head?"
+        )
 
 
 def select(problem: Problem, scored: Scored) -> Operands:

@@ -31,7 +31,6 @@ from orpo_kernels.engine.operands import (
     Scored,
     Statistics,
     refuse_other_groups,
-    refuse_out_of_range,
     score,
     select,
     select_again,
@@ -267,10 +266,9 @@ def sparse_head_gradient(
 
 
 def _scored(problem: Problem) -> Scored:
-    refuse_out_of_range(problem.labels, problem.ignore_index, problem.weight.shape[0])
     if problem.groups is not None:
         refuse_other_groups(problem.groups)
-    return score(problem.labels, problem.ignore_index)
+    return score(problem.labels, problem.ignore_index, problem.weight.shape[0])
 
 
 def _scored_again(

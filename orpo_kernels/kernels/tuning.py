@@ -102,6 +102,7 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
+    TABLE["score_rows", _class, torch.int64] = (Row(1024, 4),)
 
 # linear_lse by where its operands come from: TMA for wgmma (sm_90), for tcgen05 (sm_100) and for
 # mma.sync (sm_120); pointers with cp.async (sm_80, 86, 89) or what AMD and Intel have; pointers of

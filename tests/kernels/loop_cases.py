@@ -13,6 +13,7 @@ from orpo_kernels.kernels.finish_rows import FinishRows
 from orpo_kernels.kernels.inputs import Inputs, Sums, Tiles
 from orpo_kernels.kernels.label_terms import label_terms
 from orpo_kernels.kernels.scale_rows import scale_rows
+from orpo_kernels.kernels.score_rows import score_rows
 from orpo_kernels.kernels.softmax_block import SoftmaxBlock
 from orpo_kernels.kernels.softmax_rows import SoftmaxRows
 from orpo_kernels.kernels.take_rows import TakeRows
@@ -153,6 +154,10 @@ def loop_launches() -> Yielded:
     def combined():
         combine_rows(_cuda(4, M), _cuda(2, M, 8), 0)
 
+    def scores():
+        score_rows(_cuda(2, N, dtype=torch.int64), -100, V)
+
     narrow = {"wide_loads": False}
+    yield "score_rows", "score_rows", torch.int64, scores, narrow
     yield "coefficients", "coefficients", torch.float32, rows, narrow
     yield "combine_rows", "combine_rows", torch.float32, combined, narrow

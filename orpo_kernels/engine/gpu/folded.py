@@ -24,8 +24,9 @@ def forward(
 ) -> None:
     """Fills the statistics (7, N) of some of the scored rows, from the state of all of them."""
     transform = (inputs.logit_scale, inputs.softcap)
-    both = (inputs.labels,) if inputs.second is None else (inputs.labels, inputs.second)
-    labels = torch.stack(both)
+    labels = inputs.labels[None]
+    if inputs.second is not None:
+        labels = torch.stack((inputs.labels, inputs.second))
     hidden, head = Hidden(inputs, shape.group), HeadBlocks(inputs, shape.columns, padded=False)
     nothing = statistics[0, :0, None]
     finish = FinishRows(inputs, state, None, statistics, (nothing, nothing))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orpo_kernels import reference
-from orpo_kernels.engine import tiles
+from orpo_kernels.engine import operands, tiles
 from orpo_kernels.kernels import tuning
 from tests.helpers import assert_accurate, assert_logit_sums
 from tests.kernels.interpreted.plugin import launches
@@ -170,3 +170,27 @@ def test_smaller_row_when_resources_run_out(monkeypatch):
     # Remembered, and said once (warnings are errors in this file's run).
     assert tuning.launch(key[0], key[2], torch.device("cpu"), run) == tuning.TABLE[key][1]
     assert tried == [tuning.TABLE[key][i] for i in (0, 1, 1)]
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_score_rows(monkeypatch, sets):
+    # Two blocks of 64 positions and 3 of a third; each set ignores some, the sets agree on some.
+    monkeypatch.setitem(
+        tuning.TABLE, ("score_rows", "datacenter", torch.int64), (tuning.Row(64, 4),)
+    )
+    labels = torch.randint(0, 50, (sets, 131))
+    labels[:, ::3] = 7
+    labels[0, ::4], labels[-1, ::5] = -100, -100
+    found = operands.score(labels, -100, 50)
+    with monkeypatch.context() as plain:
+        plain.setattr(operands, "runs_triton", lambda device, dtype: False)
+        expected = operands.score(labels, -100, 50)
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.labels.first, expected.labels.first)
+    assert (found.labels.second is None) == (sets == 1)
+    if sets == 2:
+        assert torch.equal(found.labels.second, expected.labels.second)
+    for bad in (50, -1):
+        labels[-1, 130] = bad  # the last position of the last block
+        with pytest.raises(ValueError, match=f"got {bad}; is the tokenizer larger"):
+            operands.score(labels, -100, 50)
