@@ -117,13 +117,6 @@ def unfuse_head(model: nn.Module) -> None:
         override.withdraw()
 
 
-def guard_of(model: nn.Module) -> DensityGuard | None:
-    """The guard of the fusing in force for everybody; None where `model` is not fused."""
-    override = ModelOverride.on(_causal_lm(model))
-    fusings = [] if override is None else override.fusings
-    return fusings[-1].options.guard if fusings else None
-
-
 class FusedHead:
     """One fusing of one model, made by `fuse_head`: the handle to undo, redo and suspend it.
 

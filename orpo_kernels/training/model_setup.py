@@ -9,6 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_kernels.integrations.bitsandbytes import keep_differentiable
+from orpo_kernels.integrations.transformers import FusedHead, fuse_head
+from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.training.config import ORPOConfig
 
 _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
@@ -98,6 +100,33 @@ def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mod
     if args.disable_dropout:
         _disable_dropout(model)
     return model
+
+
+def head_fusing(model: nn.Module, args: ORPOConfig, loss: ORPOLoss) -> FusedHead:
+    """How the trainer's calls of a model fuse its head, with `active()`.
+
+    Args:
+        model: the model to train.
+        args: arguments of the run.
+        loss: of the run.
+
+    Returns:
+        A fusing that is not in force: the model stays as it is.
+
+    Raises:
+        NotImplementedError: a head that cannot be fused.
+    """
+    fused = fuse_head(
+        model,
+        loss=loss,
+        workspace_bytes=args.workspace_bytes,
+        gradient=args.gradient,
+        eps=args.sparse_eps,
+        compute_dtype=None if args.compute_dtype is None else getattr(torch, args.compute_dtype),
+        mean_logits=args.log_mean_logits,
+    )
+    fused.unfuse()
+    return fused
 
 
 def refuse_frozen(model: nn.Module) -> None:

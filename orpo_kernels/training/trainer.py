@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, has_length
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.integrations.transformers import FusedHead, fuse_head
+from orpo_kernels.integrations.transformers import FusedHead
 from orpo_kernels.loss import ORPOLoss, count_terms
 from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training.arguments import (
@@ -39,6 +39,7 @@ from orpo_kernels.training.guard_state import guard_callbacks
 from orpo_kernels.training.limits import bounded_length, vocabulary_size
 from orpo_kernels.training.metrics import MetricSums, pair_table
 from orpo_kernels.training.model_setup import (
+    head_fusing,
     load_model,
     load_processing_class,
     refuse_frozen,
@@ -50,8 +51,9 @@ class ORPOTrainer(Trainer):
     """Train a causal LM on preference pairs with the ORPO loss, without logits.
 
     Drop-in for TRL's class of this name: same arguments, data formats, metric names, numbers.
-    The output head of `model` is fused (`fuse_head`): called with labels it returns log-probs
-    and the loss, without labels it works as ever. `fused_head.unfuse()` undoes it.
+    The output head of `model` is fused (`fuse_head`) for the trainer's own calls and no others: in
+    callbacks and afterwards the model is the one that was given. For a call of one's own that
+    returns the loss, `with trainer.fused_head.active():`.
 
     Args:
         model: causal LM, `PeftModel`, or a hub name or folder to load (`model_init_kwargs`).
@@ -77,6 +79,7 @@ class ORPOTrainer(Trainer):
     """
 
     args: ORPOConfig
+    fused_head: FusedHead
     # Read by transformers >= 5.19; see `_tell_trainer_what_is_scaled` for older ones.
     loss_is_scaled_for_ga: bool | None = False
 
@@ -100,6 +103,7 @@ class ORPOTrainer(Trainer):
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(dataset, name, **args.row_options)
         adapt_arguments(args)
+        self.args = args
         self._peft_config = peft_config
         self._train_sums = MetricSums(args.beta)
         self._eval_sums = EvaluationSums(MetricSums(args.beta))
@@ -121,6 +125,7 @@ class ORPOTrainer(Trainer):
             )
         if model is not None:
             model = set_up_model(model, args, peft_config)
+            self.fused_head = head_fusing(model, self.args, self._loss)
         super().__init__(
             model=model,
             args=args,
@@ -130,11 +135,12 @@ class ORPOTrainer(Trainer):
             processing_class=processing_class,
             model_init=model_init,  # type: ignore[arg-type]
             compute_metrics=None if compute_metrics is None else explained(compute_metrics),
-            callbacks=[*(callbacks or ()), *guard_callbacks(args.gradient)],
+            callbacks=[
+                *(callbacks or ()),
+                *guard_callbacks(args.gradient, lambda: self.fused_head.guard),
+            ],
             optimizers=optimizers,
         )
-        if model is not None:
-            self._fuse(model)
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
         self._tell_trainer_what_is_scaled()
         if isinstance(self.data_collator, PreferenceCollator):
@@ -151,9 +157,9 @@ class ORPOTrainer(Trainer):
             self.eval_dataset = self._prepared(eval_dataset, "eval_dataset")
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, set up and fused as a given one is."""
+        """A fresh model from `model_init`, set up as a given one is."""
         model = set_up_model(super().call_model_init(trial), self.args, self._peft_config)
-        self._fuse(model)
+        self.fused_head = head_fusing(model, self.args, self._loss)
         return model
 
     def train(
@@ -329,19 +335,6 @@ class ORPOTrainer(Trainer):
         scope = self.args.resolved_nll_scope.removesuffix("-pad")  # a matter of the labels
         return ORPOLoss(self.args.beta, self.args.resolved_nll_reduction, scope)
 
-    def _fuse(self, model: nn.Module) -> None:
-        args = self.args
-        compute_dtype = None if args.compute_dtype is None else getattr(torch, args.compute_dtype)
-        self.fused_head: FusedHead = fuse_head(
-            model,
-            loss=self._loss,
-            workspace_bytes=args.workspace_bytes,
-            gradient=args.gradient,
-            eps=args.sparse_eps,
-            compute_dtype=compute_dtype,
-            mean_logits=args.log_mean_logits,
-        )
-
     def _count(self, batch: Mapping[str, Tensor]) -> Tensor:
         batch = stack_batch(batch)
         nll_labels = self._loss.nll_labels_of(batch.get("nll_labels"))
@@ -350,8 +343,9 @@ class ORPOTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Any], **counts: Tensor) -> Any:
         check_batch(inputs)
-        # The fused head has put the loss on the output: all of it runs inside `model`'s wrappers.
-        return model(**inputs, **counts, use_cache=False)
+        # The fused head puts the loss on the output: all of it runs inside `model`'s wrappers.
+        with self.fused_head.active():
+            return model(**inputs, **counts, use_cache=False)
 
     def _table(self, output: Any, weight: Tensor | float | None) -> Tensor:
         return pair_table(
