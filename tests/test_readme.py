@@ -89,6 +89,7 @@ REFUSALS = {
     "generate_during_eval": "`generate_during_eval`",
     "label_smoothing_factor": "`label_smoothing_factor`",
     "underflow_overflow": '`debug="underflow_overflow"`',
+    "than the ones this patch knows": "by the patches of other trainers, versions they do not know",
     "second derivatives": "second derivatives",
     "forward-mode": "forward-mode derivatives",
 }

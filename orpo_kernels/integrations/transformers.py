@@ -87,7 +87,7 @@ def fuse_head(
         and for NLL labels in rejected ones (on a GPU, an assertion of the device).
         `torch.nn.DataParallel` copies the override without rebinding it: refused, use DDP.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     if loss is not None and loss.options:
         raise ValueError(
             f"loss has the options {sorted(loss.options)}, which the fused head would ignore: give "
@@ -110,7 +110,7 @@ def unfuse_head(model: nn.Module) -> None:
 
     What threads have entered with `active()` stays theirs until they leave.
     """
-    override = ModelOverride.on(_causal_lm(model))
+    override = ModelOverride.on(causal_lm_of(model))
     if override is not None:
         for fusing in list(override.fusings):
             override.drop(fusing)
@@ -224,7 +224,7 @@ class FusedHead:
                 self.unfuse()
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm_of(model: nn.Module) -> nn.Module:
     """The causal LM inside data-parallel, compiled and PEFT wrappers."""
     if isinstance(model, PreTrainedModel):
         return model
@@ -235,5 +235,5 @@ def _causal_lm(model: nn.Module) -> nn.Module:
         )
     for name in ("module", "_fsdp_wrapped_module", "_orig_mod"):
         if name in model._modules:
-            return _causal_lm(model.get_submodule(name))
+            return causal_lm_of(model.get_submodule(name))
     return peft.base_model(model)

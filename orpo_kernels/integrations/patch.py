@@ -1,0 +1,53 @@
+"""Attributes of somebody else's classes and modules, replaced until they are put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ABSENT = object()
+
+
+class Patch:
+    """Replacements of attributes, put on and taken off together.
+
+    Args:
+        *replacements: (owner, name, value): `owner.name` is to become `value`.
+    """
+
+    def __init__(self, *replacements: tuple[Any, str, Any]) -> None:
+        self._replacements = replacements
+        self._found: list[Any] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the replacements are in force."""
+        return bool(self._found)
+
+    def put_on(self) -> None:
+        """Replace the attributes; a second call does nothing."""
+        if self.is_on:
+            return
+        self._found = [vars(owner).get(name, _ABSENT) for owner, name, _ in self._replacements]
+        for owner, name, value in self._replacements:
+            setattr(owner, name, value)
+
+    def take_off(self) -> None:
+        """Put back what was there; a second call does nothing.
+
+        Raises:
+            RuntimeError: somebody replaced an attribute again since, and would lose it.
+        """
+        if not self.is_on:
+            return
+        for owner, name, value in self._replacements:
+            if vars(owner).get(name) is not value:
+                raise RuntimeError(
+                    f"{owner.__name__}.{name} was replaced again after orpo_kernels had patched "
+                    "it; undo that patch first"
+                )
+        for (owner, name, _), found in zip(self._replacements, self._found, strict=True):
+            if found is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, found)
+        self._found = []
