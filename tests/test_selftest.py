@@ -17,7 +17,7 @@ from orpo_kernels import sequence_mean as sequence_mean_module
 from orpo_kernels.engine import operands, tile_loop
 from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.engine.tiles import NATIVE, csr_matmul_, softmax_collect_
-from orpo_kernels.selftest import Check, SelfTestReport, logps
+from orpo_kernels.selftest import Check, SelfTestReport, logps, schedule
 from orpo_kernels.selftest.figures import EPS32, Setting, like_torch, rounded_once
 from tests.csrc.forms import plain
 
@@ -28,7 +28,7 @@ MonkeyPatch = pytest.MonkeyPatch
 def run(*ops: str, model: bool = False) -> list[Check]:
     """The checks of these ops that fail."""
     cases = selftest._cases(CPU, torch.get_num_threads(), with_model=model)
-    checks = [selftest._check(case) for case in cases if case.op in ops]
+    checks, _ = schedule.run([case for case in cases if case.op in ops], CPU, 1, None)
     assert checks, f"no check of {ops}"
     return [check for check in checks if not check.passed]
 
@@ -368,7 +368,29 @@ def test_finds_a_loss_that_does_not_fall(monkeypatch: MonkeyPatch) -> None:
     assert "loss after" in failed[0].message
 
 
-# The measuring itself.
+# The running and the measuring.
+
+
+def test_side_by_side_gives_the_same_figures(passed: SelfTestReport) -> None:
+    # As on a GPU, where checks wait for a compiler; in an order of their own.
+    cases = list(selftest._cases(CPU, 1, with_model=True))
+    cases = [case for case in cases if case.op in ("odds_ratio", "orpo_loss", "fuse_head")]
+    state = torch.get_rng_state()
+    checks, left_out = schedule.run(cases, CPU, 4, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert left_out == []
+    assert checks == [each for each in passed.checks if each.op in {case.op for case in cases}]
+
+
+def test_says_what_no_time_was_left_for(capsys: pytest.CaptureFixture[str]) -> None:
+    report = selftest.self_test("cpu", seconds=1e-9)
+    assert report.checks == ()
+    assert not report.passed  # nothing was found out
+    assert "column_sums in bfloat16, " in report.skipped[-1]
+    assert "linear_lse in float16 (2)" in report.skipped[-1]
+    written = capsys.readouterr().out
+    assert written.startswith("orpo_kernels ")
+    assert "no time was left after 1e-09 s for" in written
 
 
 def test_blocks_are_blocks(monkeypatch: MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ in a few seconds. Bug reports start with its output.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from time import perf_counter
 
 import torch
 
-from orpo_kernels.selftest import logps, losses, model, sparse, tiles
+from orpo_kernels.selftest import logps, losses, model, schedule, sparse, tiles
 from orpo_kernels.selftest.figures import Case, Setting
 from orpo_kernels.selftest.report import (
     DTYPES,
@@ -23,18 +24,26 @@ from orpo_kernels.selftest.report import (
     SelfTestReport,
     dtype_name,
     environment,
+    headline,
     tile_backends,
 )
 
 __all__ = ["Check", "SelfTestReport", "main", "self_test"]
 
+# The command begins no check after so many seconds, on a GPU and on a CPU. What a first run on a
+# GPU had compiled is remembered, and the next one takes it up.
+LIMIT_S, CPU_LIMIT_S = 15.0, 60.0
 
-def self_test(device: torch.device | str | None = None, *, json: bool = False) -> SelfTestReport:
+
+def self_test(
+    device: torch.device | str | None = None, *, json: bool = False, seconds: float | None = None
+) -> SelfTestReport:
     """Check every op on this machine, and print what was found.
 
     Args:
         device: where to compute; default: the accelerator, the CPU if there is none.
         json: print one JSON object instead of a table.
+        seconds: begin no check after so many, and say which were left out; default: no limit.
 
     Returns:
         The report: `passed`, `failures`, and the figures.
@@ -43,31 +52,43 @@ def self_test(device: torch.device | str | None = None, *, json: bool = False) -
         ValueError: a device that cannot be used.
 
     Note:
-        A few seconds and a few MB. Leaves the random state, autocast, grad mode and the number of
-        threads as they were. On the CPU the tile operations run on all of torch's threads, the
-        rest on one.
+        A few seconds and a few MB; on a GPU the first time longer, as kernels are compiled, as many
+        at a time as the host has processors. Leaves the random state, autocast, grad mode and the
+        number of threads as they were. On the CPU the tile operations run on all of torch's
+        threads, the rest on one.
     """
     where = _usable(device)
     start = perf_counter()
+    about, backends = environment(where), tile_backends(where)
+    if not json:
+        sys.stdout.write(headline(about, backends) + "\n")
+        sys.stdout.flush()
     skipped = []
     if find_spec("transformers") is None:
         skipped.append("fuse_head: transformers is not installed")
+    threads, workers = torch.get_num_threads(), schedule.workers_of(where)
     with ExitStack() as stack:
-        # Inputs and truths are made on the CPU, whatever the caller's default device.
-        stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(where.type, enabled=False))
         # Problems this small gain nothing from threads; on a busy machine they wait for each other.
-        threads = torch.get_num_threads()
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(1)
-        checks = tuple(_check(case) for case in _cases(where, threads, with_model=not skipped))
-    report = SelfTestReport(
-        environment(where), tile_backends(where), checks, tuple(skipped), perf_counter() - start
-    )
-    sys.stdout.write((report.json() if json else report.text()) + "\n")
+        of_tiles = threads if workers == 1 else 1
+        cases = tuple(_cases(where, of_tiles, with_model=not skipped))
+        checks, left_out = schedule.run(cases, where, workers, seconds)
+    if left_out:
+        skipped.append(_no_time(left_out, seconds))
+    report = SelfTestReport(about, backends, tuple(checks), tuple(skipped), perf_counter() - start)
+    sys.stdout.write((report.json() if json else report.findings()) + "\n")
     return report
+
+
+def _no_time(cases: Sequence[Case], seconds: float | None) -> str:
+    """Which checks were left out, by op and dtype."""
+    count = Counter(f"{case.op} in {dtype_name(case.setting.dtype)}" for case in cases)
+    names = ", ".join(name if n == 1 else f"{name} ({n})" for name, n in count.items())
+    return (
+        f"no time was left after {seconds:g} s for {len(cases)} checks: {names}; run this again "
+        "(what was compiled is remembered) or with --seconds 0 for no limit"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,18 +102,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="orpo-kernels selftest",
-        description="Check every op against float64 on this machine; takes a few seconds.",
+        description="Check every op against float64 on this machine; takes a few seconds, on a GPU "
+        "the first time longer, as kernels are compiled.",
     )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1, xpu; default: the accelerator, else cpu"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
+    parser.add_argument(
+        "--seconds", type=float,
+        help=f"begin no check after so many, 0: no limit; default: {LIMIT_S:g}, "
+        f"on a CPU {CPU_LIMIT_S:g}",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        return 0 if self_test(options.device, json=options.json).passed else 1
+        where = _usable(options.device)
+        limit = CPU_LIMIT_S if where.type == "cpu" else LIMIT_S
+        limit = limit if options.seconds is None else options.seconds
+        report = self_test(where, json=options.json, seconds=limit or None)
     except ValueError as error:
         sys.stderr.write(f"orpo-kernels selftest: {error}\n")
         return 2
+    return 0 if report.passed else 1
 
 
 def _usable(device: torch.device | str | None) -> torch.device:
@@ -117,19 +148,3 @@ def _cases(device: torch.device, threads: int, *, with_model: bool) -> Iterator[
         yield from sparse.cases(setting)
         if with_model:
             yield from model.cases(setting)
-
-
-def _check(case: Case) -> Check:
-    labels = (case.op, case.name, dtype_name(case.setting.dtype))
-    try:
-        figures = case.run()
-    except Exception as error:  # whatever a broken kernel raises is a finding; the rest still runs
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Check(*labels, False, "", float("nan"), 0.0, f"raised {reason}")
-    worst = max(figures, key=lambda figure: figure.used)
-    wrong = [
-        f"{each.what} is off by {each.error:.1e}, at most {each.limit:.1e} is right"
-        for each in figures
-        if not each.passed
-    ]
-    return Check(*labels, not wrong, worst.what, worst.error, worst.limit, "; ".join(wrong))

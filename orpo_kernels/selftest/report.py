@@ -65,8 +65,8 @@ class SelfTestReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
-        return not self.failures
+        """Whether every check that was made passed, and any was."""
+        return len(self.checks) > 0 and not self.failures
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -104,11 +104,12 @@ class SelfTestReport:
         return dumps(content, indent=2, allow_nan=False)
 
     def text(self) -> str:
-        """A table of error / limit, and what failed."""
-        about = self.environment | self.backends
-        width = max(map(len, about))
-        lines = [f"{name:<{width}}  {value}" for name, value in about.items()]
-        lines += [
+        """All of it: environment, a table of error / limit, and what failed."""
+        return headline(self.environment, self.backends) + "\n" + self.findings()
+
+    def findings(self) -> str:
+        """A table of error / limit, what was left out, and what failed."""
+        lines = [
             "",
             "error / limit, relative to the largest true value; per check, the figure nearest it",
             *self._table(),
@@ -139,6 +140,13 @@ class SelfTestReport:
                 " ".join((f"{name:<{left}}", *(f"{cells.get(each, '-'):>18}" for each in columns)))
             )
         return [line.rstrip() for line in lines]
+
+
+def headline(environment: dict[str, str], backends: dict[str, str]) -> str:
+    """Machine, versions, and what computes each operation."""
+    about = environment | backends
+    width = max(map(len, about))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in about.items())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
