@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from orpo_kernels.linear_logps import linear_logps
-from orpo_kernels.loss import ORPOLoss, ORPOOutput, orpo_loss
+from orpo_kernels.loss import ORPOLoss, orpo_loss
+from orpo_kernels.loss_output import ORPOOutput
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.presets import PRESETS
 from orpo_kernels.version import __version__

@@ -11,15 +11,15 @@ Source: arXiv 2403.07691, equations 5 to 7.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.linear_logps import certified_logps
+from orpo_kernels.loss_output import ORPOOutput
 from orpo_kernels.options import (
-    Certificate,
     LogpsKeywords,
     LogpsOptions,
     LogpsSettings,
@@ -49,36 +49,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class ORPOOutput(NamedTuple):
-    """Result of the ORPO loss. float32; only `loss` carries a graph; scalars are 0-dim tensors.
-
-    Attributes:
-        loss: `nll_loss + beta * or_loss`, nats.
-        nll_loss: negative log-likelihood of the chosen answers, nats per token.
-        or_loss: mean over pairs of `-log sigmoid(log_odds_ratio)`, >= 0, nats.
-        chosen_logps: (P,) mean log-prob per scored token of the chosen answers; 0 without one.
-        rejected_logps: (P,) the same of the rejected answers.
-        log_odds_ratio: (P,) `log_odds(chosen) - log_odds(rejected)`.
-        skipped_pairs: int64, pairs with an empty side; they contribute 0.
-        clamped_logps: int64, mean log-probs above `MAX_MEAN_LOGP`, evaluated at it.
-        pair_mask: (P,) bool, the pairs that count.
-        num_nll_tokens: int64, tokens in the NLL of this batch.
-        sparse: what the sparse gradient left out; None if the gradient is exact, or there is none.
-    """
-
-    loss: Tensor
-    nll_loss: Tensor
-    or_loss: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    log_odds_ratio: Tensor
-    skipped_pairs: Tensor
-    clamped_logps: Tensor
-    pair_mask: Tensor
-    num_nll_tokens: Tensor
-    sparse: Certificate | None = None
-
-
 @spelled_out(LogpsKeywords)
 def orpo_loss(  # noqa: PLR0913 - the public signature
     hidden: Tensor,
@@ -88,6 +58,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
     *,
     nll_labels: Tensor | None = None,
     beta: float = 0.1,
+    nll: bool = True,
     nll_reduction: str = "token",
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
@@ -106,6 +77,8 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         nll_labels: like `labels`, or its chosen half (P, T): the tokens of the NLL, when they are
             others (TRL scores prompt + completion). Rejected rows are ignored. Default: `labels`.
         beta: weight of the odds-ratio term (the paper's lambda).
+        nll: whether the NLL is a part of the loss. False: the loss is `beta * or_loss`, and
+            `nll_loss` is reported only.
         nll_reduction: "token" (mean over NLL tokens) or "pair" (mean over pairs of their means).
         sequence_ids: (N,) integer in [0, 2P) when packed; sequence i is paired with P + i.
         num_sequences: 2P; needed when packed, where the ids cannot tell it: a sequence without a
@@ -133,7 +106,7 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
     """
     refuse_unknown(orpo_loss, options, LogpsKeywords)
     scoring = LogpsOptions(**options)
-    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs)
+    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs, nll)
     others = None if nll_labels is labels else nll_labels
     labels = as_int64("labels", labels)
     pairing = pairing_of(labels, sequence_ids, num_sequences)
@@ -146,8 +119,8 @@ def orpo_loss(  # noqa: PLR0913 - the public signature
         label_sets = (labels, others)
     logps, certificate = certified_logps(hidden, weight, label_sets, bias, scoring)
     token_logps, nll_token_logps = logps if isinstance(logps, tuple) else (logps, None)
-    nll = None if nll_token_logps is None or others is None else (nll_token_logps, others)
-    output = _output(token_logps, labels, nll, scoring.ignore_index, pairing, weighting)
+    second = None if nll_token_logps is None or others is None else (nll_token_logps, others)
+    output = _output(token_logps, labels, second, scoring.ignore_index, pairing, weighting)
     return output._replace(sparse=certificate)
 
 
@@ -158,6 +131,7 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
     nll_labels: Tensor | None = None,
     *,
     beta: float = 0.1,
+    nll: bool = True,
     nll_reduction: str = "token",
     ignore_index: int = IGNORE_INDEX,
     sequence_ids: Tensor | None = None,
@@ -173,6 +147,7 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         nll_token_logps: same shape, log-probs of `nll_labels`; default: `token_logps`.
         nll_labels: same shape; default: `labels`.
         beta: as in `orpo_loss`, and so are the other arguments.
+        nll: as in `orpo_loss`.
         nll_reduction: as in `orpo_loss`.
         ignore_index: label of positions that do not count.
         sequence_ids: as in `orpo_loss`.
@@ -188,41 +163,43 @@ def orpo_loss_from_logps(  # noqa: PLR0913 - as orpo_loss
         ValueError: an odd number of sequences, packed ones without `num_sequences`, shapes that do
             not match, a value out of range.
     """
-    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs)
+    weighting = Weighting(beta, nll_reduction, num_nll_tokens, num_pairs, nll)
     if (nll_token_logps is None) != (nll_labels is None):
         raise ValueError("nll_token_logps and nll_labels go together: give both, or neither")
     labels = as_int64("labels", labels)
     pairing = pairing_of(labels, sequence_ids, num_sequences)
     check_log_probs("token_logps", token_logps, labels)
-    nll = None
+    second = None
     if nll_token_logps is not None and nll_labels is not None:
-        nll = (nll_token_logps, check_nll_labels(nll_labels, labels, pairing))
+        second = (nll_token_logps, check_nll_labels(nll_labels, labels, pairing))
         check_log_probs("nll_token_logps", nll_token_logps, labels)
-    return _output(token_logps, labels, nll, ignore_index, pairing, weighting)
+    return _output(token_logps, labels, second, ignore_index, pairing, weighting)
 
 
 def _output(
     token_logps: Tensor,
     labels: Tensor,
-    nll: tuple[Tensor, Tensor] | None,
+    second: tuple[Tensor, Tensor] | None,
     ignore_index: int,
     pairing: Pairing,
     weighting: Weighting,
 ) -> ORPOOutput:
-    """The loss of checked log-probs and labels; `nll` are those of the NLL if they are others."""
+    """The loss of checked log-probs and labels; `second` are the NLL's if they are others."""
     dtype = torch.promote_types(token_logps.dtype, torch.float32)
-    if nll is not None:
-        dtype = torch.promote_types(dtype, nll[0].dtype)
-        nll = (nll[0].to(dtype), nll[1])
+    if second is not None:
+        dtype = torch.promote_types(dtype, second[0].dtype)
+        second = (second[0].to(dtype), second[1])
     mean, count = sequence_mean(
-        token_logps.to(dtype), labels, nll, ignore_index=ignore_index, **pairing._asdict()
+        token_logps.to(dtype), labels, second, ignore_index=ignore_index, **pairing._asdict()
     )
     found = pair_loss(
         mean, count, beta=weighting.beta, by_token=weighting.nll_reduction == "token",
+        nll=weighting.nll,
         num_nll_tokens=count_on(mean.device, weighting.num_nll_tokens),
         num_pairs=count_on(mean.device, weighting.num_pairs),
     )  # fmt: skip
     chosen, rejected = mean[0].detach().chunk(2)
+    chosen_rewards, rejected_rewards = found.rewards.chunk(2)
     nll_loss, or_loss = found.parts.unbind()
     skipped_pairs, clamped_logps, nll_tokens = found.counts.unbind()
     return ORPOOutput(
@@ -232,6 +209,8 @@ def _output(
         chosen_logps=chosen,
         rejected_logps=rejected,
         log_odds_ratio=found.log_odds_ratio,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
         skipped_pairs=skipped_pairs,
         clamped_logps=clamped_logps,
         pair_mask=found.pair_mask,
@@ -281,6 +260,7 @@ class ORPOLoss(nn.Module):
             "completion": those of `labels`; `nll_labels` are not needed, nor used.
             "prompt+completion": those of `nll_labels`; a batch without is refused. None: those of
             `nll_labels` in a batch that has them, else those of `labels`.
+        nll: as in `orpo_loss`.
         **options: of `linear_logps`, which documents them; its tensors are arguments of a call.
 
     Raises:
@@ -294,16 +274,18 @@ class ORPOLoss(nn.Module):
         beta: float = 0.1,
         nll_reduction: str = "token",
         nll_scope: str | None = None,
+        nll: bool = True,
         **options: "Unpack[LogpsSettings]",
     ) -> None:
         super().__init__()
         refuse_unknown(type(self), options, LogpsSettings)
         LogpsOptions(**options)  # these two refuse what is out of range
-        Weighting(beta, nll_reduction)
+        Weighting(beta, nll_reduction, nll=nll)
         check_choice("nll_scope", nll_scope, (None, *NLL_SCOPES))
         self.beta = beta
         self.nll_reduction = nll_reduction
         self.nll_scope = nll_scope
+        self.nll = nll
         self.options = options
 
     @classmethod
@@ -366,7 +348,7 @@ class ORPOLoss(nn.Module):
         refuse_unknown(self.forward, batch, CallKeywords)
         return orpo_loss(
             hidden, weight, labels, bias, nll_labels=self.nll_labels_of(nll_labels),
-            beta=self.beta, nll_reduction=self.nll_reduction, **batch, **self.options,
+            beta=self.beta, nll=self.nll, nll_reduction=self.nll_reduction, **batch, **self.options,
         )  # fmt: skip
 
     @spelled_out(BatchKeywords)
@@ -385,12 +367,13 @@ class ORPOLoss(nn.Module):
             nll_token_logps = None
         return orpo_loss_from_logps(
             token_logps, labels, nll_token_logps, needed,
-            beta=self.beta, nll_reduction=self.nll_reduction,
+            beta=self.beta, nll=self.nll, nll_reduction=self.nll_reduction,
             ignore_index=self.options.get("ignore_index", IGNORE_INDEX), **batch,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        scope = {} if self.nll_scope is None else {"nll_scope": self.nll_scope}
-        options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **scope, **self.options}
+        others = {"nll_scope": (self.nll_scope, None), "nll": (self.nll, True)}
+        named = {name: value for name, (value, usual) in others.items() if value != usual}
+        options = {"beta": self.beta, "nll_reduction": self.nll_reduction, **named, **self.options}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -245,6 +245,16 @@ def check_integer(name: str, value: object, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: so it is.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_described(value)}")
+
+
 def _check_finite(name: str, value: object) -> None:
     # Not math.isfinite: Dynamo cannot trace it on a number that is an input.
     if not -math.inf < _check_number(name, value) < math.inf:

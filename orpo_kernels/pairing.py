@@ -11,7 +11,13 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from orpo_kernels.options import check_beta, check_choice, check_integer, validate_labels
+from orpo_kernels.options import (
+    check_beta,
+    check_choice,
+    check_flag,
+    check_integer,
+    validate_labels,
+)
 from orpo_kernels.presets import NLL_REDUCTIONS
 
 
@@ -123,10 +129,12 @@ class Weighting:
     nll_reduction: str
     num_nll_tokens: Tensor | int | None = None
     num_pairs: Tensor | int | None = None
+    nll: bool = True
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_choice("nll_reduction", self.nll_reduction, NLL_REDUCTIONS)
+        check_flag("nll", self.nll)
         _check_count("num_nll_tokens", self.num_nll_tokens)
         _check_count("num_pairs", self.num_pairs)
 

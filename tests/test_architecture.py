@@ -20,7 +20,15 @@ ROOMS = [
     {"__init__"},  # the public names
     {"loss"},
     {"guard"},
-    {"linear_logps", "odds_ratio", "pair_batch", "pair_loss", "pairing", "sequence_mean"},
+    {
+        "linear_logps",
+        "loss_output",
+        "odds_ratio",
+        "pair_batch",
+        "pair_loss",
+        "pairing",
+        "sequence_mean",
+    },
     {"ops"},
     {"options", "presets", "reference"},
     {"engine"},

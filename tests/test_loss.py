@@ -61,6 +61,34 @@ def test_definition(reduction, nll, empty):
     assert not any(each.requires_grad for each in found[1:] if each is not None)
 
 
+@pytest.mark.parametrize("nll", ["same", "other"])
+def test_without_the_nll(nll):
+    hidden, weight, labels = batch()
+    labels[1] = -100
+    nll_labels = {"same": None}.get(nll, other_labels(labels))
+    true = reference.orpo_loss(hidden, weight, labels, nll_labels=nll_labels, beta=0.3)
+    found = orpo_loss(hidden, weight, labels, nll_labels=nll_labels, beta=0.3, nll=False)
+    compare(found, true._replace(loss=0.3 * true.or_loss), (hidden, weight))
+    module = ORPOLoss(beta=0.3, nll=False)
+    assert torch.equal(module(hidden, weight, labels, nll_labels=nll_labels).loss, found.loss)
+    assert "nll=False" in repr(module)
+    with pytest.raises(TypeError, match="nll must be True or False, got 0"):
+        ORPOLoss(nll=0)
+
+
+def test_rewards_and_means_over_pairs():
+    hidden, weight, labels = batch()
+    labels[1] = -100
+    found = orpo_loss(hidden, weight, labels, beta=0.3)
+    torch.testing.assert_close(found.chosen_rewards, 0.3 * found.chosen_logps)
+    torch.testing.assert_close(found.rejected_rewards, 0.3 * found.rejected_logps)
+    counted = found.log_odds_ratio[found.pair_mask]
+    torch.testing.assert_close(found.mean_log_odds_ratio, counted.mean())
+    torch.testing.assert_close(found.mean_log_sigmoid, F.logsigmoid(counted).mean())
+    nothing = orpo_loss(hidden, weight, torch.full_like(labels, -100))
+    assert nothing.mean_log_odds_ratio == nothing.mean_log_sigmoid == 0
+
+
 @pytest.mark.parametrize("reduction", ["token", "pair"])
 @pytest.mark.parametrize("with_nll", [False, True])
 def test_packed_equals_padded(reduction, with_nll):

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from orpo_kernels.integrations.call import HeadCall
-from orpo_kernels.loss import ORPOLoss, ORPOOutput
+from orpo_kernels.loss import ORPOLoss
+from orpo_kernels.loss_output import ORPOOutput
 from orpo_kernels.options import Certificate
 from orpo_kernels.pair_batch import pair_output
 
 _FIELDS = ("token_logps", "nll_token_logps", "mean_logits", "orpo_terms")
-_PER_PAIR = ("chosen_logps", "rejected_logps", "log_odds_ratio", "pair_mask")
+_PER_PAIR = (
+    "chosen_logps", "rejected_logps", "log_odds_ratio", "chosen_rewards", "rejected_rewards",
+    "pair_mask",
+)  # fmt: skip
 _SPARSE = "sparse_"
 
 

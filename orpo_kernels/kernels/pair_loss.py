@@ -1,14 +1,14 @@
 """The loss of preference pairs from the means of their sequences, and its gradient, in one launch.
 
     nll = - sum over scored pairs of w_i m_i / W,   or = sum over scored pairs of -log sigmoid(lor_i) / R
-    loss = nll + beta or
+    loss = nll + beta or, without the NLL beta or
     dm_i = - w_i / W,  dc_i = - beta / R e^(log sigmoid(-lor_i) - l1m(c_i)),  dr_i = + beta / R e^(... - l1m(r_i))
 
 P pairs, K label sets; float32; natural logarithms; log-probs are evaluated at most at
 `MAX_MEAN_LOGP`. The NLL's means m are those of the last set, c and r those of the first; w_i is the
 pair's NLL tokens or 1. One program: it goes over the pairs once for the sums, each lane in order,
 and once for the gradients, so the result does not depend on anything but the numbers. 16 K bytes
-read and 8 K written per pair, a few KiB in all.
+read and 8 K + 13 written per pair, a few KiB in all.
 """
 
 import torch
@@ -48,13 +48,13 @@ def _nll_weight(count_ptr, pair, scored, BY_TOKEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["tokens_ptr", "pairs_ptr"])
 def _pair_loss_kernel(
-    loss_ptr, parts_ptr, ratio_ptr,  # (), (2,), (P,) float32
+    loss_ptr, parts_ptr, ratio_ptr, rewards_ptr,  # (), (2,), (P,), (2P,) float32
     mask_ptr, counts_ptr,  # (P,) uint8, (3,) int64
     dmean_ptr,  # (K, 2P) float32
     mean_ptr, count_ptr,  # (K, 2P) float32
     tokens_ptr, pairs_ptr,  # () of any number type
     P, beta,
-    TWO_SETS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    TWO_SETS: tl.constexpr, BY_TOKEN: tl.constexpr, NLL: tl.constexpr,
     HAS_TOKENS: tl.constexpr, HAS_PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     last_set = 2 * P if TWO_SETS else 0  # the NLL's
@@ -76,6 +76,8 @@ def _pair_loss_kernel(
         clamped += (scored & (rejected > _HIGHEST)).to(tl.int64)
         nll_tokens += tokens.to(tl.int64)
         tl.store(ratio_ptr + pair, ratio, mask=exists)
+        tl.store(rewards_ptr + pair, beta * chosen, mask=exists)
+        tl.store(rewards_ptr + P + pair, beta * rejected, mask=exists)
         tl.store(mask_ptr + pair, scored.to(tl.uint8), mask=exists)
 
     num_pairs, num_tokens = tl.sum(pairs, 0), tl.sum(nll_tokens, 0)
@@ -91,7 +93,7 @@ def _pair_loss_kernel(
     nll = tl.sum(nll_sum, 0) / W
     odds = tl.sum(odds_sum, 0) / R
 
-    tl.store(loss_ptr, nll + beta * odds)
+    tl.store(loss_ptr, nll + beta * odds if NLL else beta * odds)
     tl.store(parts_ptr, nll)
     tl.store(parts_ptr + 1, odds)
 
@@ -102,7 +104,7 @@ def _pair_loss_kernel(
         _, weight = _nll_weight(nll_count_ptr, pair, scored, BY_TOKEN)
         dchosen = tl.where(scored, -beta / R * tl.exp(log_share - l1m_c), 0.0)
         drejected = tl.where(scored, beta / R * tl.exp(log_share - l1m_r), 0.0)
-        dnll = -weight / W
+        dnll = -weight / W if NLL else tl.zeros((BLOCK,), tl.float32)
         if TWO_SETS:
             tl.store(dmean_ptr + 2 * P + pair, dnll, mask=exists)
             tl.store(dmean_ptr + 3 * P + pair, tl.zeros((BLOCK,), tl.float32), mask=exists)
@@ -119,24 +121,25 @@ def pair_loss(
     num_pairs: Tensor | None,  # ()
     beta: float,
     by_token: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the loss (), its parts (2,), lor (P,), the mask (P,), counts (3,), dmean (K, 2P)."""
+    nll: bool,
+) -> tuple[Tensor, ...]:
+    """Launches loss (), parts (2,), lor (P,), rewards (2P,), mask (P,), counts (3,), dmean (K, 2P)."""
     mean, count = mean.contiguous(), count.contiguous()
     K, P = mean.shape[0], mean.shape[1] // 2
 
-    def run(row: Row, _device: Device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        loss, parts, ratio = (mean.new_empty(shape) for shape in ((), 2, P))
+    def run(row: Row, _device: Device) -> tuple[Tensor, ...]:
+        loss, parts, ratio, rewards = (mean.new_empty(shape) for shape in ((), 2, P, 2 * P))
         mask = mean.new_empty(P, dtype=torch.bool)
         counts, dmean = mean.new_empty(3, dtype=torch.int64), torch.empty_like(mean)
         _pair_loss_kernel[(1,)](
-            loss, parts, ratio, mask.view(torch.uint8), counts, dmean, mean, count,
+            loss, parts, ratio, rewards, mask.view(torch.uint8), counts, dmean, mean, count,
             counts if num_nll_tokens is None else num_nll_tokens,
             counts if num_pairs is None else num_pairs,
             P, beta,
-            TWO_SETS=K == 2, BY_TOKEN=by_token,
+            TWO_SETS=K == 2, BY_TOKEN=by_token, NLL=nll,
             HAS_TOKENS=num_nll_tokens is not None, HAS_PAIRS=num_pairs is not None,
             BLOCK=row.block, num_warps=row.warps, enable_fp_fusion=True,
         )  # fmt: skip
-        return loss, parts, ratio, mask, counts, dmean
+        return loss, parts, ratio, rewards, mask, counts, dmean
 
     return launch("pair_loss", torch.float32, mean.device, run)

@@ -35,6 +35,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case("sequence_mean", "packed", setting, _sequence_mean, (True,))
         yield Case("pair_loss", "token mean, grid up to p = 1", setting, _pair_loss, (True,))
         yield Case("pair_loss", "pair mean, counts given", setting, _pair_loss, (False,))
+        yield Case("pair_loss", "without the NLL", setting, _pair_loss, (True, False))
     yield Case("odds_ratio", "grid up to p = 1", setting, _odds_ratio)
     yield Case("orpo_loss", "token mean, padded, an empty side", setting, _loss, ("token", False))
     yield Case("orpo_loss", "pair mean, packed, an empty side", setting, _loss, ("pair", True))
@@ -70,17 +71,19 @@ def _sequence_mean(setting: Setting, packed: bool) -> Iterator[Figure]:
     yield rounded_once("dlogps", dlogps, true_dlogps)
 
 
-def _pair_loss(setting: Setting, by_token: bool) -> Iterator[Figure]:
+def _pair_loss(setting: Setting, by_token: bool, with_nll: bool = True) -> Iterator[Figure]:
     # Pairs of -1e-3 to -1e4 and of p = 1; two more that lack a side, with NaN there.
     chosen, rejected = torch.cartesian_prod(torch.tensor(GRID), torch.tensor(GRID)).unbind(1)
     P, beta = len(chosen), 0.5
     tokens = torch.arange(P) % 7 + 1.0
-    counts = {} if by_token else {"num_pairs": torch.tensor(2 * P, device=setting.device)}
+    counts: dict[str, Any] = (
+        {} if by_token else {"num_pairs": torch.tensor(2 * P, device=setting.device)}
+    )
     true = [exact(each).requires_grad_() for each in (chosen, rejected, chosen / 2)]
     losses, _ = reference.odds_ratio_loss(true[0], true[1])
     nll = -(true[2] * (tokens.double() if by_token else 1.0)).sum()
     pairs, weight = (P, float(tokens.sum())) if by_token else (2 * P, 2 * P)
-    true_loss = nll / weight + beta * losses.sum() / pairs
+    true_loss = with_nll * nll / weight + beta * losses.sum() / pairs
     true_gradients = torch.autograd.grad(true_loss, true)
 
     gap = torch.tensor([torch.nan, -1.0])
@@ -93,10 +96,15 @@ def _pair_loss(setting: Setting, by_token: bool) -> Iterator[Figure]:
     count = torch.where(mean.isnan(), 0.0, 1.0)
     count[1, :P] = tokens
     given = setting.put(mean).requires_grad_()
-    out = pair_loss(given, setting.put(count), beta=beta, by_token=by_token, **counts)
+    options = {"beta": beta, "by_token": by_token, "nll": with_nll, **counts}
+    out = pair_loss(given, setting.put(count), **options)
     (dmean,) = torch.autograd.grad(out.loss, given)
     found = (dmean[0, :P], dmean[0, P + 2 : -2], dmean[1, :P])
     yield Figure("loss", relative_errors(out.loss, true_loss)[0], 32 * EPS32)
+    yield Figure("NLL", relative_errors(out.parts[0], nll / weight)[0], 32 * EPS32)
+    rewards = beta * exact(torch.cat((mean[0, :P], mean[0, P + 2 : -2])))
+    found_rewards = torch.cat((out.rewards[:P], out.rewards[P + 2 : -2]))
+    yield Figure("rewards", relative_errors(found_rewards, rewards)[0], EPS32)
     yield Figure("skipped pairs", abs(int(out.counts[0]) - 2), 0.0)
     yield Figure("gradient of skipped pairs", largest(dmean[:, P : P + 2]), 0.0)
     for what, ours, truth in zip(

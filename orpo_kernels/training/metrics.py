@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.loss import ORPOOutput
+from orpo_kernels.loss_output import ORPOOutput
 
 PAIR_METRICS = (
     "logps/chosen",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from orpo_kernels.integrations import trl
@@ -78,3 +79,18 @@ def test_trl_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.import_module("orpo_kernels.integrations.trl").unpatch_trl()
     code = script.replace(imported, subclass)
     assert difference(run(tmp_path, code, monkeypatch), theirs) < 1e-5
+
+
+def test_ligers_loss() -> None:
+    (code,) = snippets("Liger's loss")
+    before, after = code.split("# after")
+    head, results = torch.nn.Linear(8, 50, bias=False), []
+    hidden, target, nll_target = torch.randn(4, 6, 8), *torch.randint(0, 50, (2, 4, 6))
+    call = after.split("\n\n", maxsplit=1)[1].replace("beta=0.1", "beta=0.1, compiled=False")
+    for imports in (before, "#" + after):
+        names = {"lm_head": head, "hidden": hidden, "target": target, "nll_target": nll_target}
+        exec(imports + call, names)
+        results.append((names["loss"].detach(), *names["auxiliaries"]))
+    assert len(results[0]) == 10
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-5, atol=1e-5)

@@ -162,7 +162,7 @@ def _small_cases() -> Iterator[Case]:
 
     def loss(sets: int, by_token: bool) -> None:
         given = None if by_token else _labels(1, 1)[0, 0]
-        pair_loss.pair_loss(_cuda(sets, 64), _cuda(sets, 64), given, given, 0.1, by_token)
+        pair_loss.pair_loss(_cuda(sets, 64), _cuda(sets, 64), given, given, 0.1, by_token, by_token)
 
     def pairs() -> None:
         odds_ratio.odds_ratio(_cuda(64), _cuda(64))

@@ -159,7 +159,7 @@ def test_few_variants_over_many_lengths(launchers, V):
             mean_logits.mean_logits(cuda(2 * P, T, 64), cuda(V, 64), **options)
             logps, labels = (cuda(2 * P, T, dtype=each) for each in (torch.float32, torch.int64))
             found = sequence_mean.sequence_mean(logps, labels, logps, labels, -100, None, 2 * P)
-            dmean = pair_loss.pair_loss(*found, None, None, 0.1, True)[-1]
+            dmean = pair_loss.pair_loss(*found, None, None, 0.1, True, True)[-1]
             sequence_mean.sequence_mean_backward(dmean, found[1], labels, labels, -100, None)
             pairs = [cuda(2 * P, dtype=torch.float32).narrow(0, i * P, P) for i in (0, 1)]
             odds_ratio.odds_ratio_backward(*pairs, *odds_ratio.odds_ratio(*pairs))

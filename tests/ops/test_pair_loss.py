@@ -24,7 +24,7 @@ def pairs(sets, dtype):
     return mean.to(dtype), count
 
 
-def definition(mean, count, beta, by_token, num_nll_tokens=None, num_pairs=None):
+def definition(mean, count, beta, by_token, with_nll, num_nll_tokens=None, num_pairs=None):
     scored = [i for i in range(P) if count[0, i] > 0 and count[0, P + i] > 0]
     losses, _ = reference.odds_ratio_loss(mean[0, :P], mean[0, P:])
     tokens = sum(float(count[-1, i]) for i in scored)
@@ -33,22 +33,23 @@ def definition(mean, count, beta, by_token, num_nll_tokens=None, num_pairs=None)
     weight = {i: float(count[-1, i]) if by_token else 1.0 for i in scored}
     nll = -sum(weight[i] * mean[-1, i] for i in scored) / W
     odds = sum(losses[i] for i in scored) / R
-    return nll + beta * odds, nll, odds, tokens, scored
+    return with_nll * nll + beta * odds, nll, odds, tokens, scored
 
 
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by pair"])
 @pytest.mark.parametrize("given", [False, True], ids=["counted here", "counts given"])
-def test_the_definition(sets, by_token, given):
+@pytest.mark.parametrize("with_nll", [True, False], ids=["with NLL", "without"])
+def test_the_definition(sets, by_token, given, with_nll):
     mean, count = pairs(sets, torch.float32)
     counts = {}
     if given:
         counts = {"num_nll_tokens": torch.tensor(5000), "num_pairs": torch.tensor(700.0)}
     exact = mean.double().requires_grad_()
-    loss, nll, odds, tokens, scored = definition(exact, count, 0.3, by_token, **counts)
+    loss, nll, odds, tokens, scored = definition(exact, count, 0.3, by_token, with_nll, **counts)
     (gradient,) = torch.autograd.grad(loss, exact)
     ours = mean.clone().requires_grad_()
-    found = pair_loss(ours, count, beta=0.3, by_token=by_token, **counts)
+    found = pair_loss(ours, count, beta=0.3, by_token=by_token, nll=with_nll, **counts)
     (dmean,) = torch.autograd.grad(found.loss, ours)
     torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.parts.double(), torch.stack((nll, odds)), rtol=1e-6, atol=0)
@@ -56,6 +57,7 @@ def test_the_definition(sets, by_token, given):
     torch.testing.assert_close(dmean.double(), gradient, rtol=1e-4, atol=1e-37)
     assert found.pair_mask.nonzero()[:, 0].tolist() == scored
     assert found.counts.tolist() == [P - len(scored), 0, tokens]
+    assert torch.equal(found.rewards, 0.3 * mean[0])
     assert not any(each.requires_grad for each in found[1:])
 
 
@@ -111,6 +113,6 @@ def test_nothing_scored_and_no_pairs():
 def test_opcheck():
     op = torch.ops.orpo_kernels.pair_loss.default
     mean, count = -torch.rand(2, 6), torch.ones(2, 6)
-    opcheck(op, (mean.requires_grad_(), count, None, None, 0.1, True))
+    opcheck(op, (mean.requires_grad_(), count, None, None, 0.1, True, True))
     counts = (torch.tensor(9), torch.tensor(3))
-    opcheck(op, (mean[:1].detach().requires_grad_(), count[:1], *counts, 0.1, False))
+    opcheck(op, (mean[:1].detach().requires_grad_(), count[:1], *counts, 0.1, False, False))

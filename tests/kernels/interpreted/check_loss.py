@@ -138,7 +138,8 @@ EDGE = [-1e-9, -(2.0**-26), -1e-4, -0.69, -0.70, -5.0, -80.0, -700.0]
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by pair"])
 @pytest.mark.parametrize("given", [False, True], ids=["counted here", "counts given"])
-def test_pair_loss(sets, by_token, given):
+@pytest.mark.parametrize("nll", [True, False], ids=["with NLL", "without"])
+def test_pair_loss(sets, by_token, given, nll):
     # 64 pairs of edges and 300 random ones: two blocks of 256; every fifth lacks a side.
     chosen = [c for c in EDGE for _ in EDGE] + (-torch.rand(300) * 3).tolist()
     rejected = EDGE * len(EDGE) + (-torch.rand(300) * 3).tolist()
@@ -150,7 +151,7 @@ def test_pair_loss(sets, by_token, given):
     counts = {}
     if given:
         counts = {"num_nll_tokens": torch.tensor(5000), "num_pairs": torch.tensor(999.0)}
-    options = {"beta": 0.3, "by_token": by_token, **counts}
+    options = {"beta": 0.3, "by_token": by_token, "nll": nll, **counts}
     before = len(launches)
     ours = mean.clone().requires_grad_()
     found = pair_loss(ours, count, **options)
@@ -165,6 +166,8 @@ def test_pair_loss(sets, by_token, given):
     assert torch.equal(found.pair_mask, true.pair_mask)
     assert torch.equal(found.counts, true.counts)
     scored = found.pair_mask
+    both = scored.repeat(2)
+    assert_accurate(found.rewards[both], true.rewards[both])
     assert_accurate(found.log_odds_ratio[scored], true.log_odds_ratio[scored])
     # Of exponents up to 700, whose rounding is relative error of the gradient; 0 below 1e-38.
     torch.testing.assert_close(ours.grad.double(), wide.grad, rtol=1e-4, atol=1e-37)
