@@ -13,7 +13,8 @@
 
 namespace orpo {
 
-constexpr int64_t kBlock = 128;  // is looked through only where its maximum is large enough
+constexpr float kMostMoved = 64;  // MOST_MOVED of constants.py
+constexpr int64_t kBlock = 128;   // is looked through only where its maximum is large enough
 
 // x <- exp(x - reference), rounded; the sum of what was written.
 template <class T>
@@ -269,7 +270,8 @@ struct Collector {
                 z = transform.cap * capped.value;
                 slope *= capped.slope;
             }
-            const R e = orpo::exp(z - reference);
+            const R least = entry.e / kMostMoved, most = entry.e * kMostMoved;
+            const R e = std::min(std::max(orpo::exp(z - reference), least), most);
             added += static_cast<double>(e) - entry.e;
             entry.value = e * slope;
         }

@@ -33,3 +33,10 @@ About 40 entries of a row of a trained model are; the rounding of the others ave
 
 MOST_LARGE = 256
 """Entries of a row of a tile that are redone, at most: a row with more has none that matters."""
+
+MOST_MOVED = 2.0**6
+"""How far an entry that is redone may be from the rounded one, either way: a factor.
+
+Rounding to bfloat16 moves logits beyond 2^10 by more. Those stay as wrong as eager's: by the sums
+of what was rounded it was decided which entries are redone, and unbounded ones overflow.
+"""

@@ -33,8 +33,7 @@ class Tail:
 
     def mean(self) -> Tensor:
         """The vectors q (G, V): each sums to 1, or is 0 where nothing was dropped."""
-        total = self.sums.sum(1, keepdim=True)
-        return self.sums * torch.where(total > 0, 1.0 / total, 0.0)
+        return self._over_mass(self.sums)
 
     def product(self, head: Head, step: int) -> Tensor:
         """The rows q W (G, H), from entries of the head that are not rounded."""
@@ -42,8 +41,12 @@ class Tail:
         for v0, v1 in spans(self.sums.shape[1], step):
             for total, weight in zip(parts, head.parts, strict=True):
                 total += column_sums(in_rows(weight[v0:v1]), self.sums[:, v0:v1])
+        return self._over_mass(torch.cat(parts, 1))
+
+    def _over_mass(self, sums: Tensor) -> Tensor:
+        # The mass may be a subnormal number, whose reciprocal is infinite.
         mass = self.sums.sum(1, keepdim=True)
-        return torch.cat(parts, 1) * torch.where(mass > 0, 1.0 / mass, 0.0)
+        return torch.where(mass > 0, sums / mass, 0.0)
 
 
 class Packed(NamedTuple):

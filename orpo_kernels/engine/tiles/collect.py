@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orpo_kernels.constants import MOST_MOVED
 from orpo_kernels.engine.tiles.plain import add_at_, exponentials, merge, rows_at_once, transformed
 from orpo_kernels.engine.tiles.schemas import softmax_stats
 
@@ -77,8 +78,10 @@ def softmax_collect_(  # noqa: PLR0913 - as the schema
         if hidden is not None and weight is not None:
             dots = _dots(hidden[i:j], weight, rows, columns, e.dtype)
             z, d = transformed(dots, bias, columns, *options)
+            rounded = e[rows, columns]
             redone = torch.exp(z - reference[i:j][rows])
-            add_at_(total[i:j], rows, redone - e[rows, columns])
+            redone = redone.clamp(rounded / MOST_MOVED, rounded * MOST_MOVED)
+            add_at_(total[i:j], rows, redone - rounded)
             values = redone * d
         counts.append(torch.bincount(rows, minlength=j - i))
         lists.append((columns.int(), values))

@@ -301,3 +301,21 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
     true = truth(case, everything, exact_rows=slice(None))  # no flag can be read
     for name, each in found.items():
         assert relative(each, true.gradients[name]) < 3.5e-3, name
+
+
+@pytest.mark.parametrize("lead", [93.0, 101.0])
+def test_a_tail_whose_mass_is_subnormal(lead, monkeypatch):
+    # One token, not the label, so far above all others that 1 / (mass of the others) is infinite.
+    as_on_a_gpu(monkeypatch, widens=True)
+    weight = torch.zeros(V, 1)
+    weight[1] = lead
+    weight.requires_grad_()
+    hidden = torch.ones(3, 1, requires_grad=True)
+    labels, options = torch.tensor([0, 1, 5]), LogpsOptions(gradient="sparse", eps=EPS)
+    logps, _ = certified_logps(hidden, weight, labels, None, options)
+    logps.sum().backward()
+    expected = torch.tensor([-lead, 0.0, -lead])
+    torch.testing.assert_close(logps.detach(), expected)
+    torch.testing.assert_close(hidden.grad[:, 0], expected, rtol=4e-3, atol=1e-6)
+    assert weight.grad.isfinite().all()
+    torch.testing.assert_close(weight.grad[1], torch.tensor([-2.0]), rtol=8e-3, atol=0)
