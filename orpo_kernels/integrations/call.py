@@ -43,6 +43,7 @@ class FuseOptions:
     compute_dtype: torch.dtype | None
     mean_logits: bool
     check: bool
+    narrow_head: bool = True
     guard: DensityGuard = field(default_factory=DensityGuard, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class HeadCall:
     ) -> Tensor:
         """Score hidden (B, T, H) and return empty logits (B, T, 0); `own` is the head's forward."""
         self._validate(hidden, [*(type(each).__name__ for each in args), *kwargs])
-        hidden = hidden.to(self.head.linear.weight.device)
+        hidden = self.head.as_multiplied(hidden.to(self.head.linear.weight.device))
         terms, target = self.head.terms(hidden), self.labels.device
         sets = self.labels if self.nll_labels is None else (self.labels, self.nll_labels)
         groups = None

@@ -9,9 +9,10 @@ need no second fusing.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from orpo_kernels.integrations import peft
+from orpo_kernels.integrations import narrow, peft
 
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _SCALINGS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
@@ -40,6 +41,14 @@ class OutputHead:
     module: nn.Module
     linear: nn.Linear
     adapters: tuple[str, ...] = ()
+
+    def as_multiplied(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the dtype that a product with the head's own weight has."""
+        own = narrow.own_dtype(self.linear)
+        kept_so = own == self.linear.weight.dtype
+        if kept_so or torch.is_autocast_enabled(self.linear.weight.device.type):
+            return hidden
+        return hidden.to(torch.promote_types(hidden.dtype, own))
 
     def terms(self, hidden: Tensor) -> HeadTerms:
         """The tensors whose logits the head returns for `hidden` (..., H)."""
@@ -82,6 +91,8 @@ def resolve_head(model: nn.Module) -> OutputHead:
         _refuse_unless_linear(linear, name)
         adapters = peft.lora_adapters(module)
     _refuse_unless_linear(linear, name)
+    if linear.weight.requires_grad or adapters:  # since it was narrowed
+        narrow.widen(linear)
     return OutputHead(module, linear, adapters)
 
 

@@ -75,6 +75,8 @@ class ORPOConfig(TrainingArguments):
         sparse_eps: probabilities over it enter a sparse gradient one by one; `eps` of
             `linear_logps`.
         compute_dtype: dtype of its matrix products, see `linear_logps`; e.g. "bfloat16".
+        narrow_head: keep a frozen float32 head in 16 bits during training where that loses nothing;
+            see `fuse_head`.
         log_mean_logits: log `logits/chosen` and `logits/rejected`. Free, but for models with a
             logit softcap, where it costs one more pass over the vocabulary.
         overwrite_output_dir: delete the checkpoints of another run found in `output_dir`.
@@ -200,6 +202,10 @@ class ORPOConfig(TrainingArguments):
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "dtype of the matrix products with the vocabulary."}
+    )
+    narrow_head: bool = field(
+        default=True,
+        metadata={"help": "Keep a frozen head in 16 bits where that loses nothing."},
     )
     log_mean_logits: bool = field(
         default=True, metadata={"help": "Log logits/chosen and logits/rejected."}

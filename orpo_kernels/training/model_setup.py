@@ -124,6 +124,7 @@ def head_fusing(model: nn.Module, args: ORPOConfig, loss: ORPOLoss) -> FusedHead
         eps=args.sparse_eps,
         compute_dtype=None if args.compute_dtype is None else getattr(torch, args.compute_dtype),
         mean_logits=args.log_mean_logits,
+        narrow_head=args.narrow_head,
     )
     fused.unfuse()
     return fused

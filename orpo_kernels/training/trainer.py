@@ -195,6 +195,10 @@ class ORPOTrainer(Trainer):
         self._train_sums, self._tokens = MetricSums(self.args.beta), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self.fused_head.narrowed():
+            return super()._inner_training_loop(*args, **kwargs)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, for a model of which something is trained.
 
