@@ -6,22 +6,20 @@ gradients. `missing(workload, device)` says in a sentence why it cannot run here
 harness, not the adapter, asks for gradients and calls backward.
 """
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.heads import MODES
 from benchmarks.workloads import Workload
+from orpo_kernels import use_backend
+from orpo_kernels.engine.tiles import native
+from orpo_kernels.kernels import gpu_backend
 
 Forward = Callable[[], Tensor]
 BETA = peers.BETA
@@ -75,42 +73,13 @@ def kept_workspace(workload: Workload) -> int:
     return entries * workload.weight.element_size() + KEPT_SLACK
 
 
-@contextmanager
-def plain_torch_tiles() -> Iterator[None]:
-    """Tile operations in their plain-torch form, whatever backend this machine has."""
-    plain = _plain_forms()
-    with ExitStack() as stack:
-        for module in _engine_modules():
-            for name, function in plain.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, function))
-        yield
-
-
-def _engine_modules() -> list[ModuleType]:
-    prefix = "orpo_kernels.engine."
-    return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
-
-
-def _plain_forms() -> dict[str, Callable[..., Any]]:
-    """The plain-torch form of every tile operation: what a device without its own kernel gets."""
-    tiles = importlib.import_module("orpo_kernels.engine.tiles")
-    # No kernel is registered for this key, so the dispatcher takes the default form.
-    elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-    return {
-        name: partial(value.default.redispatch, elsewhere)
-        for name, value in vars(tiles).items()
-        if isinstance(value, torch._ops.OpOverloadPacket)
-    }
-
-
 def _never_missing(workload: Workload, device: str) -> None:
     del workload, device
 
 
 def _plain_missing(workload: Workload, device: str) -> str | None:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if any(has(f"orpo_kernels::{name}", device.upper()) for name in _plain_forms()):
+    backend = native.cpu_backend() if device == "cpu" else gpu_backend()
+    if backend != "torch":
         return None
     return "this machine has no other backend: `ours-exact` is the plain-torch form itself"
 
@@ -128,7 +97,7 @@ IMPLEMENTATIONS = {
         ),
         Implementation(
             "ours-exact-torch", "orpo_kernels, exact, tiles in plain torch", _ours("exact"),
-            _plain_missing, peer=False, modes=("frozen",), around=plain_torch_tiles,
+            _plain_missing, peer=False, modes=("frozen",), around=partial(use_backend, "torch"),
         ),
         Implementation(
             "ours-sparse", "orpo_kernels, sparse", _ours("sparse"), _never_missing,

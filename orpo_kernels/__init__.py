@@ -7,7 +7,9 @@ Importing this needs torch and does no work. What needs the `hf` extra (`ORPOTra
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from orpo_kernels.backend import use_backend
 from orpo_kernels.linear_logps import linear_logps
+from orpo_kernels.logps_output import LogpsOutput, linear_logps_output
 from orpo_kernels.loss import ORPOLoss, orpo_loss
 from orpo_kernels.loss_output import ORPOOutput
 from orpo_kernels.odds_ratio import odds_ratio_loss
@@ -25,12 +27,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "LogpsOutput",
     "ORPOLoss",
     "ORPOOutput",
     "__version__",
     "linear_logps",
+    "linear_logps_output",
     "odds_ratio_loss",
     "orpo_loss",
+    "use_backend",
 ]
 
 # Not in __all__: `from orpo_kernels import *` works without the `hf` extra.

@@ -21,7 +21,9 @@ ROOMS = [
     {"loss"},
     {"guard"},
     {
+        "backend",
         "linear_logps",
+        "logps_output",
         "loss_output",
         "odds_ratio",
         "pair_batch",

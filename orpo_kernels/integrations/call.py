@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.engine.mean_logits import mean_logits
+from orpo_kernels.engine.mean_logits import mean_logits, row_mean_logits
 from orpo_kernels.guard import DensityGuard
 from orpo_kernels.integrations.follower import followed
 from orpo_kernels.integrations.head import HeadTerms, LogitTransform, OutputHead
@@ -23,8 +22,6 @@ from orpo_kernels.pairing import Pairing, tail_groups
 
 if TYPE_CHECKING:
     from orpo_kernels.integrations.override import ForwardOverride
-
-_BLOCK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -188,20 +185,14 @@ def _mean_logits(
 ) -> Tensor:
     """(B,) float32 over positions 0 to T - 2, those that predict a token. hidden (B, T, H)."""
     hidden = hidden[:, :-1]
-    mean = partial(
-        mean_logits, logit_scale=logit_scale, softcap=softcap, workspace_bytes=workspace_bytes
-    )
+    options: dict[str, Any] = {
+        "logit_scale": logit_scale, "softcap": softcap, "workspace_bytes": workspace_bytes,
+    }  # fmt: skip
     if hidden_r is None or weight_r is None:
-        return mean(hidden, weight, bias)
-    # A LoRA on the head: its r columns go beside the weight's, block by block.
-    hidden = torch.cat((hidden, hidden_r[:, :-1].to(hidden)), dim=-1)
-    size = max(1, _BLOCK_ELEMENTS // hidden.shape[-1])
-    total = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-    for start in range(0, weight.shape[0], size):
-        rows = slice(start, start + size)
-        block = torch.cat((weight[rows], weight_r[rows].to(weight)), dim=-1)
-        total += mean(hidden, block, None if bias is None else bias[rows]) * block.shape[0]
-    return total / weight.shape[0]
+        return mean_logits(hidden, weight, bias, **options)
+    low_rank = (hidden_r[:, :-1], weight_r)
+    rows = row_mean_logits(hidden, weight, bias, low_rank=low_rank, **options)
+    return rows.sum(1) / max(1, rows.shape[1])
 
 
 @_mean_logits.register_fake

@@ -37,9 +37,22 @@ _MODULES = {
 }
 
 
-@functools.cache
+_forced_plain = False
+
+
+def force_plain(forced: bool) -> None:
+    """Whether GPU tensors get plain torch, Triton or not."""
+    global _forced_plain
+    _forced_plain = forced
+
+
 def gpu_backend() -> str:
     """Form of the row operations that CUDA, ROCm and XPU tensors get: "triton" or "torch"."""
+    return "torch" if _forced_plain else _installed_backend()
+
+
+@functools.cache
+def _installed_backend() -> str:
     if os.environ.get(SWITCH, "triton") == "torch":
         return "torch"
     if importlib.util.find_spec("triton") is not None:

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.cases import label, memory_sweep, planned
 from benchmarks.heads import Case
-from benchmarks.implementations import IMPLEMENTATIONS, plain_torch_tiles
+from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.measure import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -17,6 +17,7 @@ from benchmarks.measure import (
 )
 from benchmarks.steps import Step
 from benchmarks.workloads import make_workload
+from orpo_kernels.engine.tiles import native
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,10 @@ def test_a_peer_without_softcap_is_skipped_by_name():
 
 
 def test_the_plain_torch_form_is_really_what_runs(workload):
-    from orpo_kernels.engine import tile_loop
-
-    dispatched = tile_loop.softmax_collect_
-    with plain_torch_tiles():
-        assert tile_loop.softmax_collect_ is not dispatched
-        step = Step(IMPLEMENTATIONS["ours-exact"], workload, "frozen")
+    plain = IMPLEMENTATIONS["ours-exact-torch"]
+    with plain.around():
+        assert native.cpu_backend() == "torch"
+        step = Step(plain, workload, "frozen")
         inside = step.run()
-    assert tile_loop.softmax_collect_ is dispatched
     step.clear()
     torch.testing.assert_close(step.run(), inside)

@@ -29,6 +29,7 @@ __all__ = [
     "column_sums",
     "compact_weight_gradient",
     "csr_matmul_",
+    "force_plain",
     "native",
     "softmax_collect_",
     "softmax_compact_online_",
@@ -46,6 +47,13 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "softmax_compact_online_": compact.softmax_compact_online_,
     "compact_weight_gradient": compact.compact_weight_gradient,
 }
+
+
+def force_plain(forced: bool) -> None:
+    """Whether CPU tensors get the plain-torch form of every operation, C++ or not."""
+    native.stand_in({name: _PLAIN[name] for name in NATIVE} if forced else None)
+
+
 _TRITON = ("softmax_stats", "softmax_grad_", "column_sums")
 
 

@@ -7,10 +7,10 @@ operation, is a warning.
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,16 +21,29 @@ REBUILD = (
 SWITCH = "ORPO_KERNELS_CPU_BACKEND"
 
 _reason = "not loaded yet"
+_stand_in: torch.library.Library | None = None
 
 
 def cpu_backend() -> Literal["c++", "torch"]:
     """The form of the tile operations that CPU tensors get."""
-    return "torch" if _reason else "c++"
+    return "torch" if cpu_backend_reason() else "c++"
 
 
 def cpu_backend_reason() -> str:
     """Why it is "torch"; empty when it is "c++"."""
-    return _reason
+    return _reason or ("use_backend('torch')" if _stand_in else "")
+
+
+def stand_in(forms: Mapping[str, Callable[..., Any]] | None) -> None:
+    """Lets `forms`, by operation, stand in for C++ on CPU tensors; None: no longer."""
+    global _stand_in
+    if _stand_in is not None:
+        _stand_in._destroy()  # type: ignore[no-untyped-call]
+        _stand_in = None
+    if forms is not None and not _reason:
+        _stand_in = torch.library.Library("orpo_kernels", "IMPL")  # type: ignore[no-untyped-call]
+        for name, form in forms.items():
+            _stand_in.impl(name, form, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
 
 
 def load(operations: Iterable[str]) -> None:

@@ -185,7 +185,7 @@ def chosen(device, monkeypatch):
     monkeypatch.setattr(policy, "device_class", lambda _: "cuda sm_80+")
     monkeypatch.setattr(policy, "card_of", lambda _: Card(3, 1e12, 1e9, 80))
     short_steps(monkeypatch)
-    kernels.gpu_backend.cache_clear()
+    kernels._installed_backend.cache_clear()
 
 
 @pytest.mark.parametrize("low_rank", [False, True], ids=["head as it is", "joined with a LoRA"])
