@@ -4,7 +4,7 @@
     python -m benchmarks.model_step --device cpu --tiny      # shows that it runs
 
 LoRA on every linear layer, gradient checkpointing, one pair, AdamW; forward, backward and update
-timed together. Memory is the peak of a step over the model's weights. Weights are random, made from
+timed together. Memory is the peak of a step over the model's weights as they are given. Weights are random, made from
 the config: what a step takes does not depend on them.
 """
 
@@ -16,7 +16,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from benchmarks.measure import Stopwatch
-from orpo_kernels import ORPOLoss, fuse_head, unfuse_head
+from orpo_kernels import ORPOLoss, fuse_head
 
 MIB, GIB = 2**20, 2**30
 PROMPT_SHARE = 0.3
@@ -52,6 +53,13 @@ TINY = {
     "num_key_value_heads": 2, "vocab_size": 2000,
 }  # fmt: skip
 BUDGETS = {"64 MiB": 64 * MIB, "default": None}
+
+
+class Loss(NamedTuple):
+    """What computes a loss, and what a training run enters around all of its steps."""
+
+    call: Callable[[], Tensor]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Model(NamedTuple):
@@ -124,7 +132,7 @@ def batch(T: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor]
     return ids, labels, nll_labels
 
 
-def trl_loss(model: nn.Module, T: int, vocabulary: int, device: str) -> Callable[[], Tensor]:
+def trl_loss(model: nn.Module, T: int, vocabulary: int, device: str) -> Loss:
     """The loss of TRL's ORPOTrainer, on the logits."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from trl.experimental.orpo import ORPOTrainer
@@ -141,31 +149,37 @@ def trl_loss(model: nn.Module, T: int, vocabulary: int, device: str) -> Callable
         columns[f"{side}_input_ids"] = ids[row : row + 1]
         columns[f"{side}_attention_mask"] = torch.ones_like(ids[row : row + 1])
         columns[f"{side}_labels"] = labels[row : row + 1]
-    return lambda: trainer.get_batch_loss_metrics(model, columns)[0]
+    return Loss(lambda: trainer.get_batch_loss_metrics(model, columns)[0])
 
 
-def our_loss(
-    model: nn.Module, T: int, vocabulary: int, device: str, budget: int | None
-) -> Callable[[], Tensor]:
-    """Ours, with a workspace of so many bytes."""
+def our_loss(model: nn.Module, T: int, vocabulary: int, device: str, budget: int | None) -> Loss:
+    """Ours, with a workspace of so many bytes; fused for its own calls only."""
     ids, labels, nll_labels = batch(T, vocabulary, device)
-    fuse_head(model, loss=ORPOLoss(beta=BETA), workspace_bytes=budget)
+    fused = fuse_head(model, loss=ORPOLoss(beta=BETA), workspace_bytes=budget)
+    fused.unfuse()
     mask = torch.ones_like(ids)
-    return lambda: (
-        model(input_ids=ids, attention_mask=mask, labels=labels, nll_labels=nll_labels).loss
-    )
+
+    def loss() -> Tensor:
+        with fused.active():
+            output = model(input_ids=ids, attention_mask=mask, labels=labels, nll_labels=nll_labels)
+        return output.loss
+
+    return Loss(loss, fused.narrowed)
 
 
 def measured(
-    model: nn.Module, loss_of: Callable[[], Tensor], device: str, rounds: int
-) -> dict[str, float]:
-    """Median time of a step, peak memory over the weights, the first loss."""
+    model: nn.Module, losses: dict[str, Loss], device: str, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Of each loss the median time of a step, peak memory over the weights, the first loss.
+
+    Round by round every loss takes its turn: what else happens on the host happens to all.
+    """
     cuda = device == "cuda"
     trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    before = torch.cuda.memory_allocated() if cuda else 0
+    optimizer = torch.optim.AdamW(trained, lr=1e-7)  # the weights stay: everybody the same loss
+    clock, before = Stopwatch(device), torch.cuda.memory_allocated() if cuda else 0
 
-    def step() -> Tensor:
+    def step(loss_of: Callable[[], Tensor]) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16):
             loss = loss_of()
@@ -173,47 +187,66 @@ def measured(
         optimizer.step()
         return loss
 
-    first, clock = step().item(), Stopwatch(device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(clock(step) for _ in range(rounds))
-    over = torch.cuda.max_memory_allocated() - before if cuda else 0
-    optimizer.zero_grad(set_to_none=True)
-    return {"time_ms": 1e3 * seconds, "over_weights_bytes": over, "first_loss": first}
-
-
-def rows_of(spec: Model, device: str, until: float) -> list[dict[str, Any]]:
-    """Every length, TRL's loss first."""
-    model, rows = build(spec, device), []
-    for T in spec.lengths:
-        sizes = (model, T, spec.config["vocab_size"], device)
-        losses = {"TRL ORPO": lambda sizes=sizes: trl_loss(*sizes)} | {
-            f"ours, {name}": lambda sizes=sizes, budget=budget: our_loss(*sizes, budget)
-            for name, budget in BUDGETS.items()
-        }
-        for name, make in losses.items():
-            row: dict[str, Any] = {"model": spec.name, "T": T, "loss": name}
-            if time.perf_counter() > until:
-                print(f"out of time before {spec.name}, T {T}, {name}")
-                return rows
+    found: dict[str, dict[str, float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for name, loss in losses.items():
+        with loss.around():
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
             try:
-                row |= measured(model, make(), device, rounds=2 if T > 9000 else 4)
-                row["tokens_per_s"] = 2e3 * T / row["time_ms"]
-                figures = (
-                    f"{row['time_ms']:9.1f} ms {row['tokens_per_s']:9.0f} tokens/s "
-                    f"{row['over_weights_bytes'] / GIB:6.2f} GiB over the weights, "
-                    f"loss {row['first_loss']:.4f}"
-                )
+                found[name] = {"first_loss": step(loss.call).item()}
             except torch.cuda.OutOfMemoryError:
-                row["skipped"] = figures = "out of memory"
-            finally:
-                unfuse_head(model)
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-            rows.append(row)
-            print(f"{spec.name:24} T {T:6} {name:14} {figures}", flush=True)
-    return rows
+                continue
+            over = torch.cuda.max_memory_allocated() - before if cuda else 0
+            found[name]["over_weights_bytes"] = over
+    for _ in range(rounds):
+        for name in found:
+            with losses[name].around():
+                times[name].append(clock(lambda name=name: step(losses[name].call)))
+    for name, row in found.items():
+        row["time_ms"] = 1e3 * statistics.median(times[name])
+    optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def rows_of(spec: Model, device: str, until: float) -> Iterator[dict[str, Any]]:
+    """Every length, TRL's loss first."""
+    model = build(spec, device)
+    for T in spec.lengths:
+        if time.perf_counter() > until:
+            print(f"out of time before {spec.name}, T {T}")
+            return
+        sizes = (model, T, spec.config["vocab_size"], device)
+        losses = {"TRL ORPO": trl_loss(*sizes)} | {
+            f"ours, {name}": our_loss(*sizes, budget) for name, budget in BUDGETS.items()
+        }
+        found = measured(model, losses, device, rounds=3 if T > 9000 else 5)
+        reference = found.get("TRL ORPO")
+        for name in losses:
+            row: dict[str, Any] = {"model": spec.name, "T": T, "loss": name}
+            if name not in found:
+                yield row | {"skipped": "out of memory"}
+                continue
+            row |= found[name]
+            row["tokens_per_s"] = 2e3 * T / row["time_ms"]
+            if reference is not None:
+                row["of_trl"] = row["time_ms"] / reference["time_ms"]
+            yield row
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def text(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    start = f"{row['model']:24} T {row['T']:6} {row['loss']:14}"
+    if "skipped" in row:
+        return f"{start} {row['skipped']}"
+    return (
+        f"{start} {row['time_ms']:9.1f} ms {row.get('of_trl', float('nan')):6.3f} of TRL's "
+        f"{row['tokens_per_s']:9.0f} tokens/s {row['over_weights_bytes'] / GIB:6.2f} GiB over the "
+        f"weights, loss {row['first_loss']:.4f}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,7 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     models = (Model("tiny", "llama", TINY, False, (64,)),) if options.tiny else MODELS
     for model in models:
         if time.perf_counter() < until:
-            rows += rows_of(model, options.device, until)
+            for row in rows_of(model, options.device, until):
+                rows.append(row)
+                print(text(row), flush=True)
             gc.collect()
     if options.json:
         about = {"machine": machine.describe(options.device), "versions": machine.versions()}
