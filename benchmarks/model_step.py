@@ -4,8 +4,8 @@
     python -m benchmarks.model_step --device cpu --tiny      # shows that it runs
 
 LoRA on every linear layer, gradient checkpointing, one pair, AdamW; forward, backward and update
-timed together. Memory is the peak of a step over the model's weights as they are given. Weights are random, made from
-the config: what a step takes does not depend on them.
+timed together. Memory is the peak of a step over the model's weights as they are given. Weights
+are random, made from the config: what a step takes does not depend on them.
 """
 
 import argparse
