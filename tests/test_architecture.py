@@ -22,6 +22,7 @@ ROOMS = [
     {"guard"},
     {
         "backend",
+        "layout",
         "linear_logps",
         "logps_output",
         "loss_output",

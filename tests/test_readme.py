@@ -90,6 +90,12 @@ REFUSALS = {
     "label_smoothing_factor": "`label_smoothing_factor`",
     "underflow_overflow": '`debug="underflow_overflow"`',
     "than the ones this patch knows": "by the patches of other trainers, versions they do not know",
+    "batch_layout": "with a `batch_layout` that is not padded",
+    "carry a state": "recurrent and hybrid models",
+    "ALiBi": "ALiBi",
+    "limit by themselves": "layers with a window of their own",
+    "images": "images",
+    "other hidden states": "models that compute something else in rows",
     "second derivatives": "second derivatives",
     "forward-mode": "forward-mode derivatives",
 }

@@ -12,9 +12,11 @@ from torch import Tensor
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.engine.mean_logits import mean_logits, row_mean_logits
 from orpo_kernels.guard import DensityGuard
+from orpo_kernels.integrations.decoder import RowsCall
 from orpo_kernels.integrations.follower import followed
 from orpo_kernels.integrations.head import HeadTerms, LogitTransform, OutputHead
 from orpo_kernels.integrations.selfcheck import SelfCheck
+from orpo_kernels.layout import BatchLayout
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import Certificate, LogpsOptions
@@ -41,6 +43,7 @@ class FuseOptions:
     mean_logits: bool
     check: bool
     narrow_head: bool = True
+    layout: BatchLayout = field(default_factory=BatchLayout)
     guard: DensityGuard = field(default_factory=DensityGuard, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,11 +71,14 @@ class HeadCall:
         nll_labels: Tensor | None,
         transform: LogitTransform,
         readings: tuple[LogitTransform, ...] = (),
+        *,
+        in_rows: RowsCall | None = None,
     ) -> None:
         """`labels` (B, T) are shifted; `readings` of the logit transform are to be checked."""
         self.owner, self.head = owner, head
         self.labels, self.nll_labels = labels, nll_labels
         self.transform = transform
+        self.in_rows = in_rows
         self.results: dict[str, Tensor] = {}
         self.certificate: Certificate | None = None
         self.check: SelfCheck | None = None
@@ -99,15 +105,7 @@ class HeadCall:
         self.results["token_logps"] = logps.to(target)
         if self._options.mean_logits:
             with torch.no_grad():
-                means = _mean_logits(
-                    hidden,
-                    terms.weight,
-                    terms.bias,
-                    *(terms.low_rank or (None, None)),
-                    *self.transform,
-                    self._options.workspace_bytes,
-                )
-            self.results["mean_logits"] = means.to(target)
+                self.results["mean_logits"] = self._mean_logits(hidden, terms).to(target)
         # A copy: compilers cannot rebuild an empty view, and FSDP warns of any view.
         empty = logps[..., None][..., :0].to(hidden).clone()
         self.results["logits"] = empty.detach()
@@ -144,6 +142,23 @@ class HeadCall:
                     f"{name} must be (B, T) = {tuple(hidden.shape[:-1])}, like the hidden states, "
                     f"got {tuple(labels.shape)}; pad labels like input_ids"
                 )
+
+    def _mean_logits(self, hidden: Tensor, terms: HeadTerms) -> Tensor:
+        def mean(hidden: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+            means: Tensor = _mean_logits(
+                hidden, terms.weight, terms.bias, *(low_rank or (None, None)),
+                *self.transform, self._options.workspace_bytes,
+            )  # fmt: skip
+            return means
+
+        means = mean(hidden, terms.low_rank)
+        if self.in_rows is None:
+            return means
+        # Rows have no padding: its hidden states are zeros here, its logits the bias alone.
+        of_padding: Tensor | float = 0.0
+        if terms.bias is not None:
+            of_padding = mean(hidden.new_zeros(1, 2, hidden.shape[-1]), None)
+        return self.in_rows.token_means(means, of_padding)
 
     def _score(
         self,

@@ -16,6 +16,8 @@ from orpo_kernels.integrations.transformers import FusedHead, causal_lm_of, fuse
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from orpo_kernels.layout import BatchLayout
+
 
 class FuseKeywords(TypedDict, total=False):
     """The keywords of `fuse_head`, which documents them, that do not change what is computed."""
@@ -26,6 +28,7 @@ class FuseKeywords(TypedDict, total=False):
     compute_dtype: torch.dtype | None
     mean_logits: bool
     check: bool
+    layout: BatchLayout | str
 
 
 class FusedCalls:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from orpo_kernels.constants import IGNORE_INDEX
+from orpo_kernels.integrations.attention import attention_of
 from orpo_kernels.integrations.call import FuseOptions, HeadCall
+from orpo_kernels.integrations.decoder import DecoderOverride, RowsCall
 from orpo_kernels.integrations.follower import released
 from orpo_kernels.integrations.head import (
     LogitTransform,
@@ -22,6 +24,7 @@ from orpo_kernels.integrations.head import (
     logit_transforms,
     resolve_head,
 )
+from orpo_kernels.integrations.layout_check import check_layout
 from orpo_kernels.integrations.output import fused_output
 from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, HeadOverride
 from orpo_kernels.integrations.token_ids import check_token_ids
@@ -41,6 +44,7 @@ class Fusing:
         self.options = options
         self.transform = transform  # None: to be found by the self-check
         self._checked: tuple[Any, ...] | None = None
+        self._decoder: tuple[Any, ...] | None = None  # that computes rows as it should
 
     def trusts(self, head: OutputHead) -> bool:
         """Whether `transform` holds for `head`: adapters on it and its vocabulary may change."""
@@ -56,8 +60,17 @@ class Fusing:
         self.transform = transform
         self._checked = (weakref.ref(head.module), head.linear.out_features, head.adapters)
 
+    def computes_rows(self, decoder: nn.Module) -> bool:
+        """Whether `decoder`, as it attends now, has been found to compute rows as it should."""
+        known = self._decoder
+        return known is not None and known[0]() is decoder and known[1] == attention_of(decoder)
+
+    def settle_decoder(self, decoder: nn.Module) -> None:
+        """Note that it does."""
+        self._decoder = (weakref.ref(decoder), attention_of(decoder))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": None}  # another model's head
+        return {**self.__dict__, "_checked": None, "_decoder": None}  # another model's modules
 
 
 class Entry:
@@ -79,8 +92,8 @@ class ModelOverride(ForwardOverride):
         super().__init__(model)
         self.fusings: list[Fusing] = []
         self._found: dict[str, Any] = {}  # what `_ATTRIBUTES` were
-        self._heads: list[HeadOverride] = []  # in use
-        self._known_heads: list[HeadOverride] = []
+        self._parts: list[ForwardOverride] = []  # of the model whose forward is overridden now
+        self._known_parts: list[ForwardOverride] = []
 
     def push(self, fusing: Fusing) -> None:
         """Fuse for everybody."""
@@ -157,9 +170,9 @@ class ModelOverride(ForwardOverride):
                 refuse_rejected_nll(nll_labels)
             _refuse_foreign_scale(arguments["labels"], rest.pop("num_items_in_batch", None))
         head = resolve_head(self.module)
-        if HeadOverride.on(head.module) not in self._heads:
-            self._cover(head.module)
-        new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels)
+        self._cover(HeadOverride, head.module)
+        rows = self._rows(fusing, rest, labels.shape)
+        new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels, in_rows=rows)
         if fusing.transform is not None and fusing.trusts(head):
             call = new_call(fusing.transform)
             output = self._run(call, rest)
@@ -168,6 +181,21 @@ class ModelOverride(ForwardOverride):
         counts = {name: arguments.get(name) for name in _OWN_ARGUMENTS[1:]}
         loss = fusing.options.loss
         return fused_output(self.module, output, call, loss, in_pairs=in_pairs, **counts)
+
+    def _rows(
+        self, fusing: Fusing, arguments: dict[str, Any], shape: torch.Size
+    ) -> RowsCall | None:
+        """The rows in which the decoder computes this call; None: padded, as it comes."""
+        layout = fusing.options.layout
+        if layout.name == "padded" or not shape.numel() > 0:
+            return None
+        rows = RowsCall(self.module, layout, arguments, shape)
+        self._cover(DecoderOverride, rows.decoder)
+        if fusing.options.check and not fusing.computes_rows(rows.decoder):
+            override = DecoderOverride.on(rows.decoder)
+            check_layout(rows.decoder, override.own, layout, rows.name)  # type: ignore[union-attr]
+            fusing.settle_decoder(rows.decoder)
+        return rows
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
         reason="the self-check of fuse_head reads tensors: with fullgraph=True, call the model "
@@ -233,6 +261,11 @@ class ModelOverride(ForwardOverride):
                 "its output head: another patch computes the logits or the loss (Unsloth, Liger, "
                 "Cut Cross Entropy?); undo it before fuse_head"
             )
+        if call.in_rows is not None and not call.in_rows.is_done:
+            raise RuntimeError(
+                f"{name}.forward returned without calling the decoder that get_decoder() names, "
+                f"{type(call.in_rows.decoder).__name__}: set batch_layout='padded'"
+            )
         if not isinstance(output, ModelOutput) or not isinstance(output.get("logits"), Tensor):
             raise TypeError(
                 f"{name} returned a {type(output).__name__}, expected a ModelOutput with logits to "
@@ -275,38 +308,42 @@ class ModelOverride(ForwardOverride):
         # over the micro-batches itself.
         attributes["accepts_loss_kwargs"] = False
         attributes["extra_repr"] = self.extra_repr
-        self._cover(head.module)
+        self._cover(HeadOverride, head.module)
 
     def _take_off(self) -> None:
-        for each in self._heads:
+        for each in self._parts:
             each.release()
-        self._heads = []
+        self._parts = []
         attributes = self.module.__dict__
         for name in _ATTRIBUTES:
             attributes.pop(name, None)
         attributes.update(self._found)
         super()._take_off()
 
+    def _cover(self, kind: type[ForwardOverride], part: nn.Module) -> None:
+        """Override the forward of a part of the model as well, until this is taken off."""
+        if kind.on(part) not in self._parts:
+            self._put_on_part(kind, part)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _cover(self, head: nn.Module) -> None:
-        """Override the forward of `head` as well, until this is taken off."""
+    def _put_on_part(self, kind: type[ForwardOverride], part: nn.Module) -> None:
         with LOCK:
-            known = [each for each in self._known_heads if each.is_alive]
-            override = HeadOverride.on(head)
+            known = [each for each in self._known_parts if each.is_alive]
+            override = kind.on(part)
             if override is None:
-                override = next((each for each in known if each.module is head), None)
+                override = next((each for each in known if each.module is part), None)
             if override is None:
-                override = HeadOverride(head)
-            if override not in self._heads:
+                override = kind(part)
+            if override not in self._parts:
                 override.acquire()
-                self._heads.append(override)
-            self._known_heads = list(dict.fromkeys((*known, override)))
+                self._parts.append(override)
+            self._known_parts = list(dict.fromkeys((*known, override)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._users = len(self.fusings)  # a copy is fused for everybody, not for a thread
-        for each in self._heads:
-            each._users += 1  # the copies of the heads have it as their forward already
+        for each in self._parts:
+            each._users += 1  # their copies have it as their forward already
 
 
 def _shifted(name: str, labels: object) -> Tensor:

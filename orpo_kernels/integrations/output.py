@@ -22,7 +22,7 @@ from orpo_kernels.loss_output import ORPOOutput
 from orpo_kernels.options import Certificate
 from orpo_kernels.pair_batch import pair_output
 
-_FIELDS = ("token_logps", "nll_token_logps", "mean_logits", "orpo_terms")
+_FIELDS = ("token_logps", "nll_token_logps", "mean_logits", "orpo_terms", "layout_terms")
 _PER_PAIR = (
     "chosen_logps", "rejected_logps", "log_odds_ratio", "chosen_rewards", "rejected_rewards",
     "pair_mask",
@@ -72,6 +72,8 @@ def fused_output(
     """
     results = pair_output(call.results) if in_pairs else call.results
     fields: dict[str, Any] = {**output, **results}
+    if call.in_rows is not None:
+        fields["layout_terms"] = call.in_rows.terms()
     if loss is not None:
         orpo = loss.from_logps(
             call.results["token_logps"],

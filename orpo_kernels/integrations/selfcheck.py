@@ -22,7 +22,7 @@ from orpo_kernels.integrations.head import LogitTransform
 
 _LARGE_LOGIT = 64.0
 _LARGE_HIDDEN = 1e4  # float16 ends at 65,504
-_TF32_EPS = 2.0**-10
+TF32_EPS = 2.0**-10
 
 Score = Callable[[Tensor, Tensor, LogitTransform], Tensor]
 """(hidden (N, H), labels (N,), transform) -> token log-probs (N,)"""
@@ -46,7 +46,7 @@ class SelfCheck:
     ) -> None:
         """`own` is the head's own forward; `tokens` are hidden (1 or 2, H) and labels (1 or 2,)."""
         hidden, labels = torch.stack((tokens[0][0], tokens[0][-1])), tokens[1].expand(2)
-        with torch.no_grad(), _WithoutDropout():
+        with torch.no_grad(), WithoutDropout():
             room = _LARGE_HIDDEN / hidden.abs().amax().float()
             factor = torch.minimum(_LARGE_LOGIT / own(hidden).abs().amax().float(), room)
             hidden[1] *= factor.nan_to_num(1.0, posinf=1.0).to(hidden.dtype)
@@ -98,12 +98,12 @@ class SelfCheck:
         """Four roundings (GEMM, scale, two of the softcap) of the largest logit, in nats."""
         eps = max(torch.finfo(each.dtype).eps for each in (logits, self.logits))
         if logits.is_cuda:
-            eps = max(eps, _TF32_EPS)
+            eps = max(eps, TF32_EPS)
         largest = min(reading.logit_scale * self._largest, reading.softcap or torch.inf)
         return 1e-4 + 4.0 * eps * largest
 
 
-class _WithoutDropout(TorchFunctionMode):
+class WithoutDropout(TorchFunctionMode):
     """Dropout is the identity in this thread; no module is touched, another thread may train it."""
 
     def __torch_function__(
@@ -113,6 +113,9 @@ class _WithoutDropout(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.dropout:
             return args[0]
-        return func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)

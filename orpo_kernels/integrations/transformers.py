@@ -25,6 +25,7 @@ from orpo_kernels.integrations.call import FuseOptions
 from orpo_kernels.integrations.head import LogitTransform, logit_transforms, resolve_head
 from orpo_kernels.integrations.model import Entry, Fusing, ModelOverride
 from orpo_kernels.integrations.override import LOCK, THREAD
+from orpo_kernels.layout import BatchLayout
 from orpo_kernels.loss import ORPOLoss
 
 
@@ -39,6 +40,7 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     mean_logits: bool = False,
     check: bool = True,
     narrow_head: bool = True,
+    layout: BatchLayout | str = "padded",
 ) -> "FusedHead":
     """Let `model` return the log-probs of its labels instead of logits, in a fixed workspace.
 
@@ -75,6 +77,11 @@ def fuse_head(  # noqa: PLR0913 - the public signature
         narrow_head: keep a frozen float32 head in 16 bits as long as it is fused, if all of its
             entries are 16-bit numbers (as `prepare_model_for_kbit_training` leaves it) and nothing
             else holds its weight. Results stay what they are; saves 2 V H bytes. See `narrow.py`.
+        layout: how the decoder computes the batch, a name or a `BatchLayout`: "padded", as it
+            comes; "packed", its sequences one after the other in rows without padding;
+            "shared_prompt", of each pair what both sequences begin with once. The numbers are the
+            same; `mean_logits` are then over tokens, without padding. In the first call two small
+            pairs are compared with the padded batch.
 
     Returns:
         The handle: `unfuse()`, `paused()` for the model's own loss, and a context manager that
@@ -83,7 +90,8 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     Raises:
         ValueError: `loss` has options of `linear_logps`; they belong here.
         NotImplementedError: encoder-decoder model, prompt-learning adapter, no head or one that is
-            not an unquantised `nn.Linear` (with plain LoRA or `modules_to_save` on it, or not).
+            not an unquantised `nn.Linear` (with plain LoRA or `modules_to_save` on it, or not); a
+            model that cannot compute the layout.
 
     Note:
         The first call with labels raises RuntimeError when the self-check fails, and any call does
@@ -103,8 +111,10 @@ def fuse_head(  # noqa: PLR0913 - the public signature
             "tokens of a causal LM: use a decoder-only model"
         )
     resolve_head(causal_lm)
+    if not isinstance(layout, BatchLayout):
+        layout = BatchLayout(layout)
     options = FuseOptions(
-        loss, workspace_bytes, gradient, eps, compute_dtype, mean_logits, check, narrow_head
+        loss, workspace_bytes, gradient, eps, compute_dtype, mean_logits, check, narrow_head, layout
     )
     fused = FusedHead(causal_lm, options)
     fused.fuse()

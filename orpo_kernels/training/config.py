@@ -11,6 +11,7 @@ from transformers.debug_utils import DebugOption
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from orpo_kernels.constants import DEFAULT_EPS
+from orpo_kernels.layout import BatchLayout
 from orpo_kernels.options import (
     GRADIENTS,
     check_beta,
@@ -68,6 +69,14 @@ class ORPOConfig(TrainingArguments):
             not depend on how the step was cut up. The two agree when there is one micro-batch,
             and when all have equally many NLL tokens and scored pairs. The logged `loss` and
             `nll_loss` follow it; all other metrics are means over pairs either way.
+        batch_layout: how the model computes a batch: "padded"; "packed", its sequences one after
+            the other without padding; or "shared_prompt", of each pair what both sequences begin
+            with once. Same loss, gradients and metrics, but that `logits/chosen` and
+            `logits/rejected` leave padding out. Logs
+            `batch/computed_share`: tokens computed, of those padded.
+        max_tokens_per_row: tokens in a row of these two, more only where one sequence (one pair)
+            has more. None: one row with FlexAttention; else as many as cost least. Flash attention
+            takes one row whatever this is.
         workspace_bytes: cap of the memory of vocabulary-sized work; the package's default if None.
         gradient: strategy of the vocabulary-sized work, "exact", "sparse" or "auto", see
             `linear_logps`. What a sparse one leaves out is logged: `sparse/kept_share`,
@@ -186,6 +195,16 @@ class ORPOConfig(TrainingArguments):
             "the optimizer step, exact whatever the accumulation and the number of devices."
         },
     )
+    batch_layout: Literal["padded", "packed", "shared_prompt"] = field(
+        default="padded",
+        metadata={
+            "help": "Compute batches padded, packed without padding, or packed with the prompt of "
+            "a pair once."
+        },
+    )
+    max_tokens_per_row: int | None = field(
+        default=None, metadata={"help": "Tokens in a row of packed sequences."}
+    )
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Cap of the memory of vocabulary-sized work, in bytes."}
     )
@@ -243,6 +262,11 @@ class ORPOConfig(TrainingArguments):
         return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
 
     @property
+    def layout(self) -> BatchLayout:
+        """`batch_layout` and `max_tokens_per_row`."""
+        return BatchLayout(self.batch_layout, self.max_tokens_per_row)
+
+    @property
     def row_options(self) -> dict[str, Any]:
         """How the rows are read: the arguments of `RowOptions`."""
         return {each.name: getattr(self, each.name) for each in fields(RowOptions)}
@@ -272,6 +296,7 @@ class ORPOConfig(TrainingArguments):
         check_beta(self.beta)
         check_eps("sparse_eps", self.sparse_eps)
         check_workspace_bytes(self.workspace_bytes)
+        BatchLayout(self.batch_layout, self.max_tokens_per_row)
         if self.max_length is not None:
             check_integer("max_length", self.max_length, least=1)
         else:

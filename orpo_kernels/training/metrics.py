@@ -11,7 +11,7 @@ no batch reported is left out of the log, and what is NaN is logged as NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,19 +38,28 @@ AUX_METRICS = ("aux_loss",)
 SPARSE_METRICS = ("sparse/kept_share", "sparse/tail_mass", "sparse/residual_rms")
 """Means over the rows of a batch, of `ORPOOutput.sparse`; with a sparse gradient."""
 
+LAYOUT_METRICS = ("batch/computed_share", "batch/unshared_pairs")
+"""Tokens computed, over those of the padded batches, and a count of pairs; of batches that were not
+computed padded."""
+
 # Means by the column of their weight.
 _MEANS = {
     "pairs": PAIR_METRICS,
     "with_logits": ROW_METRICS,
     "with_aux": AUX_METRICS,
     "with_sparse": SPARSE_METRICS,
+    "padded_tokens": LAYOUT_METRICS[:1],
     "share": ("nll_loss",),
 }
-_OPTIONAL = ("with_logits", "with_aux", "with_sparse")
+_OPTIONAL = ("with_logits", "with_aux", "with_sparse", "padded_tokens")
 _COLUMNS = (
     *PAIR_METRICS, "pairs", *ROW_METRICS, "with_logits", *AUX_METRICS, "with_aux",
-    *SPARSE_METRICS, "with_sparse", "share", "nll_loss", "clamped_logps", "rows",
+    *SPARSE_METRICS, "with_sparse", "share", "nll_loss", "clamped_logps", *LAYOUT_METRICS,
+    "padded_tokens", "rows",
 )  # fmt: skip
+
+_LAYOUT = ("computed_tokens", "unshared_pairs", "padded_tokens")  # as the columns are
+_UNSHARED = LAYOUT_METRICS[1]
 
 
 def pair_table(
@@ -59,6 +68,7 @@ def pair_table(
     mean_logits: Tensor | None = None,
     aux_loss: Tensor | None = None,
     weight: Tensor | float | None = None,
+    layout: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """One row of metric terms for each pair of a batch; their column sums go to `MetricSums`.
 
@@ -68,6 +78,7 @@ def pair_table(
         aux_loss: 0-dim floating, weighted like the NLL.
         weight: what the batch weighs in the means over batches; `orpo.nll_loss` is already
             multiplied by it (a share of the step's). None: one for each pair, not multiplied yet.
+        layout: (1,) `layout_terms` of a fused call that was not computed padded.
 
     Returns:
         (P, columns) float32 without graph, the columns of `MetricSums`.
@@ -77,7 +88,7 @@ def pair_table(
     # TRL compares the rewards, which says the same unless beta is 0.
     preferred = chosen > rejected
     terms = torch.stack((chosen, rejected, F.logsigmoid(ratio), ratio, preferred, scored), 1)
-    zeros, ones = chosen.new_zeros(2), chosen.new_ones(1)
+    zeros, ones = chosen.new_zeros(3), chosen.new_ones(1)
 
     def reported(names: Sequence[str], values: Sequence[Tensor] | None) -> list[Tensor]:
         """The values and their weight, before the batch's own weight."""
@@ -93,10 +104,13 @@ def pair_table(
     nll = orpo.nll_loss
     if weight is not None:
         batch, nll = batch * weight / pairs, nll / pairs
-    logits = zeros.expand(pairs, 2) if mean_logits is None else mean_logits
+    logits = zeros[:2].expand(pairs, 2) if mean_logits is None else mean_logits
     with_logits = zeros[:1] if mean_logits is None else ones
     clamped = orpo.clamped_logps / pairs
-    rest = (with_logits, batch, torch.stack((nll, clamped)), ones)
+    counts = zeros
+    if layout is not None:
+        counts = torch.cat([layout[name] for name in _LAYOUT]).to(chosen) / pairs
+    rest = (with_logits, batch, torch.stack((nll, clamped)), counts, ones)
     columns = (
         torch.where(scored[:, None], terms, 0.0),
         logits.detach().to(chosen),
@@ -158,4 +172,5 @@ class MetricSums:
             "skipped_pairs": float(round(sums["rows"] - sums["pairs"])),
             # Each row of a table has a share of it, so the sum is rounded.
             "clamped_logps": float(round(sums["clamped_logps"])),
+            **({_UNSHARED: float(round(sums[_UNSHARED]))} if sums["padded_tokens"] else {}),
         }

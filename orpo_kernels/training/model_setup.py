@@ -13,7 +13,9 @@ from orpo_kernels.integrations.transformers import FusedHead, fuse_head
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.training.config import ORPOConfig
 
-_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
+_DROPOUTS = (
+    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "attn_dropout",
+)  # fmt: skip
 
 
 def load_model(name: str, args: ORPOConfig) -> nn.Module:
@@ -125,6 +127,7 @@ def head_fusing(model: nn.Module, args: ORPOConfig, loss: ORPOLoss) -> FusedHead
         compute_dtype=None if args.compute_dtype is None else getattr(torch, args.compute_dtype),
         mean_logits=args.log_mean_logits,
         narrow_head=args.narrow_head,
+        layout=args.layout,
     )
     fused.unfuse()
     return fused

@@ -357,6 +357,7 @@ class ORPOTrainer(Trainer):
             mean_logits=output.mean_logits if self.args.log_mean_logits else None,
             aux_loss=getattr(output, "aux_loss", None),
             weight=weight,
+            layout=output.layout_terms,
         )
 
     def _count_tokens(self, inputs: Mapping[str, Any]) -> None:
