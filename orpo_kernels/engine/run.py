@@ -124,8 +124,10 @@ def _row_results(
 def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, ExactState]:
     """Log-probs (K, ...), 0 where a label set does not score, and what the backward needs."""
     scored = _scored(problem)
+    # Before the device is waited for: it has these to fill in the meantime.
+    state = exact_state(problem, needs_dhidden=needs_dhidden)
     operands = select(problem, scored)
-    sizes, state = operands.sizes, exact_state(problem, needs_dhidden=needs_dhidden)
+    sizes = operands.sizes
     state.kept[sizes.rows :].zero_()  # of no row, but an output
     Places(state.places, state.number).note(operands)
     if sizes.rows > 0:
