@@ -24,6 +24,7 @@ from orpo_kernels.kernels import gpu_backend
 from orpo_kernels.odds_ratio import odds_ratio_loss
 from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.sequence_mean import sequence_mean
+from tests.gpu.loop_times import loop_works
 from tests.gpu.sparse_times import sparse_shares
 from tests.gpu.timing import median_s
 
@@ -80,6 +81,8 @@ def works(device: str, shapes: tuple[tuple[int, int], ...]) -> Iterator[Work]:
     yield Work("odds_ratio 64 pairs", 16 * 64, pairs)
     loss = functools.partial(pair_loss, logps, count, beta=0.1, by_token=True)
     yield Work("pair_loss 64 pairs", 24 * 64, loss)
+    for each in loop_works(device, tiny=len(shapes) < len(SHAPES)):
+        yield Work(*each)
 
 
 def measure(device: str, *, tiny: bool) -> dict[str, Any]:
