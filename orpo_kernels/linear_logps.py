@@ -57,7 +57,8 @@ def linear_logps(  # noqa: PLR0913 - the public signature
         tail_groups: (...) integer 0 or 1, of the sparse gradient: rows averaged together. Best are
             rows whose log-probs the loss pushes the same way. Default: all rows.
         compute_dtype: dtype of the GEMM operands; default: the autocast dtype when autocast is on,
-            else the promoted dtype of `hidden` and `weight`. On a CPU float16 runs in float32.
+            else the promoted dtype of `hidden` and `weight`. On a CPU float16 runs in float32,
+            and so does bfloat16 on one that has no kernels for it (without AVX-512 or ARM's bf16).
         workspace_bytes: what may be allocated beyond inputs, results and gradients, in bytes;
             default: 64 MiB, or 1 % of the device's memory where that is more.
         low_rank: (hidden_r (..., r), weight_r (V, r)); adds `hidden_r @ weight_r.T` to the raw

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
+from orpo_kernels.engine.gemm import operand_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GRADIENTS = ("exact", "sparse", "auto")
@@ -374,12 +375,14 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def choose_compute_dtype(hidden: Tensor, weight: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """Dtype of the GEMM operands: what is asked for, autocast's, or the promoted one."""
+    """Dtype of the GEMM operands: what is asked for, autocast's, or the promoted one.
+
+    Float32 in place of a dtype that the device multiplies more slowly.
+    """
     kind = weight.device.type
     dtype = asked
     if dtype is None:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         if torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
-    # A CPU multiplies fp16 matrices 3 times slower than fp32 ones, and overflows besides.
-    return torch.float32 if kind == "cpu" and dtype == torch.float16 else dtype
+    return operand_dtype(weight.device, dtype)

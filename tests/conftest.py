@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from orpo_kernels.engine import gemm
+
 
 @pytest.fixture(autouse=True)
 def _reproducible():
@@ -16,6 +18,12 @@ def _reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _bfloat16_gemms(monkeypatch):
+    """GEMMs of bfloat16 operands, also on a CPU that would widen them."""
+    monkeypatch.setattr(gemm, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.budget import accumulation_dtype, spans
-from orpo_kernels.engine.gemm import gemm_widens, matmul_into
+from orpo_kernels.engine.gemm import gemm_widens, matmul_into, operand_dtype
 from orpo_kernels.engine.tiles import softmax_stats
 from orpo_kernels.engine.tiles.plain import merge
 from orpo_kernels.engine.tiles.schemas import linear_lse
@@ -62,6 +62,8 @@ def _outputs(hidden: Tensor, labels: Tensor, with_logit_sum: bool) -> tuple[Tens
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    dtype = operand_dtype(hidden.device, hidden.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     widens = gemm_widens(hidden.device, hidden.dtype)
     columns = weight.shape[0]
     pitch = columns if hidden.device.type == "cpu" else -(-columns // 8) * 8

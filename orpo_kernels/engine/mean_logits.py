@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.budget import plan_forward, spans
-from orpo_kernels.engine.gemm import matmul_into, tile_of
+from orpo_kernels.engine.gemm import matmul_into, operand_dtype, tile_of
 from orpo_kernels.engine.operands import Head, Rows, flat_rows
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.tiles import softmax_stats
@@ -129,7 +129,7 @@ def _capped_rows(
     hidden, weight = hiddens[0], weights[0]
     hidden_r, weight_r = (hiddens[1], weights[1]) if len(hiddens) == 2 else (None, None)
     count = hidden.shape[:-1].numel()
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = operand_dtype(weight.device, torch.promote_types(hidden.dtype, weight.dtype))
     nothing = torch.full((1, count), -1, device=weight.device)  # no label is left out of a sum
     problem = Problem(
         hidden, weight, nothing, bias, hidden_r, weight_r, Transform(*transform), -1, dtype,

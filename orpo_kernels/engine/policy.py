@@ -31,7 +31,7 @@ from orpo_kernels.engine.budget import (
     plan_kept,
     workspace_budget,
 )
-from orpo_kernels.engine.gemm import gemm_widens
+from orpo_kernels.engine.gemm import gemm_widens, operand_dtype
 from orpo_kernels.engine.gpu.card import card_of
 from orpo_kernels.engine.gpu.model import Job, job_of
 from orpo_kernels.engine.gpu.plan import ForwardPlan
@@ -57,6 +57,7 @@ class Decision:
         workspace_bytes: most of forward and backward, the kept E included.
         budget: bytes allowed.
         reason: why this strategy.
+        dtype: of the GEMMs' operands, which a CPU may widen; None on a GPU, which does not.
         seconds: what the forward, and the gradient of the head, should take on a GPU.
     """
 
@@ -67,16 +68,18 @@ class Decision:
     workspace_bytes: int
     budget: int
     reason: str
+    dtype: torch.dtype | None = None
     seconds: float | None = None
 
     def __str__(self) -> str:
         """One line."""
         used, allowed = (each / 2**20 for each in (self.workspace_bytes, self.budget))
         expected = "" if self.seconds is None else f"; {1e3 * self.seconds:.1f} ms expected"
+        operands = "" if self.dtype is None else f" in {str(self.dtype).removeprefix('torch.')}"
         return (
-            f"{self.strategy}: {self.passes} passes over {self.rows} rows, {self.plan.rows} rows x "
-            f"{self.plan.columns} columns at a time, {used:.2f} of {allowed:.2f} MiB; "
-            f"{self.reason}{expected}"
+            f"{self.strategy}: {self.passes} passes{operands} over {self.rows} rows, "
+            f"{self.plan.rows} rows x {self.plan.columns} columns at a time, "
+            f"{used:.2f} of {allowed:.2f} MiB; {self.reason}{expected}"
         )
 
 
@@ -148,7 +151,7 @@ def choose_on_gpu(
     most = Plan(min(shape.rows, job.rows), shape.columns, plan.workspace_bytes + of_kept)
     decision = Decision(
         strategy, job.rows, most, passes, max(most.workspace_bytes, backward + of_kept), budget,
-        reason, seconds,
+        reason, seconds=seconds,
     )  # fmt: skip
     return _said(decision), plan
 
@@ -236,7 +239,7 @@ def explain(  # noqa: PLR0913 - the public signature
         rows: N, scored rows.
         vocabulary: V.
         hidden_columns: H.
-        dtype: of the GEMMs' operands.
+        dtype: of hidden and head.
         device: of the head.
         needs_dhidden: whether hidden needs a gradient.
         needs_dweight: whether the head needs one.
@@ -251,9 +254,10 @@ def explain(  # noqa: PLR0913 - the public signature
         ValueError: the budget is too small.
     """
     device = torch.device(device)
+    operands = operand_dtype(device, dtype)
     sizes = Sizes(
-        rows, vocabulary, hidden_columns, label_sets, dtype, False, device,
-        gemm_widens(device, dtype), runs_triton(device, dtype),
+        rows, vocabulary, hidden_columns, label_sets, operands, operands != dtype, device,
+        gemm_widens(device, operands), runs_triton(device, operands),
     )  # fmt: skip
     budget = workspace_budget(workspace_bytes, device)
     if gradient == "sparse" and (needs_dhidden or needs_dweight):
@@ -274,7 +278,10 @@ def _decided(
     strategy: str, sizes: Sizes, plan: Plan, passes: int, backward: int, budget: int, reason: str
 ) -> Decision:
     most = max(plan.workspace_bytes, backward)
-    return _said(Decision(strategy, sizes.rows, plan, passes, most, budget, reason))
+    decision = Decision(
+        strategy, sizes.rows, plan, passes, most, budget, reason, sizes.compute_dtype
+    )
+    return _said(decision)
 
 
 def _said(decision: Decision) -> Decision:

@@ -9,6 +9,7 @@ from math import isfinite
 
 import torch
 
+from orpo_kernels.engine.gemm import multiplies_bfloat16, operand_dtype
 from orpo_kernels.engine.tiles import NATIVE, native
 from orpo_kernels.kernels import gpu_backend, has_slots
 from orpo_kernels.version import __version__
@@ -167,6 +168,10 @@ def environment(device: torch.device) -> dict[str, str]:
             torch.version.cuda or torch.version.hip
         )
     about["device"] = f"{device}: {_device_name(device)}"
+    if device.type == "cpu":
+        has = "oneDNN has" if multiplies_bfloat16() else "oneDNN has no kernels for"
+        used = dtype_name(operand_dtype(device, torch.bfloat16))
+        about["bfloat16 GEMMs"] = f"in {used}: {has} bfloat16 on this CPU"
     return about
 
 

@@ -112,7 +112,7 @@ def test_the_engine_runs_what_is_decided(monkeypatch, caplog):
         f"linear_logps: {each}" for each in expected
     ]
     assert expected[0].plan.rows == 550  # the text says what was done
-    assert "two passes: 2 passes over 1100 rows, 550 rows x 8192 columns" in caplog.text
+    assert "two passes: 2 passes in float32 over 1100 rows, 550 rows x 8192 columns" in caplog.text
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -141,6 +141,7 @@ DTYPES = {
 CASES = [(0.3, {}), (0.0, {}), (0.0, WORKSPACE)]
 
 
+@pytest.mark.usefixtures("_bfloat16_gemms")
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS)

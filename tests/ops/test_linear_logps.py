@@ -158,6 +158,7 @@ def test_mixed_dtypes(hidden_dtype, weight_dtype):
     )
 
 
+@pytest.mark.usefixtures("_bfloat16_gemms")
 @pytest.mark.parametrize("asked", ["autocast", "compute_dtype"])
 def test_reduced_compute_dtype(asked):
     hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)

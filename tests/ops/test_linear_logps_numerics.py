@@ -108,6 +108,7 @@ def test_more_than_two_to_the_31_logits():
     torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("_bfloat16_gemms")
 @pytest.mark.parametrize("workspace", [None, 2**21], ids=["kept", "recomputed, in blocks"])
 def test_rounded_logits_are_refined(monkeypatch, workspace):
     # On a CPU a bf16 GEMM rounds logits. Clusters of 40 similar tokens, as a trained head has them:

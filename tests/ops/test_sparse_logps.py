@@ -272,6 +272,7 @@ def test_without_gradient_the_exact_op_runs(monkeypatch):
     assert looked == []
 
 
+@pytest.mark.usefixtures("_bfloat16_gemms")
 @pytest.mark.parametrize(("dtype", "sparse_calls"), [(torch.float32, 0), (torch.bfloat16, 1)])
 def test_auto_is_sparse_for_16_bit(dtype, sparse_calls, monkeypatch):
     looked = kept_tiles(monkeypatch)
