@@ -4,6 +4,7 @@ A loop over tiles must start a GEMM, one row kernel and a GEMM for each, a gathe
 each group of rows, and nothing else: a test names the op that is too many.
 """
 
+import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -101,13 +102,14 @@ def started(monkeypatch):
         run, "select_again", lambda problem, scored, places: run.select(problem, scored)
     )
 
-    def start(architecture, mib, kind):
+    def start(architecture, mib, kind, memory=None):
         card = CARDS[architecture]
         for module in (policy, run):
             monkeypatch.setattr(module, "card_of", lambda device: card)
         monkeypatch.setattr(policy, "device_class", lambda device: "cuda sm_80+")
         plans.clear()
-        with dryrun(architecture) as log, Events(log) as events:
+        watch = memory or contextlib.nullcontext()
+        with dryrun(architecture) as log, Events(log) as events, watch:
             problem = _problem(kind, mib * MIB)
             begin = len(events.all())
             _, state = run.exact_forward(problem, needs_dhidden=kind.needs_dhidden)
