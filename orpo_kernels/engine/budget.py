@@ -10,12 +10,15 @@ Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES, MOST_LARGE
+
+_Planned = TypeVar("_Planned")
 
 _CPU_COLUMNS = (8192, 4096, 2048)
 _CPU_BACKWARD_COLUMNS = (16384, 8192, 4096, 2048)
@@ -39,6 +42,58 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def strip_bytes(device: torch.device) -> int:
     """Bytes of scratch one tile operation in plain torch may take (a strip and its temporaries)."""
     return STRIPS * (_STRIP_BYTES_CPU if device.type == "cpu" else _STRIP_BYTES_OTHER)
+
+
+class TooSmallError(ValueError):
+    """A workspace that does not hold the smallest tile, and what does.
+
+    Args:
+        budget: bytes that were allowed.
+        least: bytes that suffice for what was asked.
+        head: V and H.
+    """
+
+    def __init__(self, budget: int, least: int, head: tuple[int, int]) -> None:
+        self.budget, self.least, self.head = budget, least, head
+        super().__init__(
+            f"workspace_bytes={budget} is too small for a head with H = {head[1]} and V = "
+            f"{head[0]}: the smallest tile takes {least} bytes; raise workspace_bytes to at least "
+            f"that (default: {DEFAULT_WORKSPACE_BYTES})"
+        )
+
+
+def sufficient(plan: Callable[[int], _Planned], budget: int) -> _Planned:
+    """`plan(budget)`, a call's plans of forward and backward.
+
+    Args:
+        plan: from bytes to plans.
+        budget: bytes.
+
+    Returns:
+        The plans.
+
+    Raises:
+        TooSmallError: nothing fits. It names bytes that suffice for all of them, when one less does
+            not: what a single plan takes is not enough where another takes more.
+    """
+    try:
+        return plan(budget)
+    except TooSmallError as error:
+        refused, enough, head = budget, max(error.least, budget + 1), error.head
+
+    def fits(some_bytes: int) -> bool:
+        try:
+            plan(some_bytes)
+        except TooSmallError:
+            return False
+        return True
+
+    while not fits(enough):
+        refused, enough = enough, 2 * enough
+    while enough - refused > 1:
+        middle = (enough + refused) // 2
+        refused, enough = (refused, middle) if fits(middle) else (middle, enough)
+    raise TooSmallError(budget, enough, head)
 
 
 def spans(count: int, step: int) -> Iterator[tuple[int, int]]:
@@ -273,7 +328,7 @@ def first_fit(
     `reserved` bytes are taken whatever the shape, and for each vocabulary block; `either` are
     bytes per row or per cell, whichever is more.
     """
-    need = 0
+    least = 0
     for rows, columns in (shape for shape in shapes if shape[0] >= row_block):
         rows, columns = min(rows, sizes.rows), min(columns, sizes.vocabulary)
         need = _bytes(sizes, unit_bytes, rows, columns)
@@ -282,11 +337,8 @@ def first_fit(
         if need <= budget:
             even = -(-sizes.rows // -(-sizes.rows // rows))
             return Plan(-(-even // row_block) * row_block, columns, need, row_block)
-    raise ValueError(
-        f"workspace_bytes={budget} is too small: the smallest tile of a head with H = "
-        f"{sizes.hidden_columns} and V = {sizes.vocabulary} takes {need} bytes; "
-        f"raise workspace_bytes to at least that (default: {DEFAULT_WORKSPACE_BYTES})"
-    )
+        least = min(least or need, need)
+    raise TooSmallError(budget, least, (sizes.vocabulary, sizes.hidden_columns))
 
 
 def _bytes(sizes: Sizes, unit_bytes: tuple[int, int, float], rows: int, columns: int) -> int:

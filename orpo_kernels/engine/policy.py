@@ -29,6 +29,7 @@ from orpo_kernels.engine.budget import (
     plan_backward,
     plan_forward,
     plan_kept,
+    sufficient,
     workspace_budget,
 )
 from orpo_kernels.engine.gemm import gemm_widens, operand_dtype
@@ -128,7 +129,7 @@ def choose_on_gpu(
         The decision, and the plan.
 
     Raises:
-        ValueError: the budget is too small for every strategy; says what the smallest takes.
+        TooSmallError: the budget is too small for every strategy; see `sufficient`.
     """
     card, folds = card_of(device), device_class(device) == "cuda sm_80+"
     plan = plan_forward_on_gpu(job, budget, card, with_g=needs_dhidden, kept=kept, folds=folds)
@@ -153,7 +154,7 @@ def choose_on_gpu(
         strategy, job.rows, most, passes, max(most.workspace_bytes, backward + of_kept), budget,
         reason, seconds=seconds,
     )  # fmt: skip
-    return _said(decision), plan
+    return decision, plan
 
 
 def choose(
@@ -177,7 +178,7 @@ def choose(
         The decision.
 
     Raises:
-        ValueError: the budget is too small for every strategy; says what the smallest takes.
+        TooSmallError: the budget is too small for every strategy; see `sufficient`.
     """
     if kept:
         plan = plan_kept(sizes, kept, budget)
@@ -220,6 +221,12 @@ def says_why() -> bool:
     return _logger.isEnabledFor(logging.DEBUG)
 
 
+def say(decision: Decision) -> None:
+    """Log a decision, the first time it is taken."""
+    if says_why():
+        _log(decision)
+
+
 def explain(  # noqa: PLR0913 - the public signature
     rows: int,
     vocabulary: int,
@@ -251,7 +258,7 @@ def explain(  # noqa: PLR0913 - the public signature
         The decision, as `linear_logps` takes it for a head in `dtype` without a low-rank part.
 
     Raises:
-        ValueError: the budget is too small.
+        ValueError: the budget is too small; says what suffices.
     """
     device = torch.device(device)
     operands = operand_dtype(device, dtype)
@@ -262,32 +269,28 @@ def explain(  # noqa: PLR0913 - the public signature
     budget = workspace_budget(workspace_bytes, device)
     if gradient == "sparse" and (needs_dhidden or needs_dweight):
         slots = takes_slots(sizes)
-        plan = plan_sparse(sizes, 2, budget, trainable=needs_dweight, slots=slots)
+        shared = {"trainable": needs_dweight, "slots": slots}
+        plan = sufficient(lambda some: plan_sparse(sizes, 2, some, **shared), budget)
         return describe_sparse(sizes, plan, budget, trainable=needs_dweight)
     needs = {"needs_dhidden": needs_dhidden, "needs_dweight": needs_dweight}
-    if sizes.on_triton:
-        job, kept = job_of(sizes, dtype.itemsize), 0
-        if needs_dweight:
-            kept = gpu_kept_rows(job, budget, card_of(device), with_g=needs_dhidden)
-        return choose_on_gpu(job, device, budget, kept=kept, **needs)[0]
-    keep = needs_dweight and rows <= kept_rows(sizes, budget)
-    return choose(sizes, budget, kept=rows if keep else 0, **needs)
+
+    def decide(some: int) -> Decision:
+        if sizes.on_triton:
+            job, kept = job_of(sizes, dtype.itemsize), 0
+            if needs_dweight:
+                kept = gpu_kept_rows(job, some, card_of(device), with_g=needs_dhidden)
+            return choose_on_gpu(job, device, some, kept=kept, **needs)[0]
+        keep = needs_dweight and rows <= kept_rows(sizes, some)
+        return choose(sizes, some, kept=rows if keep else 0, **needs)
+
+    return sufficient(decide, budget)
 
 
 def _decided(
     strategy: str, sizes: Sizes, plan: Plan, passes: int, backward: int, budget: int, reason: str
 ) -> Decision:
     most = max(plan.workspace_bytes, backward)
-    decision = Decision(
-        strategy, sizes.rows, plan, passes, most, budget, reason, sizes.compute_dtype
-    )
-    return _said(decision)
-
-
-def _said(decision: Decision) -> Decision:
-    if says_why():
-        _log(decision)
-    return decision
+    return Decision(strategy, sizes.rows, plan, passes, most, budget, reason, sizes.compute_dtype)
 
 
 @functools.lru_cache(maxsize=1024)

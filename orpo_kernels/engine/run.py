@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine import tile_loop
-from orpo_kernels.engine.budget import accumulation_dtype, spans
+from orpo_kernels.engine.budget import accumulation_dtype, spans, sufficient
 from orpo_kernels.engine.gpu.card import card_of
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.gpu.plan import plan_backward
@@ -41,6 +41,7 @@ from orpo_kernels.engine.policy import (
     describe_sparse,
     kept_count,
     runs_on_gpu,
+    say,
     says_why,
 )
 from orpo_kernels.engine.problem import Problem
@@ -134,15 +135,33 @@ def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Exa
         needs = {"needs_dhidden": needs_dhidden, "needs_dweight": problem.trainable}
         kept, out = _kept_rows(state.kept, operands), Results(*state[:3])
         if runs_on_gpu(problem):
-            _, plan = choose_on_gpu(
-                _job(problem, operands), sizes.device, problem.budget, kept=state.kept.shape[0],
-                **needs,
+            job = _job(problem, operands)
+            decision, plan = sufficient(
+                lambda budget: choose_on_gpu(
+                    job, sizes.device, budget, kept=_kept_of(problem, budget, needs_dhidden),
+                    **needs,
+                ),
+                problem.budget,
             )  # fmt: skip
+            say(decision)
             _on_gpu().exact_forward(operands, plan, kept, out)
         else:
-            decision = choose(sizes, problem.budget, kept=state.kept.shape[0], **needs)
+            decision = sufficient(
+                lambda budget: choose(
+                    sizes, budget, kept=_kept_of(problem, budget, needs_dhidden), **needs
+                ),
+                problem.budget,
+            )
+            say(decision)
             tile_loop.forward(operands, decision.plan, kept, out)
     return scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape), state
+
+
+def _kept_of(problem: Problem, budget: int, needs_dhidden: bool) -> int:
+    """`kept_count`, had the problem that budget."""
+    if budget != problem.budget:
+        problem = replace(problem, workspace_bytes=budget)
+    return kept_count(problem, needs_dhidden=needs_dhidden)
 
 
 def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Tensor, SparseState]:
@@ -153,7 +172,7 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
     certificate, sizes = state.statistics.new_zeros(5, dtype=torch.float32), operands.sizes
     if sizes.rows > 0:
         if says_why():
-            describe_sparse(sizes, plan, problem.budget, trainable=problem.trainable)
+            say(describe_sparse(sizes, plan, problem.budget, trainable=problem.trainable))
         sums = state.sums
         if not problem.trainable:  # scratch, for a head that is not trained
             sums = state.statistics.new_zeros((problem.group_count, sizes.vocabulary))
@@ -175,10 +194,12 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
 def sparse_plan(problem: Problem) -> SparsePlan:
     """How the budget of a sparse call is divided, whichever of its rows are scored."""
     sizes = problem.sizes(problem.count)
-    return plan_sparse(
-        sizes, problem.group_count, problem.budget, trainable=problem.trainable,
-        slots=takes_slots(sizes),
-    )  # fmt: skip
+    groups, slots = problem.group_count, takes_slots(sizes)
+
+    def plan(budget: int) -> SparsePlan:
+        return plan_sparse(sizes, groups, budget, trainable=problem.trainable, slots=slots)
+
+    return sufficient(plan, problem.budget)
 
 
 def hidden_gradient_(

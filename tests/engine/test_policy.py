@@ -57,7 +57,7 @@ def test_half_a_megabyte_is_legal_on_a_gpu_only(gpu_here):
     for problem in refused:
         with pytest.raises(ValueError, match="raise workspace_bytes to at least"):
             choose(problem, MIB // 2, **few)
-    with pytest.raises(ValueError, match="the smallest tile of a head"):
+    with pytest.raises(ValueError, match="the smallest tile takes"):
         on_gpu(10_000, **few)
 
 

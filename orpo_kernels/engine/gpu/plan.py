@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+from orpo_kernels.engine.budget import TooSmallError
 from orpo_kernels.engine.gpu.card import Card
 from orpo_kernels.engine.gpu.model import (
     Job,
@@ -168,7 +169,7 @@ def _kept_rows(job: Job, budget: int, card: Card, with_g: bool) -> int:
             first = min(first, job.rows) if kept else 0
             forward = _plan_forward(job, left, card, with_g, first, False)
             return forward.seconds + _plan_backward(job, left, card, first).seconds
-        except ValueError:
+        except TooSmallError:
             return math.inf  # no room is left
 
     counts = set()
@@ -212,11 +213,7 @@ def _fitting(
 ) -> tuple[T, int, float]:
     best, least = found
     if best is None:
-        raise ValueError(
-            f"workspace_bytes={budget} is too small: the smallest tile of a head with H = "
-            f"{job.columns} and V = {job.vocabulary} takes {least} bytes; raise workspace_bytes "
-            "to at least that"
-        )
+        raise TooSmallError(budget, least, (job.vocabulary, job.columns))
     return best
 
 

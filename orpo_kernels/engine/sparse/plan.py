@@ -21,6 +21,7 @@ from orpo_kernels.constants import COMPACT_COLUMNS, COMPACT_ROWS, PARTIAL_SHARE
 from orpo_kernels.engine.budget import (
     Plan,
     Sizes,
+    TooSmallError,
     first_fit,
     forward_units,
     plan_backward,
@@ -87,7 +88,7 @@ def plan_sparse(
         row_bytes = _LIST_ROW_BYTES if sizes.on_cpu else _SEGMENT_ROW_BYTES
         store = min(budget // _LIST_SHARE, sizes.rows * row_bytes) // 16 * 16
     if store > 0:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(TooSmallError):
             return _divided(sizes, groups, budget, (store, lists), trainable, slots)
     return _divided(sizes, groups, budget, (0, 0), trainable, slots)
 
