@@ -79,6 +79,14 @@ class Statistics(NamedTuple):
         second = -a.second * torch.expm1(self.second_logp) - a.first * torch.exp(self.second_logp)
         return [first * self.first_slope, second * self.second_slope]
 
+    def moved(self, a: Coefficients) -> Tensor:
+        """What multiplies `d W[y] - d_2 W[y_2]` in dhidden, (M,): `a p_2 - a_2 (1 - p_2)`.
+
+        Of a row whose labels are not two that differ it means nothing.
+        """
+        own = torch.zeros_like(a.first) if a.second is None else a.second
+        return own * torch.expm1(self.second_logp) + a.first * torch.exp(self.second_logp)
+
 
 class Scored(NamedTuple):
     """Per position (N,): the labels with -1 for none, and which label sets score it."""

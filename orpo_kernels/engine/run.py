@@ -220,17 +220,11 @@ def hidden_gradient_(
     scored = score(problem.labels, problem.ignore_index)
     figures, a = Statistics.of(statistics), scored.coefficients(dlogps)
     head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
-    shares: list[tuple[Tensor, Tensor]] = []
     first, second = scored.labels
-    if second is not None:
-        distinct, both = second >= 0, figures.label_shares(a)
-        shares = [
-            (labels, torch.where(distinct, share, 0.0))
-            for labels, share in zip((first, second), both, strict=True)
-        ]
+    moved = None if second is None else torch.where(second >= 0, figures.moved(a), 0.0)
     factor = a.total * figures.beside
-    # Widened rows, label entries and their cast.
-    row_bytes = (g[0].shape[1] + g[1].shape[1]) * factor.element_size() * 4
+    # Widened rows, entries of both labels and their casts.
+    row_bytes = (g[0].shape[1] + g[1].shape[1]) * factor.element_size() * 6
     step = max(1, min(problem.budget, _STRIP_BYTES) // max(1, row_bytes))
     for start, stop in spans(g[0].shape[0], step):
         wide = factor[start:stop, None] * torch.cat([each[start:stop] for each in g], 1)
@@ -240,9 +234,13 @@ def hidden_gradient_(
             if problem.groups is not None:
                 of_row = product[problem.groups.reshape(-1)[start:stop]]
             wide -= share[:, None] * of_row
-        for labels, share in shares:
-            entries = head.entries(labels[start:stop], wide.dtype)
-            wide.addcmul_(entries, share[start:stop, None])
+        if second is not None and moved is not None:
+            # Their difference first: what entries of the head have in common is not in it.
+            entries = head.entries(first[start:stop], wide.dtype)
+            entries *= figures.first_slope[start:stop, None]
+            others = head.entries(second[start:stop], wide.dtype)
+            entries.addcmul_(others, figures.second_slope[start:stop, None], value=-1.0)
+            wide.addcmul_(entries, moved[start:stop, None])
         g[0][start:stop] = wide[:, : g[0].shape[1]]
         g[1][start:stop] = wide[:, g[0].shape[1] :]
 

@@ -10,8 +10,10 @@ factor 1 - p_y, stays of the size of W, inside fp16, for a confident token): the
 frozen head is done after the forward. A trainable head keeps E, where N V fits the workspace, or
 recomputes it in the backward (`weight_gradient.py`).
 
-Two label sets share the pass. Where they name two different tokens the two entries and their
-coefficients are handled apart (`second`); elsewhere they are one label with a_t = a_1t + a_2t.
+Two label sets share the pass. Where they name two different tokens, `second` is the other one and g
+is of the first; dhidden moves the part of the second from one entry to the other. So g is small
+also where all entries of the head have a large part in common. Elsewhere they are one label with
+a_t = a_1t + a_2t.
 """
 
 import math
@@ -163,7 +165,7 @@ def finish(
     """
     row_max = torch.where(sum_exp > 0, row_max, label.z)  # nothing but the label: m is not one
     rest, first = torch.log(sum_exp), label.z - row_max
-    beside_first, share = rest, label.slope
+    beside_first = rest
     second_logp = second_slope = torch.zeros_like(rest)
     total = sum_exp + torch.exp(first)
     if label.second is not None:
@@ -173,10 +175,9 @@ def finish(
         second_logp = F.logsigmoid(second - torch.logaddexp(rest, first))
         second_logp = torch.where(distinct, second_logp, 0.0)
         total = torch.where(distinct, total + torch.exp(second), total)
-        share = share.masked_fill(distinct, 0.0)
     first_logp = F.logsigmoid(first - beside_first)
     if accumulator is not None:
         accumulator.mul_(-torch.where(sum_exp > 0, 1.0 / sum_exp, 0.0)[:, None])
-        accumulator.addcmul_(label.entries, share[:, None])
+        accumulator.addcmul_(label.entries, label.slope[:, None])
     per_row = (row_max, 1.0 / total, sum_exp / total, first_logp, second_logp)
     return torch.stack((*per_row, label.slope, second_slope)), accumulator

@@ -1,7 +1,7 @@
 """From the running softmax of rows to their statistics and g: the label columns are added here.
 
     total = s + e^(z_y - m) (+ e^(z_2 - m)),   log-probs and 1 - p from log-sums, never subtracted
-    g = d_y W[y] - (P W) / s                   of a row with a differing second label: without d_y W
+    g = d_y W[y] - (P W) / s
 
 and the statistics (7, N): m, e^(m - lse), the mass beside the labels, log-prob of the first label
 and of the second, slope of each. m is the reference of P (z_y where there is no column beside the
@@ -22,7 +22,7 @@ from orpo_kernels.kernels.tuning import VECTOR, row_of
 
 @triton.jit
 def _write_part(
-    g_ptr, sums_ptr, partial_ptr, entry_ptr, width, over_sum, share, has_label, adds_sums,
+    g_ptr, sums_ptr, partial_ptr, entry_ptr, width, over_sum, slope, has_label, adds_sums,
     HAS_PARTIAL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, width, BLOCK):
@@ -32,7 +32,7 @@ def _write_part(
         if HAS_PARTIAL:
             total += tl.load(partial_ptr + column, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(entry_ptr + column, mask=column < where_width(width, has_label), other=0.0)
-        g = share * w.to(DTYPE).to(tl.float32) - over_sum * total
+        g = slope * w.to(DTYPE).to(tl.float32) - over_sum * total
         tl.store(g_ptr + column, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
@@ -75,7 +75,6 @@ def _finish_rows_kernel(
     besides_first = rest
     second_logp = 0.0
     second_slope = 0.0
-    share = slope
     if HAS_SECOND:
         distinct = tl.load(second_ptr + row) >= 0
         second = tl.load(state + 4 * M) - m
@@ -83,7 +82,6 @@ def _finish_rows_kernel(
         besides_first = tl.where(distinct, log_add(rest, second), rest)
         second_logp = tl.where(distinct, log_sigmoid(second - log_add(rest, first)), 0.0)
         mass = tl.where(distinct, mass + tl.exp(second), mass)
-        share = tl.where(distinct, 0.0, slope)
 
     out = statistics_ptr + position
     tl.store(out, m)
@@ -106,7 +104,7 @@ def _finish_rows_kernel(
         _write_part(
             g_ptr + position * whole_vectors(stride_g, ALIGNED, VECTOR), accumulator_ptr + sums,
             partial, weight_ptr + label * whole_vectors(stride_weight, ALIGNED, VECTOR), width,
-            over_sum, share, label >= 0, blocks > 0, HAS_PARTIAL, DTYPE, BLOCK,
+            over_sum, slope, label >= 0, blocks > 0, HAS_PARTIAL, DTYPE, BLOCK,
         )  # fmt: skip
         if LOW_RANK:
             if HAS_PARTIAL:
@@ -115,7 +113,7 @@ def _finish_rows_kernel(
                 g_r_ptr + position * whole_vectors(stride_g_r, ALIGNED, VECTOR),
                 accumulator_ptr + sums + width, partial,
                 weight_r_ptr + label * whole_vectors(stride_weight_r, ALIGNED, VECTOR), rest_width,
-                over_sum, share, label >= 0, blocks > 0, HAS_PARTIAL, DTYPE, BLOCK,
+                over_sum, slope, label >= 0, blocks > 0, HAS_PARTIAL, DTYPE, BLOCK,
             )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """g into dhidden, in place, in one launch: its factor, and the entries of two differing labels.
 
-    dhidden_t = a_t (1 - p_t) g_t                              one label, or two that agree
-    dhidden_t = (a + a2) (1 - p - p2) g_t + share W[y] + share2 W[y2]        two that differ
+    dhidden_t = a_t (1 - p_t) g_t                                  one label, or two that agree
+    dhidden_t = (a + a2) (1 - p - p2) g_t + b (d W[y] - d2 W[y2])                   two that differ
+    b = a p2 - a2 (1 - p2),   1 - p2 by expm1;   d, d2: slopes
 
-N rows, H and r columns, K label sets; `coefficients.py` defines a and the shares. Rows nobody scores
-are left as they are, 0. Bytes: a row of g read and written, 4 H of the head where labels differ.
+N rows, H and r columns, K label sets; `coefficients.py` defines a and a2. g is of the first label:
+what all entries of the head have in common cancels within it, before it is rounded. Rows nobody
+scores are left as they are, 0. Bytes: a row of g read and written, 4 H of the head where labels differ.
 """
 
 import torch
@@ -12,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.kernels.coefficients import Slopes, shares_of, slope_numbers, slopes_of
-from orpo_kernels.kernels.elementwise import where_width, whole_vectors
+from orpo_kernels.kernels.coefficients import Slopes, slope_numbers, slopes_of
+from orpo_kernels.kernels.elementwise import expm1, where_width, whole_vectors
 from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, pair
 from orpo_kernels.kernels.start import Start, in_vectors
 from orpo_kernels.kernels.tuning import VECTOR, row_of
@@ -21,7 +23,7 @@ from orpo_kernels.kernels.tuning import VECTOR, row_of
 
 @triton.jit
 def _scale_part(
-    g_ptr, first_ptr, second_ptr, width, factor, share, share2, distinct,
+    g_ptr, first_ptr, second_ptr, width, factor, moved, slope, slope2, distinct,
     HAS_SECOND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, width, BLOCK):
@@ -30,9 +32,9 @@ def _scale_part(
         g = tl.load(g_ptr + column, mask=inside, other=0.0).to(tl.float32) * factor
         if HAS_SECOND:
             w = tl.load(first_ptr + column, mask=column < where_width(width, distinct), other=0.0)
-            g += share * w.to(DTYPE).to(tl.float32)
-            w = tl.load(second_ptr + column, mask=column < where_width(width, distinct), other=0.0)
-            g += share2 * w.to(DTYPE).to(tl.float32)
+            w2 = tl.load(second_ptr + column, mask=column < where_width(width, distinct), other=0.0)
+            difference = slope * w.to(DTYPE).to(tl.float32) - slope2 * w2.to(DTYPE).to(tl.float32)
+            g += moved * difference
         tl.store(g_ptr + column, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
@@ -61,20 +63,22 @@ def _scale_rows_kernel(
     if label >= 0:
         statistics = statistics_ptr + row
         factor = (a + a2) * tl.load(statistics + 2 * N)
-        share, share2 = shares_of(statistics, N, a, a2)
+        second_logp = tl.load(statistics + 4 * N)
+        moved = a2 * expm1(second_logp) + a * tl.exp(second_logp)
+        slope, slope2 = tl.load(statistics + 5 * N), tl.load(statistics + 6 * N)
         distinct = second >= 0
         step = whole_vectors(stride_weight, ALIGNED, VECTOR)
         _scale_part(
             g_ptr + row * whole_vectors(stride_g, ALIGNED, VECTOR), weight_ptr + label * step,
-            weight_ptr + second * step, whole_vectors(H, ALIGNED, VECTOR), factor, share, share2,
-            distinct, HAS_SECOND, DTYPE, BLOCK,
+            weight_ptr + second * step, whole_vectors(H, ALIGNED, VECTOR), factor, moved, slope,
+            slope2, distinct, HAS_SECOND, DTYPE, BLOCK,
         )  # fmt: skip
         if LOW_RANK:
             step = whole_vectors(stride_weight_r, ALIGNED, VECTOR)
             _scale_part(
                 g_r_ptr + row * whole_vectors(stride_g_r, ALIGNED, VECTOR),
                 weight_r_ptr + label * step, weight_r_ptr + second * step,
-                whole_vectors(r, ALIGNED, VECTOR), factor, share, share2, distinct,
+                whole_vectors(r, ALIGNED, VECTOR), factor, moved, slope, slope2, distinct,
                 HAS_SECOND, DTYPE, BLOCK,
             )  # fmt: skip
 
