@@ -1,4 +1,4 @@
-"""The command line: `orpo-kernels train | report | estimate | selftest`.
+"""The command line: `orpo-kernels train | report | estimate | selftest | env`.
 
 Importing this, `--help` and `--version` load nothing beyond the package; each command imports what
 it needs when it runs.
@@ -119,6 +119,12 @@ def _selftest(words: Sequence[str]) -> int:
     return selftest.main(list(words))
 
 
+def _env(words: Sequence[str]) -> int:
+    from orpo_kernels import environment
+
+    return environment.main(list(words))
+
+
 def _refuse(message: str) -> int:
     sys.stderr.write(f"orpo-kernels: {message}\n")
     return BAD_INPUT
@@ -129,4 +135,5 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "report": (_report, "table and picture of finished runs: FOLDER [FOLDER ...]"),
     "estimate": (_estimate, "memory of a run before it is started"),
     "selftest": (_selftest, "check the kernels on this machine"),
+    "env": (_env, "versions, device, backends and patches, for a bug report"),
 }

@@ -27,6 +27,7 @@ from orpo_kernels.integrations.head import (
 from orpo_kernels.integrations.layout_check import check_layout
 from orpo_kernels.integrations.output import fused_output
 from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, HeadOverride
+from orpo_kernels.integrations.owners import head_owners
 from orpo_kernels.integrations.token_ids import check_token_ids
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import validate_labels
@@ -258,8 +259,9 @@ class ModelOverride(ForwardOverride):
             code = inspect.unwrap(self.__wrapped__)
             raise RuntimeError(
                 f"{name}.forward ({code.__module__}.{code.__qualname__}) returned without calling "
-                "its output head: another patch computes the logits or the loss (Unsloth, Liger, "
-                "Cut Cross Entropy?); undo it before fuse_head"
+                "its output head: another patch computes the logits or the loss, of "
+                f"{_others(self.module)}; undo it before fuse_head. `orpo-kernels env` is for a "
+                "bug report"
             )
         if call.in_rows is not None and not call.in_rows.is_done:
             raise RuntimeError(
@@ -355,6 +357,12 @@ def _shifted(name: str, labels: object) -> Tensor:
         )
     validate_labels(name, labels)
     return F.pad(labels[:, 1:].to(torch.int64), (0, 1), value=IGNORE_INDEX)
+
+
+def _others(model: nn.Module) -> str:
+    """Who else has replaced functions of `model`, in words."""
+    owners = [str(each) for each in head_owners(model) if each.name != "orpo_kernels"]
+    return ", ".join(owners) or "somebody who left no trace"
 
 
 def _refuse_foreign_scale(labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:

@@ -57,7 +57,7 @@ def self_test(
         number of threads as they were. On the CPU the tile operations run on all of torch's
         threads, the rest on one.
     """
-    where = _usable(device)
+    where = usable_device(device)
     start = perf_counter()
     about, backends = environment(where), tile_backends(where)
     if not json:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        where = _usable(options.device)
+        where = usable_device(options.device)
         limit = CPU_LIMIT_S if where.type == "cpu" else LIMIT_S
         limit = limit if options.seconds is None else options.seconds
         report = self_test(where, json=options.json, seconds=limit or None)
@@ -126,7 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report.passed else 1
 
 
-def _usable(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """`device`, or the accelerator, or the CPU.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator

@@ -16,7 +16,8 @@ from orpo_kernels.version import __version__
 
 PACKAGES = (
     "torch", "triton", "triton-windows", "transformers", "peft", "bitsandbytes", "accelerate",
-    "trl",
+    "datasets", "trl", "liger-kernel", "cut-cross-entropy", "unsloth", "unsloth_zoo", "axolotl",
+    "llamafactory", "deepspeed",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
