@@ -4,12 +4,17 @@ BIN := .venv/bin
 EXTRAS := hf,qlora,triton,plot,bench,peers,dev
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
+# Other trainers, each in an environment over .venv: what is tested there.
+INTEGRATIONS ?= trl19 axolotl llamafactory
+TESTS_trl19 := tests/integrations/test_trl.py tests/integrations/test_documented.py
+TESTS_llamafactory := tests/environments/test_llamafactory.py
+TESTS_axolotl := tests/environments/test_axolotl.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: setup build wheel format check test test-gpu kernels-report gpu-session demo bench bench-gpu clean
+.PHONY: setup build wheel format check test test-integrations test-gpu kernels-report gpu-session demo bench bench-gpu clean
 
 setup: .venv/.ready  ## the environment, from pinned versions
 
@@ -18,6 +23,11 @@ setup: .venv/.ready  ## the environment, from pinned versions
 	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' wheel ninja numpy torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
+
+setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth
+
+.venv-%/.ready: constraints/%.txt .venv/.ready
+	$(BIN)/python -m tests.environments.overlay $*
 
 build: setup  ## C++ in place; SAN=1: with address and undefined-behaviour sanitizers, and its tests
 	ORPO_KERNELS_EXTENSION=required $(BIN)/python setup.py -q build_ext --inplace --force
@@ -42,6 +52,10 @@ format: setup
 test: setup  ## everything that needs no GPU, benchmarks once and small among it; a test per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks --benchmark-disable $(WORKERS)
 
+test-integrations: setup $(INTEGRATIONS:%=setup-%)  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS
+	$(BIN)/python -m pytest tests/integrations/test_trl.py tests/integrations/test_liger.py tests/integrations/test_documented.py
+	$(foreach name,$(INTEGRATIONS),.venv-$(name)/bin/python -m pytest $(TESTS_$(name)) &&) true
+
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
@@ -62,4 +76,4 @@ bench-gpu: setup
 	$(BIN)/python -m benchmarks.run --device cuda --minutes 8.5
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -19,11 +19,14 @@ from orpo_kernels.integrations.selfcheck import SelfCheck
 from orpo_kernels.layout import BatchLayout
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import ORPOLoss
-from orpo_kernels.options import Certificate, LogpsOptions
+from orpo_kernels.options import Certificate, LogpsOptions, check_choice
 from orpo_kernels.pairing import Pairing, tail_groups
 
 if TYPE_CHECKING:
     from orpo_kernels.integrations.override import ForwardOverride
+
+ALL_POSITIONS = "all"
+"""Of `mean_logits`: the last position is counted too, though it predicts no token."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,19 @@ class FuseOptions:
     gradient: str
     eps: float
     compute_dtype: torch.dtype | None
-    mean_logits: bool
+    mean_logits: bool | str
     check: bool
     narrow_head: bool = True
     layout: BatchLayout = field(default_factory=BatchLayout)
     guard: DensityGuard = field(default_factory=DensityGuard, compare=False)
 
     def __post_init__(self) -> None:
+        check_choice("mean_logits", self.mean_logits, (False, True, ALL_POSITIONS))  # type: ignore[arg-type]
+        if self.mean_logits == ALL_POSITIONS and self.layout.name != "padded":
+            raise ValueError(
+                f"mean_logits={ALL_POSITIONS!r} is for padded batches, got the layout "
+                f"{self.layout.name!r}; leave mean_logits at True"
+            )
         LogpsOptions(
             gradient=self.gradient, eps=self.eps, compute_dtype=self.compute_dtype,
             workspace_bytes=self.workspace_bytes,
@@ -144,9 +153,13 @@ class HeadCall:
                 )
 
     def _mean_logits(self, hidden: Tensor, terms: HeadTerms) -> Tensor:
+        last = None if self._options.mean_logits == ALL_POSITIONS else -1
+
         def mean(hidden: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+            hidden_r, weight_r = low_rank or (None, None)
             means: Tensor = _mean_logits(
-                hidden, terms.weight, terms.bias, *(low_rank or (None, None)),
+                hidden[:, :last], terms.weight, terms.bias,
+                None if hidden_r is None else hidden_r[:, :last], weight_r,
                 *self.transform, self._options.workspace_bytes,
             )  # fmt: skip
             return means
@@ -198,15 +211,13 @@ def _mean_logits(
     softcap: float | None,
     workspace_bytes: int | None,
 ) -> Tensor:
-    """(B,) float32 over positions 0 to T - 2, those that predict a token. hidden (B, T, H)."""
-    hidden = hidden[:, :-1]
+    """(B,) float32 over the T positions of hidden (B, T, H)."""
     options: dict[str, Any] = {
         "logit_scale": logit_scale, "softcap": softcap, "workspace_bytes": workspace_bytes,
     }  # fmt: skip
     if hidden_r is None or weight_r is None:
         return mean_logits(hidden, weight, bias, **options)
-    low_rank = (hidden_r[:, :-1], weight_r)
-    rows = row_mean_logits(hidden, weight, bias, low_rank=low_rank, **options)
+    rows = row_mean_logits(hidden, weight, bias, low_rank=(hidden_r, weight_r), **options)
     return rows.sum(1) / max(1, rows.shape[1])
 
 

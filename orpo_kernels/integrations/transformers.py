@@ -37,7 +37,7 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     gradient: str = "exact",
     eps: float = DEFAULT_EPS,
     compute_dtype: torch.dtype | None = None,
-    mean_logits: bool = False,
+    mean_logits: bool | str = False,
     check: bool = True,
     narrow_head: bool = True,
     layout: BatchLayout | str = "padded",
@@ -52,7 +52,7 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     - `logits`: empty (B, T, 0);
     - `token_logps` (B, T) float32, nats: at t the log-prob of `labels[:, t + 1]`, 0 where ignored
       and at the last position; `nll_token_logps` likewise;
-    - `mean_logits` (B,) float32, detached, over positions 0 to T - 2, when asked for;
+    - `mean_logits` (B,) float32, detached, over positions 0 to T - 2 (or T - 1), when asked for;
     - with `loss`: `orpo`, its `ORPOOutput` (rows stacked, chosen first), and `loss`, the sum of
       `orpo.loss` and, for mixtures of experts, `router_aux_loss_coef * aux_loss`. The call takes
       the loss's `num_nll_tokens` and `num_pairs`; the auxiliary loss, a mean of its micro-batch,
@@ -71,7 +71,8 @@ def fuse_head(  # noqa: PLR0913 - the public signature
             steps after one whose softmax was too flat for it (`FusedHead.guard`).
         eps: of the sparse gradient, 0 to 1.
         compute_dtype: dtype of the GEMMs; default: autocast's, else that of hidden and weight.
-        mean_logits: also report the mean logit of each row.
+        mean_logits: also report the mean logit of each row, over the positions that predict a
+            token; "all": over the last one too.
         check: compare two tokens with the model's own logits in the first call, and refuse on
             mismatch. False trusts the config's logit scale and softcap.
         narrow_head: keep a frozen float32 head in 16 bits as long as it is fused, if all of its

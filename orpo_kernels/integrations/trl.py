@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords
+from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords, mean_logps, scored
 from orpo_kernels.integrations.patch import Patch
 
 if TYPE_CHECKING:
@@ -36,12 +36,11 @@ _KNOWN = {
     "concatenated_inputs": ("batch", "is_encoder_decoder", "padding_value", "device"),
     "odds_ratio_loss": ("self", "policy_chosen_logps", "policy_rejected_logps"),
 }
-_CALLS = "_orpo_kernels_calls"
 _patch: Patch | None = None
 
 
-class ORPOTrainer(TRLTrainer):
-    """TRL's ORPOTrainer, which it documents, on the fused head: same numbers, no logits.
+class FusedForward:
+    """`concatenated_forward` without logits, for a class between this one and TRL's ORPOTrainer.
 
     `fuse_options`, a class attribute, are those of `fuse_head`. `mean_logits=False` leaves out the
     metrics `logits/chosen` and `logits/rejected`, which are then NaN; they cost one more pass over
@@ -59,6 +58,10 @@ class ORPOTrainer(TRLTrainer):
         return concatenated_forward(self, model, batch, **self.fuse_options)
 
 
+class ORPOTrainer(FusedForward, TRLTrainer):
+    """TRL's ORPOTrainer, which it documents, on the fused head: same numbers, no logits."""
+
+
 def patch_trl(**options: Unpack[FuseKeywords]) -> None:
     """Let TRL's own ORPOTrainer, and its subclasses, train without logits.
 
@@ -72,7 +75,7 @@ def patch_trl(**options: Unpack[FuseKeywords]) -> None:
         NotImplementedError: a TRL whose trainer does not have the methods this one knows.
     """
     global _patch
-    _refuse_unknown_trl()
+    refuse_unknown_trl()
     unpatch_trl()
 
     def forward(self: Any, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor | Any, ...]:
@@ -118,11 +121,9 @@ def concatenated_forward(
             f"{type(model).__name__} is an encoder-decoder model; the fused head scores the tokens "
             "of a causal LM: train it with TRL as it is (unpatch_trl())"
         )
-    calls = trainer.__dict__.get(_CALLS)
-    if calls is None:
-        settings: FuseKeywords = {"mean_logits": True}
-        settings.update(options)
-        calls = trainer.__dict__[_CALLS] = FusedCalls(**settings)
+    settings: FuseKeywords = {"mean_logits": True}
+    settings.update(options)
+    calls = FusedCalls.of(trainer, **settings)
     stacked = trainer.concatenated_inputs(
         batch,
         is_encoder_decoder=False,
@@ -140,37 +141,20 @@ def concatenated_forward(
         model, input_ids=ids, attention_mask=mask, labels=labels, nll_labels=nll_labels,
         use_cache=False, **router,
     )  # fmt: skip
-    counts = _scored(labels).sum(1)
-    _refuse_empty(counts)
-    logps = output.token_logps.sum(1) / counts
-    nll_loss = -output.nll_token_logps.sum() / _scored(nll_labels).sum()
+    logps = mean_logps(output.token_logps, labels)
+    nll_loss = -output.nll_token_logps.sum() / scored(nll_labels).sum()
     means = output.mean_logits
     means = torch.full_like(logps, torch.nan) if means is None else means
-    results = (*logps.split(pairs), *means[:, None, None].split(pairs), nll_loss)
+    results = (*logps.chunk(2), *means[:, None, None].chunk(2), nll_loss)
     return (*results, output.aux_loss) if trainer.aux_loss_enabled else results
 
 
-def _scored(labels: Tensor) -> Tensor:
-    """Which positions of labels (B, T), unshifted, are scored from the one before."""
-    return labels[:, 1:] != IGNORE_INDEX
+def refuse_unknown_trl() -> None:
+    """Refuse a TRL whose trainer is called in another way.
 
-
-def _refuse_empty(counts: Tensor) -> None:
-    """Waits for the device, as TRL does for its metrics a moment later."""
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if empty:
-        rows = ", ".join(
-            f"{'chosen' if row < len(counts) // 2 else 'rejected'} {row % (len(counts) // 2)}"
-            for row in empty
-        )
-        raise ValueError(
-            f"no token of these answers is left in a batch of {len(counts) // 2} pairs: {rows}; "
-            "TRL's loss would be NaN. Raise max_length, or filter long prompts and empty answers; "
-            "orpo_kernels.ORPOTrainer skips such pairs and counts them"
-        )
-
-
-def _refuse_unknown_trl() -> None:
+    Raises:
+        NotImplementedError: naming the method, what it takes and what was expected.
+    """
     for name, expected in _KNOWN.items():
         method = getattr(TRLTrainer, name, None)
         given = None if method is None else tuple(inspect.signature(method).parameters)

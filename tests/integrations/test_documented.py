@@ -94,3 +94,10 @@ def test_ligers_loss() -> None:
     assert len(results[0]) == 10
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_other_environments_exist() -> None:
+    # Their snippets run in tests/environments: here are only the names.
+    for module, names in re.findall(r"orpo_kernels\.integrations\.(\w+)(?:\.| import )(\w+)", PAGE):
+        source = (ROOT / f"orpo_kernels/integrations/{module}.py").read_text()
+        assert re.search(rf"^(class|def) {names}\b", source, flags=re.MULTILINE), (module, names)

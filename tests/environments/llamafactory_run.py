@@ -1,0 +1,23 @@
+"""One run of LLaMA-Factory as its users start it, by a file of arguments: `... ARGUMENTS [ours]`.
+
+LLaMA-Factory imports torchaudio, which has no part in it: a module without contents stands in.
+"""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+
+STUB = types.ModuleType("torchaudio")
+STUB.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+sys.modules["torchaudio"] = STUB
+
+if __name__ == "__main__":
+    from llamafactory.train.tuner import run_exp
+
+    if sys.argv[2:] == ["ours"]:
+        from orpo_kernels.integrations.llamafactory import patch_llamafactory
+
+        patch_llamafactory()
+    run_exp(json.loads(Path(sys.argv[1]).read_text()))
