@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo_kernels.engine import tiles
 from orpo_kernels.engine.tiles import native
@@ -16,6 +17,17 @@ needs_extension = pytest.mark.skipif(
 def plain(operation, *args):
     """The plain-torch form, whatever is registered for the CPU."""
     return operation.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+
+
+class PlainForms(TorchDispatchMode):
+    """Every operation of the package in plain torch, whatever is registered for the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "orpo_kernels":
+            return func(*args, **(kwargs or {}))
+        with self:
+            key = torch._C.DispatchKey.CompositeExplicitAutograd
+            return func._op_dk(key, *args, **(kwargs or {}))
 
 
 FORMS = [

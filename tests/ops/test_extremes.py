@@ -4,22 +4,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo_kernels import linear_logps
 from orpo_kernels.engine.sparse import plan
-from tests.csrc.forms import needs_extension
-
-
-class PlainForms(TorchDispatchMode):
-    """Every operation of the package in plain torch, whatever is registered for the CPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "orpo_kernels":
-            return func(*args, **(kwargs or {}))
-        with self:
-            key = torch._C.DispatchKey.CompositeExplicitAutograd
-            return func._op_dk(key, *args, **(kwargs or {}))
+from tests.csrc.forms import PlainForms, needs_extension
 
 
 @pytest.fixture(params=[pytest.param(None, id="c++", marks=needs_extension), "plain torch"])
