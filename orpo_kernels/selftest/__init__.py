@@ -32,7 +32,7 @@ __all__ = ["Check", "SelfTestReport", "main", "self_test"]
 
 # The command begins no check after so many seconds, on a GPU and on a CPU. What a first run on a
 # GPU had compiled is remembered, and the next one takes it up.
-LIMIT_S, CPU_LIMIT_S = 15.0, 60.0
+LIMIT_S, CPU_LIMIT_S = 12.0, 60.0
 
 
 def self_test(
