@@ -15,6 +15,7 @@ B row blocks, P pitch of their lists, E further pieces. Bytes from memory: the s
 gathered row once as long as a block of H of all of them stays in the second-level cache.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,8 +25,8 @@ from orpo_kernels.kernels.segment_store import Slots
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
 SLOT = tl.constexpr(COMPACT_ROWS)
-_COUNTS = 1024  # counts a program looks at together
-_LEAST_PIECE = 256  # entries: under it a piece costs more than it evens out
+COUNTS = 1024  # counts a program looks at together
+LEAST_PIECE = 256  # entries: under it a piece costs more than it evens out
 _PARTIAL_BYTES = 16 * 2**20  # of partials that few row blocks may take to fill the device
 _ADDED = 1024  # columns per program that adds partials
 
@@ -35,7 +36,7 @@ def gathered_product(
     slots_ptr, addresses_ptr,  # bfloat16; (entries,) int32, units of 16 bytes
     rows_ptr, stride_rows, indices_ptr,  # (., H); (entries,) int32
     begin, end, column, width, acc,
-    SLOT: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, SLOT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`acc` (SLOT, BLOCK_H), plus the sum over entries `begin` to `end` of columns under `width`.
 
@@ -60,11 +61,7 @@ def gathered_product(
         inside = entry < end
         address = tl.load(addresses_ptr + entry, mask=inside, other=0)
         index = tl.load(indices_ptr + entry, mask=inside, other=0)
-        if b.dtype == tl.float16:
-            a = a.to(tl.float16)
-        if b.dtype == tl.float32:
-            b = b.to(tl.bfloat16)
-        acc = tl.dot(tl.trans(a), b, acc)
+        acc = tl.dot(tl.trans(a.to(DTYPE)), b.to(DTYPE), acc)
     return acc
 
 
@@ -72,13 +69,14 @@ def gathered_product(
     do_not_specialize=["stride_counts", "pitch", "B", "extras"],
     do_not_specialize_on_alignment=["counts_ptr"],
 )
-def _pieces_kernel(
+def pieces_kernel(
     items_ptr,  # (2, B + E) int32: first entry, end
     ends_ptr,  # (B,) int32: further pieces of the blocks so far
     counts_ptr, stride_counts,  # (B,) int32
     pitch, B, extras,
     LEAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Cuts the entries of row blocks into pieces: the first of each, then the further ones."""
     block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     items = B + extras
@@ -124,7 +122,7 @@ def _gather_matmul_kernel(
     weight_ptr, stride_weight, columns_ptr,  # (C, H); (B, P) int32
     items_ptr,  # (2, B + E) int32
     H, items,
-    HEAD: tl.constexpr, SLOT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, HEAD: tl.constexpr, SLOT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -140,7 +138,8 @@ def _gather_matmul_kernel(
 
     acc = gathered_product(
         slots_ptr, addresses_ptr, weight_ptr, stride_weight, columns_ptr,
-        begin, end, column, width, tl.zeros((SLOT, BLOCK_H), tl.float32), SLOT, BLOCK_K,
+        begin, end, column, width, tl.zeros((SLOT, BLOCK_H), tl.float32), DTYPE, SLOT,
+        BLOCK_K,
     )  # fmt: skip
 
     row = item.to(tl.int64) * SLOT + tl.arange(0, SLOT)
@@ -176,6 +175,11 @@ def _add_pieces_kernel(
             partial_ptr + tl.cast(piece, tl.int64) * SLOT * H, mask=column < H, other=0.0
         )
     tl.store(out, acc, mask=column < H)
+
+
+def slot_language_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What slots are multiplied in: float16 with float16 entries, else bfloat16."""
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
 
 
 def further_pieces(
@@ -228,13 +232,13 @@ def slot_matmul(
         new = columns.new_empty
         items, piece_ends = new((2, B + extras)), new(B)
         partial = accumulator.new_empty((B + extras, COMPACT_ROWS, H))
-        _pieces_kernel[(B,)](
+        pieces_kernel[(B,)](
             items, piece_ends, counts, counts.stride(0), pitch, B, extras,
-            LEAST=_LEAST_PIECE, BLOCK=_COUNTS, num_warps=4, enable_fp_fusion=True,
+            LEAST=LEAST_PIECE, BLOCK=COUNTS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         _gather_matmul_kernel[(B + extras, triton.cdiv(H, row.block))](
             partial, slots, addresses, weight, weight.stride(0), columns, items, H, B + extras,
-            HEAD=odd, SLOT=COMPACT_ROWS, BLOCK_H=row.block, BLOCK_K=row.depth, VECTOR=VECTOR,
+            DTYPE=slot_language_dtype(weight.dtype), HEAD=odd, SLOT=COMPACT_ROWS, BLOCK_H=row.block, BLOCK_K=row.depth, VECTOR=VECTOR,
             **compile_options(row, device),
         )  # fmt: skip
         _add_pieces_kernel[(R, triton.cdiv(H, _ADDED))](

@@ -38,6 +38,7 @@ class Start:
         tensors: tuple[Tensor | None, ...],
         row: Row,
         constants: dict[str, Any],
+        options: dict[str, Any] | None = None,
     ) -> None:
         """The kernel's parameters are `tensors`, then numbers, then `constants`, in this order.
 
@@ -46,12 +47,13 @@ class Start:
             tensors: on one device; the first is there. They live as long as this does.
             row: of the tuning table: warps.
             constants: every `tl.constexpr` parameter, in the order of the signature.
+            options: of compiling, as `tuning.compile_options` says them; by default the warps.
         """
         first = tensors[0]
         if first is None:
             raise TypeError("the first tensor of a launch says on which device it is")
         self.kernel, self.tensors, self.constants = kernel, tensors, constants
-        self.options = {"num_warps": row.warps, "enable_fp_fusion": True}
+        self.options = options or {"num_warps": row.warps, "enable_fp_fusion": True}
         self.device = first.device
         self.key: tuple[Any, ...] | None = None
         self.run: Any = None

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
-from orpo_kernels.kernels.gather_matmul import gathered_product, is_odd
+from orpo_kernels.kernels.gather_matmul import gathered_product, is_odd, slot_language_dtype
 from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, SegmentStore
 from orpo_kernels.kernels.tuning import VECTOR, Device, Row, compile_options, launch
 
@@ -77,7 +77,7 @@ def _weight_gradient_kernel(
     targets_ptr, target_rows_ptr, shares_ptr, label_ends_ptr,  # (M,); (W + 1,)
     hidden_ptr, stride_hidden,  # (N, H)
     C, H,
-    GROUPS: tl.constexpr, ADDS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr, ADDS: tl.constexpr, DTYPE: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     block = tl.load(order_ptr + tl.program_id(0))
@@ -100,7 +100,7 @@ def _weight_gradient_kernel(
 
     acc = gathered_product(
         segments_ptr, addresses_ptr, rows_ptr, stride_rows, tokens_ptr,
-        begin, end, column, width, acc, WIDTH, BLOCK_K,
+        begin, end, column, width, acc, DTYPE, WIDTH, BLOCK_K,
     )  # fmt: skip
 
     if ADDS:
@@ -254,7 +254,7 @@ def _launch(
         _weight_gradient_kernel[(order.shape[0], triton.cdiv(H, row.block))](
             out, out.stride(0), store.segments, lists.addresses, rows, rows.stride(0), lists.tokens,
             order, ends, ends.stride(0), *epilogue, C, H,
-            GROUPS=groups, ADDS=groups == 0, HEAD=odd, WIDTH=SEGMENT_COLUMNS, BLOCK_H=row.block,
+            GROUPS=groups, ADDS=groups == 0, DTYPE=slot_language_dtype(rows.dtype), HEAD=odd, WIDTH=SEGMENT_COLUMNS, BLOCK_H=row.block,
             BLOCK_K=row.depth, VECTOR=VECTOR, **compile_options(row, device),
         )  # fmt: skip
 

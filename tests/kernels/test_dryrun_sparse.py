@@ -155,7 +155,7 @@ def test_the_whole_sparse_loss(engine, architecture):
         assert whole_loss(700, 4096, 32768, bias=True)
     names = {launch.name for launch in log}
     assert {
-        "_softmax_compact_kernel", "_list_columns_kernel", "_pieces_kernel",
+        "_softmax_compact_kernel", "_list_columns_kernel", "pieces_kernel",
         "_gather_matmul_kernel", "_add_pieces_kernel", "_seg_count_kernel",
         "_pack_segments_kernel", "_list_tokens_kernel", "_weight_gradient_kernel",
         "_segment_sums_kernel", "_softmax_grad_kernel",
