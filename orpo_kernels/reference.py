@@ -224,6 +224,8 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     groups: Tensor | None = None,
     block: int = 1,
     columns: int | None = None,
+    looked: int | None = None,
+    whole: Tensor | None = None,
     rounding: torch.dtype | None = None,
     head_mask: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -247,6 +249,8 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         block: scored rows that share the set of kept columns.
         columns: width of the blocks of the vocabulary where one look at the logits must do: a block
             goes by the labels' probabilities and those up to its own end. None: by all.
+        looked: with `columns`, the first block goes by so many of its own, others by those before.
+        whole: (scored rows,) bool: rows that keep everything; blocks of them.
         rounding: dtype kept entries are rounded to, or None.
         head_mask: (scored rows, V) bool: what `dweight` and `dbias` keep of each row, where that is
             not what `dhidden` keeps; the tail stays.
@@ -265,9 +269,12 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     is_label = torch.isinf(tile_logits(raw, bias, targets, 0, logit_scale, softcap)[0])
     known = None
     if columns is not None:
-        last = (torch.arange(p.shape[1]) // columns + 1).mul(columns).clamp(max=p.shape[1]) - 1
+        last = (torch.arange(p.shape[1]) // columns + (looked is None)).mul(columns) - 1
+        last = torch.where(last < 0, min(looked or 0, columns) - 1, last).clamp(max=p.shape[1] - 1)
         others = p.masked_fill(is_label, 0.0)
         known = others.cumsum(1)[:, last] + (p - others).sum(1, keepdim=True)
+    if whole is not None:
+        known = torch.where(whole[:, None], 1e-300, torch.ones_like(p) if known is None else known)
     entries = (p * slope).masked_fill(is_label, 0.0)
     sparse = sparse_softmax(
         entries, group, eps=eps, block=block, rounding=rounding, known=known,

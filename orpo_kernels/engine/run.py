@@ -178,11 +178,17 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
             sums = state.statistics.new_zeros((problem.group_count, sizes.vocabulary))
         tail = Tail.of(problem, operands, sums)
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
-        loop = slot_loop.forward if plan.slots else sparse_tile_loop.forward
         out = Results(state.statistics, state.g, state.g_r)
-        kept = loop(operands, plan, tail, packed, out)
-        if needs_dhidden:
-            state.product.copy_(tail.product(operands.head, plan.tile.columns))
+        if plan.scan is not None:
+            forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
+            rows = plan.tile.even(sizes.rows).rows
+            kept, product = forward(operands, plan.scan._replace(rows=rows), tail, out)
+            state.product.copy_(product)
+        else:
+            loop = slot_loop.forward if plan.slots else sparse_tile_loop.forward
+            kept = loop(operands, plan, tail, packed, out)
+            if needs_dhidden:
+                state.product.copy_(tail.product(operands.head, plan.tile.columns))
         rounding = slot_loop.KEPT_ROUNDING if plan.slots else 0.0
         share = kept[0] / sizes.vocabulary
         figures = Statistics.of(state.statistics)
@@ -194,7 +200,8 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
 def sparse_plan(problem: Problem) -> SparsePlan:
     """How the budget of a sparse call is divided, whichever of its rows are scored."""
     sizes = problem.sizes(problem.count)
-    groups, slots = problem.group_count, takes_slots(sizes)
+    groups = problem.group_count
+    slots = takes_slots(sizes) and (problem.trainable or problem.in_rows)
 
     def plan(budget: int) -> SparsePlan:
         return plan_sparse(sizes, groups, budget, trainable=problem.trainable, slots=slots)
@@ -214,8 +221,8 @@ def hidden_gradient_(
     With `product`, q W (G, H + r) of the sparse gradient, g is first completed by it: row t lacks
     `statistics.dropped[t]` times the row of its group.
     """
-    if product is None and runs_on_gpu(problem):
-        _on_gpu().hidden_gradient_(problem, dlogps, statistics, g)
+    if runs_on_gpu(problem):
+        _on_gpu().hidden_gradient_(problem, dlogps, statistics, g, product)
         return
     scored = score(problem.labels, problem.ignore_index)
     figures, a = Statistics.of(statistics), scored.coefficients(dlogps)

@@ -18,6 +18,20 @@ SEGMENT_COLUMNS = 64
 _ALIGNMENT = 16
 
 
+class ScanShape(NamedTuple):
+    """Shape of a sparse forward: tiles, and the room for what is kept of a chunk of rows.
+
+    rows of a chunk, a multiple of 64; columns of a vocabulary block; slots of the pool; listed
+    columns of a row block, at most; pieces of the product beyond one for each row block.
+    """
+
+    rows: int
+    columns: int
+    slots: int
+    listed: int
+    pieces: int
+
+
 class Slots(NamedTuple):
     """Kept entries of a tile (`softmax_compact`): a column is kept for 64 rows, B blocks of them.
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 T = TypeVar("T")
@@ -100,7 +101,9 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["softmax_rows", _class, _dtype] = (Row(2048, 8 // _lanes),)
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
+        TABLE["tail_product", _class, _dtype] = (Row(512, 4, 8),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
+    TABLE["dropped_rows", _class, torch.float32] = (Row(32, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
     TABLE["score_rows", _class, torch.int64] = (Row(1024, 4),)
 
@@ -139,6 +142,8 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["linear_lse_elements_transformed", _class, _dtype] = (_tile,)
         TABLE["label_dots", _class, _dtype] = (Row(512, 4),)
 
+_MMA_REGISTERS = 168  # per thread, where mma.sync has a product beside sums that are read
+
 # A product of 64 slots: 128 registers let two programs of eight warps share a processor (float32
 # rows fill its shared memory with one). `odd`: rows that start on no 16 bytes, unpipelined. The
 # epilogue of a weight gradient leaves consumer cards the registers of two stages.
@@ -157,6 +162,22 @@ for _class, _stages, _limit in (
         TABLE["weight_gradient_add", _class, _dtype] = (_small,)
         for _kernel in ("gather_matmul_odd", "weight_gradient_odd"):
             TABLE[_kernel, _class, _dtype] = (Row(64, 4, 32, 2),)
+        # Sums are read beside the slots, and float16 slots widened: no 128 registers but on sm_90.
+        _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
+        _registers = 0 if _dtype == torch.float16 else _registers
+        if _registers and _class == "consumer":
+            _registers = _MMA_REGISTERS
+        _columns = 128 if _class == "amd" else 256
+        TABLE["gather_slots", _class, _dtype] = (Row(_columns, 8, 32, _most, _registers),)
+        TABLE["gather_slots_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
+        # Two blocks of 64 rows; `depth` columns of the tile a step.
+        TABLE["dense_rows", _class, _dtype] = (Row(128, 8, 32, 3 if _stages == 4 else 2),)
+        TABLE["dense_rows_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
+        # Tiles of 64 rows x `depth` columns, `block` of them to a program.
+        TABLE["scan", _class, _dtype] = (Row(16, 2, 64),)
+        TABLE["scan_softcap", _class, _dtype] = (Row(32, 8, 32),)
+        TABLE["live_columns", _class, _dtype] = (Row(128, 4),)
+        TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
         # Tiles of 64 rows x 128 columns per program; a softcap takes twice the registers.
         TABLE["softmax_compact", _class, _dtype] = (Row(8, 4 if _limit else 8),)
         TABLE["softmax_compact_softcap", _class, _dtype] = (Row(8, 8),)
@@ -245,6 +266,18 @@ def row_of(kernel: str, dtype: torch.dtype, device: torch.device) -> Row:
     """The one row of a kernel that every card has room for."""
     (row,) = TABLE[kernel, device_info(device).architecture, dtype]
     return cast("Row", row)
+
+
+def row_for_head(kernel: str, weight: Tensor) -> tuple[Row, dict[str, Any]]:
+    """The first row of a kernel that multiplies with `weight`, and the options of compiling it.
+
+    Every card of its class has room for it: the compile report asks them all.
+    """
+    device = device_info(weight.device)
+    row = cast("Row", TABLE[kernel, device.architecture, weight.dtype][0])
+    if row.registers and device.capability == 80:
+        row = row._replace(registers=_MMA_REGISTERS)
+    return row, compile_options(row, device)
 
 
 def row_holding(kernel: str, dtype: torch.dtype, device: torch.device, columns: int) -> Row:

@@ -1,7 +1,8 @@
 """Checks of the sparse gradient: its tile operations, and the op against its definition."""
 
+import importlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,36 +264,58 @@ def _linear_logps(setting: Setting, variant: logps.Variant) -> Iterator[Figure]:
     found = here.evaluate(logps.ours, gradient="sparse", eps=EPS, tail_groups=groups)
     truth = true.evaluate(logps.definition)
     in_slots = has_slots(setting.device, setting.dtype)
-    changed = truth | _definition(true, groups, in_slots=in_slots)
+    frozen = not variant.trains[1]
+    changed = truth | _definition(true, groups, in_slots=in_slots, frozen=frozen)
     for what, actual in found.items():
         rounded = changed[what] + (exact(eager[what]) - truth[what])
         dtype = torch.bfloat16 if in_slots else setting.dtype
         yield like_torch(what, actual, changed[what], rounded, dtype)
 
 
-def _definition(true: logps.Problem, groups: Tensor, *, in_slots: bool) -> dict[str, Tensor]:
+def _dense(columns: reference.SparseSoftmax, logit_scale: float) -> Tensor:
+    """Of rows, which are in a block that keeps the whole tile; as `kernels/live_columns.py`."""
+    kernel = importlib.import_module("orpo_kernels.kernels.live_columns")
+    dense = [
+        (mass.mean() > kernel.MOST_LOST * abs(logit_scale))
+        | (mask[0].sum() > mask.shape[1] // kernel.MOST_LIVE)
+        for mass, mask in zip(
+            torch.split(columns.mass, COMPACT_ROWS),
+            torch.split(columns.mask, COMPACT_ROWS),
+            strict=True,
+        )
+    ]
+    return torch.stack(dense).repeat_interleave(COMPACT_ROWS)[: len(columns.mass)]
+
+
+def _definition(
+    true: logps.Problem, groups: Tensor, *, in_slots: bool, frozen: bool
+) -> dict[str, Tensor]:
     """Its gradients, by entry; or of slots, in columns that one of 64 scored rows has over eps.
 
     In the gradient of the head, of slots, only a row that has one over eps in 64 columns keeps any.
+    With a frozen head row blocks that would keep or drop too much are done the exact way.
     """
     leaves = {name: leaf.detach() for name, leaf in true.leaves.items()}
     ranks = [name for name in ("hidden", "hidden_r") if name in leaves]
     hidden = torch.cat([leaves[name] for name in ranks], 1)
     weight = torch.cat([leaves[name.replace("hidden", "weight")] for name in ranks], 1)
 
-    def gradients(block: int, head_mask: Tensor | None = None) -> reference.SparseGradients:
+    def gradients(block: int, **masks: Any) -> reference.SparseGradients:
         return reference.sparse_gradients(
             hidden, weight, true.labels, true.coefficients, leaves.get("bias"), eps=EPS,
-            groups=groups, block=block, head_mask=head_mask, **true.options,
+            groups=groups, block=block, **masks, **true.options,
         )  # fmt: skip
 
     found = gradients(1)
-    if in_slots:
+    if in_slots and frozen:
+        columns = gradients(COMPACT_ROWS).softmax
+        found = gradients(COMPACT_ROWS, whole=_dense(columns, true.options["logit_scale"]))
+    elif in_slots:
         over = found.softmax.mask
         live = torch.nn.functional.pad(over, (0, -over.shape[1] % SEGMENT_COLUMNS))
         live = live.view(len(over), -1, SEGMENT_COLUMNS).any(2)
         live = live.repeat_interleave(SEGMENT_COLUMNS, 1)[:, : over.shape[1]]
-        found = gradients(COMPACT_ROWS, _shared_columns(over) & live)
+        found = gradients(COMPACT_ROWS, head_mask=_shared_columns(over) & live)
     widths = [leaves[name].shape[1] for name in ranks]
     named = {"dbias": found.dbias}
     parts = (torch.split(each, widths, 1) for each in (found.dhidden, found.dweight))

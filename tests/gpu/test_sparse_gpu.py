@@ -3,6 +3,9 @@
 The shares of what is dropped are large on purpose: the head is small for its eps.
 """
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 
@@ -22,6 +25,10 @@ EPS = 2.0**-6
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch):
     monkeypatch.setattr(plan, "live_share", lambda device: 1.0)
+    if importlib.util.find_spec("triton") is not None:
+        live_columns = importlib.import_module("orpo_kernels.kernels.live_columns")
+        monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
+        monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
 
 
 def step(gpu, dtype, *, trains=True, bias=False):

@@ -21,6 +21,7 @@ from orpo_kernels.kernels import (
     weight_gradient,
 )
 from tests.kernels.loop_cases import loop_launches
+from tests.kernels.scan_cases import scan_launches
 
 R, H, V = 256, 4096, 128256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -271,9 +272,9 @@ def _product_cases() -> Iterator[Case]:
 
 
 def _loop_cases() -> Iterator[Case]:
-    for label, kernel, dtype, launch, asked in loop_launches():
+    for label, kernel, dtype, launch, asked in (*loop_launches(), *scan_launches()):
         meant = "_softmax_rows_kernel" if kernel == "softmax_few_rows" else ""
-        yield Case(label, kernel, dtype, launch, meant=meant, **asked)
+        yield Case(label, kernel, dtype, launch, **{"meant": meant, **asked})
 
 
 def cases() -> list[Case]:

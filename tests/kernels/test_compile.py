@@ -11,11 +11,13 @@ from orpo_kernels.kernels import tuning
 from tests.kernels import compile_cases, compile_report
 from tests.kernels.dryrun import SHARED_LIMIT, Resources
 
+PRODUCTS = ("gather_", "weight_gradient", "dense_")
 CHOSEN = [
     case
     for case in compile_cases.cases()
     if case.dtype != torch.float16 and ("all options" in case.label or "tile" not in case.label)
-    if case.dtype == torch.bfloat16 or not case.kernel.startswith(("gather_", "weight_gradient"))
+    if case.dtype == torch.bfloat16
+    or not case.kernel.startswith(("gather_", "weight_gradient", "dense_"))
 ]
 
 

@@ -19,7 +19,7 @@ from orpo_kernels.kernels.scale_rows import scale_rows
 
 def exact_forward(operands: Operands, plan: ForwardPlan, kept: Tensor | None, out: Results) -> None:
     """Fills the results, and `kept` with E of the first rows."""
-    forward.forward(_inputs(operands), plan, kept, out)
+    forward.forward(inputs_of(operands), plan, kept, out)
 
 
 def exact_head_gradient(
@@ -32,17 +32,26 @@ def exact_head_gradient(
 ) -> None:
     """Fills the gradients of the head, from the statistics (7, N) and E kept."""
     statistics, kept = of_forward
-    inputs, slopes = _inputs(operands), _slopes(problem, dlogps)
+    inputs, slopes = inputs_of(operands), _slopes(problem, dlogps)
     backward.weight_gradient(inputs, statistics, slopes, plan.sweeps, kept, out)
 
 
 def hidden_gradient_(
-    problem: Problem, dlogps: Tensor, statistics: Tensor, g: tuple[Tensor, Tensor]
+    problem: Problem,
+    dlogps: Tensor,
+    statistics: Tensor,
+    g: tuple[Tensor, Tensor],
+    product: Tensor | None,
 ) -> None:
-    """Turns g and its low-rank part into dhidden."""
-    parts = g[: len(problem.weights)]
+    """Turns g and its low-rank part into dhidden; with `product` g lacks its tail."""
+    parts, groups = g[: len(problem.weights)], problem.groups
+    if groups is not None:
+        groups = groups.reshape(-1).contiguous()
     with tuning.guard(statistics.device):
-        scale_rows(parts, statistics, _slopes(problem, dlogps), problem.weights, problem.dtype)
+        scale_rows(
+            parts, statistics, _slopes(problem, dlogps), problem.weights, problem.dtype, product,
+            groups,
+        )  # fmt: skip
 
 
 def _slopes(problem: Problem, dlogps: Tensor) -> Slopes:
@@ -51,7 +60,8 @@ def _slopes(problem: Problem, dlogps: Tensor) -> Slopes:
     return Slopes(dlogps.reshape(sets, -1), labels.contiguous(), problem.ignore_index)
 
 
-def _inputs(operands: Operands) -> Inputs:
+def inputs_of(operands: Operands) -> Inputs:
+    """What the kernels of a call read."""
     rows, head, labels, sizes, places = operands
     bias = None if head.bias is None else head.bias.contiguous()
     return Inputs(

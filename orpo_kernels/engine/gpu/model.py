@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.budget import Sizes
 from orpo_kernels.engine.gpu.card import Card
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep, pitch
+from orpo_kernels.kernels.segment_store import ScanShape
 
 _SLOWER_FLOAT32 = 12.0  # than 16-bit operands, without TensorFloat-32
 # Rows and columns of the output tiles of GEMMs, and their share of the rate.
@@ -26,6 +28,12 @@ _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.88), (64, 128, 0.7))
 _SPLIT_SHARE = 0.92  # of the rate: a product split over its sum, which fills any card
 _RAMP = 0.1  # of the time of an output tile: what a GEMM takes to begin and to end
 _WHOLE = 1.08  # of the parts' sum: a tile of the whole vocabulary, which no cache holds
+
+# Of a sparse forward: columns that a program looks at, and that a chunk's first look has; the share
+# of the bandwidth that a look reaches; launches after it, and what such a small one takes.
+_SPAN, _LOOKED = 1024, 8192
+_SCANNED = 0.75
+_SCAN_LAUNCHES, _SMALL_S = 3, 2.5e-6
 
 # Of the rate of cuBLAS, `linear_lse`: measured on sm_90; elsewhere what Triton's tutorials reach.
 _FOLDED_SHARE = {90: 0.9}
@@ -138,6 +146,37 @@ def _forward_tile(
     if columns > MOST_HELD:
         seconds *= _WHOLE
     return max(seconds, (3 if with_g else 2) * card.launch_s)
+
+
+def scan_bytes(job: Job, shape: ScanShape, groups: int) -> int:
+    """What a sparse forward allocates beside its results, the sums of the tail among it."""
+    rows, columns, slots, listed, pieces = shape
+    blocks = math.ceil(rows / COMPACT_ROWS)
+    per_span = math.ceil(columns / _SPAN) + _LOOKED / _SPAN
+    tile = rows * pitch(columns) * job.wide + rows * math.ceil(12 * per_span)
+    # Which columns are live, sums of what is dropped, counts and losses.
+    marks = blocks * pitch(columns + _SPAN) * (1 + 4 * groups) + 8 * blocks * math.ceil(per_span)
+    kept = 2 * COMPACT_ROWS * slots + 8 * blocks * listed
+    masses = 4 * rows * math.ceil(job.vocabulary / columns) * math.ceil(columns / _SPAN)
+    sums = 4 * (blocks + pieces) * COMPACT_ROWS * job.columns
+    gathered = rows * job.row_bytes if job.gathers else 0
+    state = _state_bytes(job) + 24 * job.rows + 4 * groups * job.vocabulary
+    return state + tile + marks + kept + masses + sums + gathered + _head_bytes(job, columns)
+
+
+def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:
+    """What a sparse forward should take, where little is kept."""
+    total = 0.0
+    for count, here in _pieces(job.rows, shape.rows):
+        tiles = 0.0
+        for blocks, wide in _pieces(job.vocabulary, shape.columns):
+            moved = here * wide * job.wide * (1.0 + 1.0 / _SCANNED) / card.bandwidth
+            small = _SCAN_LAUNCHES * (card.gap_s + _SMALL_S)
+            tile = _gemm_s(job, card, here, wide) + moved + small
+            tiles += blocks * (max(tile, 5 * card.launch_s) + _cast_s(job, card, wide))
+        gathered = 2.0 * here * job.row_bytes / card.bandwidth if job.gathers else 0.0
+        total += count * (tiles + gathered + 6 * (card.gap_s + _SMALL_S))
+    return total
 
 
 def backward_bytes(job: Job, sweep: Sweep, kept_rows: int) -> int:

@@ -6,6 +6,7 @@ saves more than the model errs. Plans are remembered, and made for a number of r
 that most steps of a training find theirs.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +23,11 @@ from orpo_kernels.engine.gpu.model import (
     folded_seconds,
     forward_bytes,
     forward_seconds,
+    scan_bytes,
+    scan_seconds,
 )
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep
+from orpo_kernels.kernels.segment_store import ScanShape
 
 T = TypeVar("T")
 
@@ -35,6 +39,9 @@ _KEPT_SHARES = (1.0, 0.85)  # of the room beside the tile that keeps E: the back
 _AS_FAST = 1.02  # of the fastest time: the leanest of such shapes is taken
 _FOLDED_AS_FAST = 1.003  # likewise: few groups measured 4 % faster than many
 _SAVES = 0.97  # E is kept where a step takes at most this of the time without
+_SLOT_SHARES = (8, 16, 32, 64)  # one in so many entries of a chunk has room among the slots
+_ROOMY = 1.04  # of the time with least room: what more of it may cost
+_LEAST_SCANNED = 256  # columns of a vocabulary block of the sparse forward
 _BUDGET_STEP = 2**20  # what is left of a budget, rounded down, where there is so much
 _SWEEP_STEP = 1024  # entries of the head
 
@@ -102,6 +109,24 @@ def plan_backward(job: Job, budget: int, card: Card, kept: int = 0) -> BackwardP
     return _plan_backward(many, left, card, min(first, many.rows))
 
 
+def plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShape, int]:
+    """The fastest sparse forward that fits, with what room for kept entries costs next to nothing.
+
+    Args:
+        job: sizes of the call.
+        groups: of the tail.
+        budget: bytes.
+        card: of the device.
+
+    Returns:
+        The shape, and the bytes it takes.
+
+    Raises:
+        ValueError: nothing fits; says what the smallest shape takes.
+    """
+    return _plan_scan(_rounded(job), groups, budget, card)
+
+
 def kept_rows(job: Job, budget: int, card: Card, *, with_g: bool) -> int:
     """For how many of the first rows a trainable head keeps E: 0 where it saves too little."""
     return min(job.rows, _kept_rows(_rounded(job), budget, card, with_g))
@@ -150,6 +175,34 @@ def _plan_forward(
         choice = folded if is_folded else choice
     shape, need, took = _fitting(choice, job, left)
     return ForwardPlan(shape, kept_shape, is_folded, max(most, need), seconds + took)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShape, int]:
+    def planned(share: int) -> tuple[ScanShape, int, float]:
+        found = _fastest(
+            _scan_shapes(job, share), lambda shape: scan_bytes(job, shape, groups), budget,
+            lambda shape: scan_seconds(job, shape, card),
+        )  # fmt: skip
+        return _fitting(found, job, budget)
+
+    leanest = planned(_SLOT_SHARES[-1])
+    for share in _SLOT_SHARES[:-1]:
+        with contextlib.suppress(ValueError):
+            shape, need, seconds = planned(share)
+            if seconds <= _ROOMY * leanest[2]:
+                return shape, need
+    return leanest[:2]
+
+
+def _scan_shapes(job: Job, share: int) -> Iterator[ScanShape]:
+    for rows in dict.fromkeys(math.ceil(each / 64) * 64 for each in _row_counts(job.rows)):
+        blocks = rows // 64
+        slots = max(1024, blocks * job.vocabulary // share)
+        listed = min(job.vocabulary, max(1024, 4 * job.vocabulary // share))
+        for columns in dict.fromkeys((job.vocabulary, *_columns(job.vocabulary))):
+            if columns == job.vocabulary or columns >= _LEAST_SCANNED:
+                yield ScanShape(rows, columns, slots, listed, max(4, blocks // 2))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -27,8 +27,11 @@ from orpo_kernels.engine.budget import (
     plan_backward,
     shapes,
 )
+from orpo_kernels.engine.gpu.card import card_of
+from orpo_kernels.engine.gpu.model import job_of
+from orpo_kernels.engine.gpu.plan import plan_scan
 from orpo_kernels.kernels import has_slots
-from orpo_kernels.kernels.segment_store import list_bytes, table_bytes
+from orpo_kernels.kernels.segment_store import ScanShape, list_bytes, table_bytes
 
 _LIST_SHARE, _SEGMENT_SHARE = 8, 4  # a store is at most this part of the budget
 _SEGMENT_ROW_BYTES = 2**15  # nor more than this for a row; 5 % of Llama 3's vocabulary are 13 KB
@@ -47,6 +50,7 @@ class SparsePlan(NamedTuple):
         store_bytes: of the kept entries of a trainable head; 0: its backward recomputes them.
         reserved_bytes: taken beside a tile, in the forward and in the backward.
         slots: whether kept entries are slots.
+        scan: of slots of a head that is not trained, the shape of their forward.
     """
 
     tile: Plan
@@ -55,6 +59,7 @@ class SparsePlan(NamedTuple):
     store_bytes: int
     reserved_bytes: int
     slots: bool
+    scan: ScanShape | None = None
 
 
 def takes_slots(sizes: Sizes) -> bool:
@@ -81,6 +86,13 @@ def plan_sparse(
     Raises:
         ValueError: the budget is too small for one tile, forward or backward.
     """
+    if slots and not trainable:
+        job = job_of(sizes, sizes.wide_bytes)
+        shape, need = plan_scan(job, groups, budget, card_of(sizes.device))
+        tile = Plan(shape.rows, shape.columns, need, COMPACT_ROWS)
+        blocks = -(-sizes.vocabulary // shape.columns)
+        items = blocks * -(-sizes.rows // shape.rows)
+        return SparsePlan(tile, blocks, items, 0, 0, slots, shape)
     store, lists = 0, 0
     if trainable and slots:
         store, lists = segment_bytes(sizes, budget)

@@ -5,6 +5,7 @@ of slots to bfloat16 (2^-9 of an entry), of the head's rows where these are floa
 entries that rounding moves across eps.
 """
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 
 from orpo_kernels import orpo_loss, reference
 from orpo_kernels.engine import host_copy, operands
-from orpo_kernels.engine.sparse import plan, slot_loop
+from orpo_kernels.engine.sparse import plan, scan_loop, slot_loop
 from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
+from orpo_kernels.kernels import live_columns, tuning
+from orpo_kernels.kernels.scan import LOOKED
+from orpo_kernels.kernels.segment_store import ScanShape
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import LogpsOptions
@@ -51,8 +55,27 @@ class Problem(NamedTuple):
     a: torch.Tensor  # (K, N)
 
 
-def problem(case, monkeypatch):
+shapes = []  # of the forwards so far that looked once
+
+
+def problem(case, monkeypatch, *, guarded=False):
     as_on_a_gpu(monkeypatch, widens=case.widens)
+    for kernel, dtype in itertools.product(("scan", "scan_softcap"), (torch.float32, case.dtype)):
+        key = (kernel, "datacenter", dtype)
+        monkeypatch.setitem(tuning.TABLE, key, (tuning.Row(2, 2, 64),))  # two spans to a block
+    if case.workspace == BLOCKS:
+        shape = ScanShape(64, 256, 1024, V, 4)
+        monkeypatch.setattr(plan, "plan_scan", lambda *_: (shape, 0))
+    forward = scan_loop.forward
+
+    def noted(operands, shape, *rest):
+        shapes.append(shape)
+        return forward(operands, shape, *rest)
+
+    monkeypatch.setattr(scan_loop, "forward", noted)
+    if not guarded:  # whatever is kept and dropped, no row block is done the exact way
+        monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
+        monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
     weight = torch.randn(V, H)
     candidates = torch.randint(0, V, (3, N))
     shares = torch.rand(3, N, 1) * 0.6
@@ -93,14 +116,14 @@ class Truth(NamedTuple):
     rows: torch.Tensor
 
 
-def truth(case, given, columns=None, exact_rows=slice(0)):
+def truth(case, given, columns=None, exact_rows=slice(0), looked=None):
     """Of the definition; dW of segments: of the kept columns, the rows live in 64 of them.
 
     Scored rows of `exact_rows` have nothing dropped in dW.
     """
     wide = [None if t is None else t.detach().double() for t in given[:3]]
     options = {"logit_scale": case.scale, "softcap": case.softcap}
-    form = {"eps": EPS, "groups": given.groups, "block": 64, "columns": columns}
+    form = {"eps": EPS, "groups": given.groups, "block": 64, "columns": columns, "looked": looked}
     found = reference.sparse_gradients(
         *wide[:2], tuple(given.labels), tuple(given.a.double()), wide[2], **form, **options
     )
@@ -154,17 +177,21 @@ def test_gradients(case, monkeypatch):
     before = len(launches)
     logps, certificate, found = run(case, given)
     used = set(launches[before:])
-    assert {"softmax_stats", "gather_matmul"} <= used
-    assert {"softmax_compact", "softmax_compact_softcap"} & used
+    looks = {"scan", "live_columns", "pack_slots", "gather_slots"} <= used
+    assert looks == (not case.trains)
+    shape = shapes[-1] if looks else None
+    assert not looks or (shape.columns < V) == (case.workspace == BLOCKS)
+    assert bool({"softmax_compact", "softmax_compact_softcap"} & used) == case.trains
     stores = case.trains and case.workspace != BLOCKS
     assert ({"pack_segments", "list_tokens"} <= used) == stores
     assert ("weight_gradient" in used) == (stores and case.workspace is None)
     assert ("weight_gradient_add" in used) == (case.workspace == CHUNKS)
 
-    true = truth(
-        case, given, columns=256 if case.workspace == BLOCKS else None,
-        exact_rows=slice(None if case.trains and not stores else 0),
-    )  # fmt: skip
+    exact_rows = slice(None if case.trains and not stores else 0)
+    if looks:
+        true = truth(case, given, shape.columns, exact_rows, LOOKED)
+    else:
+        true = truth(case, given, 256 if case.workspace == BLOCKS else None, exact_rows)
     # Logits of 16 bits err more than anything here.
     rounding = 0.0 if case.widens else 2e-2
     for name, each in found.items():

@@ -26,6 +26,8 @@ def test_they_tell_slots_from_entries_kept_by_row(monkeypatch):
     as_on_a_gpu(monkeypatch, widens=True)
     definition = sparse._definition
     monkeypatch.setattr(
-        sparse, "_definition", lambda *given, in_slots: definition(*given, in_slots=False)
+        sparse,
+        "_definition",
+        lambda *given, in_slots, frozen: definition(*given, in_slots=False, frozen=frozen),
     )
     assert failures(torch.float32) == {"linear_logps_sparse"}

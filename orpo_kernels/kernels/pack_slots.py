@@ -1,0 +1,198 @@
+"""The live columns of a tile to slots, and what it drops to the sums of the tail.
+
+    slot_k[t] = E_tv r_tv scale / 2^reference_t,  v = column k of the list of 64 rows, bfloat16
+    mass_t    = sum of the slots of a span, as rounded
+    tail_gv  += sum over row blocks that are not dense of the column sums of `scan`
+
+A program has 64 rows and a span of columns: it lists the live ones at the place that the counts
+before it leave, and reads those again from the tile. Others add the tail, 256 columns each, over
+the row blocks in order. Where a reference moved, the slots of earlier blocks are brought to the new
+one first. Bytes: 4 (2) per entry of live columns, in sectors of 32; slots, lists; the tail sums once.
+"""
+
+import triton
+import triton.language as tl
+
+from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.kernels.elementwise import whole_vectors
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.scan import NEVER, exponentials
+from orpo_kernels.kernels.scan_state import ScanState
+from orpo_kernels.kernels.start import Start
+from orpo_kernels.kernels.tuning import VECTOR, row_of
+
+_COUNTED = 128  # counts a program looks at together
+
+
+@triton.jit
+def reference_of(rows_ptr, exists, M):
+    """What slots of rows refer to; where a row has nothing yet, what makes every entry 0."""
+    reference = tl.load(rows_ptr + M, mask=exists, other=NEVER)
+    return tl.where(reference < -0.5 * NEVER, NEVER, reference)
+
+
+@triton.jit
+def _add_tails(tail_ptr, tails_ptr, heads_ptr, column, blocks, pitch, C, V, GROUPS: tl.constexpr):
+    for group in tl.static_range(GROUPS):
+        out = tail_ptr + group * V + column
+        total = tl.load(out, mask=column < C, other=0.0)
+        for block in range(blocks):
+            end = tl.where(tl.load(heads_ptr + block) > 0, 0, C)
+            at = tails_ptr + tl.cast(block * GROUPS + group, tl.int64) * pitch + column
+            total += tl.load(at, mask=column < end, other=0.0)
+        tl.store(out, total, mask=column < C)
+
+
+@triton.jit
+def _rescale(
+    slots_ptr, mass_ptr, addresses_ptr, lane, factor, exists, entries, spans_before, R,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Slots and masses of earlier blocks times a power of two by row."""
+    for start in range(0, entries, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        at = tl.load(addresses_ptr + k, mask=k < entries, other=0).to(tl.int64)
+        at = slots_ptr + at[:, None] * 8 + tl.arange(0, ROWS)[None, :]
+        mine = (k < entries)[:, None]
+        slot = tl.load(at, mask=mine, other=0.0).to(tl.float32) * factor[None, :]
+        tl.store(at, slot.to(tl.bfloat16), mask=mine)
+    for span in range(spans_before):
+        at = mass_ptr + tl.cast(span, tl.int64) * R + lane
+        tl.store(at, tl.load(at, mask=exists, other=0.0) * factor, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_row", "R", "C", "first_column", "blocks", "spans", "spans_before", "listed",
+        "stride_logits", "M", "V", "ratio", "log2_scale", "logit_scale",
+    ],
+    do_not_specialize_on_alignment=[
+        "mass_ptr", "columns_ptr", "addresses_ptr", "tail_ptr", "heads_ptr", "counts_ptr",
+        "factor_ptr", "rows_ptr", "bias_ptr",
+    ],
+)  # fmt: skip
+def _pack_slots_kernel(
+    slots_ptr,  # (slots, ROWS) bfloat16
+    mass_ptr,  # (T, R) float32
+    columns_ptr, addresses_ptr,  # (B, P) int32
+    tail_ptr,  # (G, V) float32
+    tails_ptr,  # (B, G, S SPAN) float32
+    live_ptr,  # (B, S SPAN) int8
+    heads_ptr, counts_ptr,  # (5, B), (B, S) int32
+    factor_ptr, rows_ptr,  # (R,), (4, M) float32
+    logits_ptr,  # (R, C)
+    bias_ptr,  # (V,)
+    first_row, R, C, first_column, blocks, spans, spans_before, listed, stride_logits, M, V,
+    ratio, log2_scale, logit_scale,
+    GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    TAIL: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid >= spans * blocks:
+        column = (pid - spans * blocks) * TAIL + tl.arange(0, TAIL)
+        _add_tails(
+            tail_ptr + first_column,
+            tails_ptr,
+            heads_ptr,
+            column,
+            blocks,
+            spans * SPAN,
+            C,
+            V,
+            GROUPS,
+        )
+        return
+    span = pid % spans
+    block = pid // spans
+    lane = block * ROWS + tl.arange(0, ROWS)
+    exists = lane < R
+    columns_ptr += block.to(tl.int64) * listed
+    addresses_ptr += block.to(tl.int64) * listed
+    first_entry = tl.load(heads_ptr + blocks + block)
+    if (span == 0) & (tl.load(heads_ptr + 4 * blocks + block) > 0):
+        factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
+        _rescale(
+            slots_ptr, mass_ptr, addresses_ptr, lane, factor, exists, first_entry, spans_before, R,
+            ROWS, BLOCK_K,
+        )  # fmt: skip
+
+    count = tl.load(counts_ptr + block * spans + span)
+    count = tl.where(tl.load(heads_ptr + block) > 0, 0, count)
+    mass = tl.zeros((ROWS,), tl.float32)
+    if count > 0:
+        before = 0
+        for start in range(0, span, BLOCK_S):
+            other = start + tl.arange(0, BLOCK_S)
+            counted = tl.load(counts_ptr + block * spans + other, mask=other < span, other=0)
+            before += tl.sum(counted, 0)
+        column = span * SPAN + tl.arange(0, SPAN)
+        marks = live_ptr + block.to(tl.int64) * (spans * SPAN) + column
+        live = tl.load(marks, mask=column < C, other=0).to(tl.int32)
+        place = before + tl.cumsum(live, 0) - live
+        first_slot = tl.load(heads_ptr + 2 * blocks + block)
+        entry = first_entry + place
+        tl.store(columns_ptr + entry, first_column + column, mask=live != 0)
+        tl.store(addresses_ptr + entry, (first_slot + place) * (ROWS // 8), mask=live != 0)
+        tl.debug_barrier()  # what the other threads listed is read next
+
+        reference = reference_of(rows_ptr + first_row + lane, exists, M)
+        offs = lane.to(tl.int64) * whole_vectors(stride_logits, True, VECTOR)
+        for start in range(0, count, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            token = tl.load(columns_ptr + first_entry + before + k, mask=k < count, other=0)
+            mine = (k < count)[:, None] & exists[None, :]
+            source = logits_ptr + offs[None, :] + (token - first_column)[:, None]
+            x = tl.load(source, mask=mine, other=0.0).to(tl.float32)
+            bias = 0.0
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + token, mask=k < count, other=0.0).to(tl.float32)[:, None]
+            _e, u = exponentials(x, bias, reference[None, :], ratio, log2_scale, SIGN, HAS_SOFTCAP)
+            slot = tl.where(mine, u * logit_scale, 0.0).to(tl.bfloat16)
+            mass += tl.sum(slot.to(tl.float32), 0)
+            slot_at = (first_slot + before + k).to(tl.int64)[:, None] * ROWS
+            slot_at = slots_ptr + slot_at + tl.arange(0, ROWS)[None, :]
+            tl.store(slot_at, slot, mask=(k < count)[:, None])
+    at = mass_ptr + (spans_before + span).to(tl.int64) * R + lane
+    tl.store(at, mass, mask=exists)
+
+
+class PackSlots:
+    """The slots of the tiles of one call: tensors stay, rows and columns change."""
+
+    def __init__(self, inputs: Inputs, state: ScanState) -> None:
+        """Takes what stays the same from tile to tile."""
+        row = row_of("pack_slots", inputs.wide, inputs.labels.device)
+        self.state, self.tail_block = state, row.block
+        self.start = Start(
+            _pack_slots_kernel,
+            (
+                state.slots, state.mass, state.columns, state.addresses, state.tail, state.tails,
+                state.live, state.heads, state.counts, state.factor, state.rows, state.logits,
+                inputs.bias,
+            ),
+            row,
+            {
+                "GROUPS": state.group_count, "HAS_BIAS": inputs.bias is not None,
+                "HAS_SOFTCAP": inputs.softcap is not None,
+                "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "ROWS": COMPACT_ROWS,
+                "SPAN": state.row.block * state.row.depth, "BLOCK_K": row.depth,
+                "BLOCK_S": _COUNTED, "TAIL": row.block, "VECTOR": VECTOR,
+            },
+        )  # fmt: skip
+        scale = float(inputs.logit_scale)
+        self.last = (
+            state.shape.listed, state.logits.stride(0), state.rows.shape[1], state.tail.shape[1],
+            *state.numbers(inputs), scale,
+        )  # fmt: skip
+
+    def __call__(self, rows: tuple[int, int], columns: tuple[int, int], index: int) -> None:
+        """Launches the slots of rows `start` to `stop` in the index-th vocabulary block."""
+        (start, stop), (v0, v1) = rows, columns
+        blocks, spans = triton.cdiv(stop - start, COMPACT_ROWS), self.state.spans(v1 - v0)
+        tails = triton.cdiv(v1 - v0, self.tail_block)
+        before = index * self.state.spans(self.state.shape.columns)
+        self.start(
+            spans * blocks + tails, start, stop - start, v1 - v0, v0, blocks, spans, before,
+            *self.last,
+        )  # fmt: skip

@@ -1,0 +1,291 @@
+"""One look at a tile of logits: row sums, live columns, and the column sums of what is dropped.
+
+    z = softcap(scale * (x + b)),   r = (dz / dx) / scale,   E_tv = e^z_tv, labels' columns left out
+    estimate_t <= log of the sum of all exponentials of row t, its labels' among them
+    s_t = sum_v E_tv e^-reference
+    column v of 64 rows is live when some E_tv r_tv e^-estimate_t > eps / |scale|
+    tail_gv = sum over rows t of group g of E_tv r_tv e^-estimate_t, v not live
+
+As no estimate is above the true logarithm, every entry of the softmax gradient over eps is in a live
+column. The estimate is the labels' exponentials, what earlier blocks have shown, and, of a chunk's
+first block, a look of its own at the first columns (`LOOK`), which gives sums alone.
+
+R rows in B blocks of 64; a program reads a span of columns, S spans. Exponents are to base 2. Sums
+are kept by element over the tiles of a span and reduced once; only where an estimate is so far too
+low that they leave float32 is the span read again, against the maxima of its rows. Labels' logits
+become -inf once per row, instead of a comparison per logit. Float32 arithmetic, no atomics. Bytes:
+the tile once; per 64 rows and column 1 + 4 G.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.kernels.elementwise import tanh, whole_vectors
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.scan_state import ScanState
+from orpo_kernels.kernels.start import Start
+from orpo_kernels.kernels.tuning import VECTOR
+
+LOOKED = 8192
+"""Columns of the first block that a chunk's estimates come from."""
+
+NEVER = tl.constexpr(1e30)
+"""Estimate of a row that keeps and drops nothing: every exponential is 0 against it."""
+
+_FAR_TOO_LOW = tl.constexpr(2.0**64)  # a row's sum from which on its estimate is
+
+
+@triton.jit
+def exponentials(x, bias, level, ratio, log2_scale, SIGN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """`2^(z log2 e - level)` of raw logits x, and that times r; 0 where x marks a label.
+
+    Without a softcap `log2_scale` is the scale times log2 e; with one, that of the softcap, and
+    `ratio` the scale over the softcap.
+    """
+    if HAS_SOFTCAP:
+        is_label = x == SIGN * float("-inf")
+        bounded, slope = tanh((tl.where(is_label, 0.0, x) + bias) * ratio)
+        e = tl.where(is_label, 0.0, tl.exp2(bounded * log2_scale - level))
+        return e, e * slope
+    e = tl.exp2((x + bias) * log2_scale - level)
+    return e, e
+
+
+@triton.jit
+def _tile(
+    logits_ptr, offs, bias_ptr, first_column, column, C, level, ratio, log2_scale,
+    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """E and E r of a tile of columns, 0 past C."""
+    if RAGGED:  # what is read past C is the row's own padding, whole vectors of it
+        inside = (column < tl.cdiv(C, VECTOR) * VECTOR)[None, :]
+        x = tl.load(logits_ptr + offs + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(logits_ptr + offs + column[None, :]).to(tl.float32)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_column + column, mask=column < C, other=0.0)
+        bias = bias.to(tl.float32)[None, :]
+    e, u = exponentials(x, bias, level[:, None], ratio, log2_scale, SIGN, HAS_SOFTCAP)
+    if RAGGED:
+        e = tl.where((column < C)[None, :], e, 0.0)
+        u = tl.where((column < C)[None, :], u, 0.0)
+    return e, u
+
+
+@triton.jit
+def _raised(estimate, looks_ptr, row, exists, R, looks):
+    """Estimates, raised by the sums of a look."""
+    top, total = estimate, estimate * 0.0 + 1.0
+    for span in range(looks):
+        reference = tl.load(looks_ptr + span * R + row, mask=exists, other=0.0)
+        s = tl.load(looks_ptr + (looks + span) * R + row, mask=exists, other=0.0)
+        higher = tl.where(s > 0, tl.maximum(top, reference), top)
+        shift = tl.where(s > 0, reference - higher, 0.0)
+        total = total * tl.exp2(top - higher) + s * tl.exp2(shift)
+        top = higher
+    return top + tl.log2(total)
+
+
+@triton.jit
+def _mark(
+    logits_ptr, labels_ptr, row, exists, stride, first_column, begin, end, SIGN: tl.constexpr
+):
+    """-inf at the labels of rows, where they are columns `begin` to `end`."""
+    lane = row - tl.min(row, 0)
+    marked = (exists * 0.0 + SIGN * float("-inf")).to(logits_ptr.dtype.element_ty)
+    label = tl.load(labels_ptr + row, mask=exists, other=-1) - first_column
+    mine = exists & (label >= begin) & (label < end)
+    tl.store(logits_ptr + lane * stride + label, marked, mask=mine)
+
+
+@triton.jit
+def _against_maxima(
+    logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, log2_scale,
+    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Reference and sum of the rows of a span, where an estimate is far too low: no softcap."""
+    top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    for tile in range(begin, end):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (column < C)[None, :]
+        x = tl.load(logits_ptr + offs + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + first_column + column, mask=column < C, other=0.0)
+            x += bias.to(tl.float32)[None, :]
+        top = tl.maximum(top, tl.where(inside, x * log2_scale, float("-inf")))
+    level = tl.maximum(estimate, tl.max(top, 1))
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in range(begin, end):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        e, _u = _tile(
+            logits_ptr, offs, bias_ptr, first_column, column, C, level, 1.0, log2_scale,
+            SIGN, HAS_BIAS, False, True, VECTOR,
+        )  # fmt: skip
+        sums += e
+    return level, tl.sum(sums, 1)
+
+
+@triton.jit
+def _in_second(groups_ptr, row, exists, GROUPS: tl.constexpr):
+    """1 for rows of the second group, 0 for others."""
+    if GROUPS == 2:
+        return (tl.load(groups_ptr + row, mask=exists, other=0) == 1).to(tl.float32)
+    return row * 0.0
+
+
+@triton.jit
+def _drop(
+    live_ptr, tails_ptr, u, in_second, block, column, pitch, threshold, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Marks the live columns of a tile and stores the sums of the others; both, (COLUMNS,)."""
+    live = tl.max(u, 0) > threshold
+    total = tl.where(live, 0.0, tl.sum(u, 0))
+    tl.store(live_ptr + block.to(tl.int64) * pitch + column, live.to(tl.int8))
+    out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
+    if GROUPS == 2:
+        second = tl.where(live, 0.0, tl.sum(u * in_second[:, None], 0))
+        tl.store(out, total - second)
+        tl.store(out + pitch, second)
+    else:
+        tl.store(out, total)
+    return live, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_row", "R", "C", "first_column", "spans", "looks", "stride_logits", "M", "threshold",
+        "ratio", "log2_scale",
+    ],
+    do_not_specialize_on_alignment=[
+        "partial_ptr", "looks_ptr", "counts_ptr", "losses_ptr", "rows_ptr", "labels_ptr",
+        "second_ptr", "groups_ptr", "bias_ptr",
+    ],
+)  # fmt: skip
+def _scan_kernel(
+    logits_ptr,  # (R, C); a label's own becomes -inf
+    partial_ptr,  # (2 or 3, S, R) float32: reference, sum, sum of E r
+    looks_ptr,  # (2, L, R) float32: likewise, of a look
+    live_ptr,  # (B, S SPAN) int8
+    counts_ptr,  # (B, S) int32
+    tails_ptr,  # (B, G, S SPAN) float32
+    losses_ptr,  # (B, S) float32: what is dropped
+    rows_ptr,  # (4, M) float32, of which the first is the estimate
+    bias_ptr,  # (V,)
+    labels_ptr, second_ptr, groups_ptr,  # (M,) int64
+    first_row, R, C, first_column, spans, looks, stride_logits, M, threshold, ratio, log2_scale,
+    LOOK: tl.constexpr, GROUPS: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    span = tl.program_id(0) % spans
+    block = tl.program_id(0) // spans
+    lane = tl.arange(0, ROWS)
+    row = block * ROWS + lane
+    exists = row < R
+    stride = whole_vectors(stride_logits, True, VECTOR)
+    logits_ptr += (block * ROWS).to(tl.int64) * stride
+    begin = span * TILES
+    end = tl.minimum(begin + TILES, tl.cdiv(C, COLUMNS))
+
+    own = (begin * COLUMNS, tl.minimum(end * COLUMNS, C))
+    here = (row + first_row, exists, stride, first_column)
+    _mark(logits_ptr, labels_ptr, *here, *own, SIGN)
+    if HAS_SECOND:
+        _mark(logits_ptr, second_ptr, *here, *own, SIGN)
+    tl.debug_barrier()
+
+    estimate = tl.load(rows_ptr + first_row + row, mask=exists, other=NEVER)
+    if not LOOK:
+        estimate = _raised(estimate, looks_ptr, row, exists, R, looks)
+    in_second = _in_second(groups_ptr, first_row + row, exists, GROUPS)
+    # A row that is not there reads the last one, against an estimate of 1e30.
+    offs = tl.minimum(lane, R - 1 - block * ROWS)[:, None] * stride
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sloped = sums
+    lost = tl.zeros((COLUMNS,), tl.float32)
+    count = tl.zeros((COLUMNS,), tl.int32)
+    pitch = spans * (TILES * COLUMNS)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        e, u = _tile(
+            logits_ptr, offs, bias_ptr, first_column, column, C, estimate, ratio, log2_scale,
+            SIGN, HAS_BIAS, HAS_SOFTCAP, RAGGED, VECTOR,
+        )  # fmt: skip
+        sums += e
+        if HAS_SOFTCAP:
+            sloped += u
+        if not LOOK:
+            live, total = _drop(
+                live_ptr, tails_ptr, u, in_second, block, column, pitch, threshold, GROUPS
+            )
+            lost += total
+            count += live.to(tl.int32)
+
+    row_sum = tl.sum(sums, 1)
+    level = estimate
+    if not HAS_SOFTCAP:  # noqa: SIM102 - which bounds every logit; known when compiled
+        if tl.max(row_sum, 0) > _FAR_TOO_LOW:
+            level, row_sum = _against_maxima(
+                logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, log2_scale,
+                SIGN, HAS_BIAS, ROWS, COLUMNS, VECTOR,
+            )  # fmt: skip
+    partial_ptr += span * R + row
+    tl.store(partial_ptr, level, mask=exists)
+    tl.store(partial_ptr + spans * R, row_sum, mask=exists)
+    if HAS_SOFTCAP:
+        tl.store(partial_ptr + 2 * spans * R, tl.sum(sloped, 1), mask=exists)
+    if not LOOK:
+        tl.store(counts_ptr + block * spans + span, tl.sum(count, 0))
+        tl.store(losses_ptr + block * spans + span, tl.sum(lost, 0))
+
+
+class Scan:
+    """The looks at the tiles of one call: tensors stay, rows and columns change."""
+
+    def __init__(self, inputs: Inputs, state: ScanState, eps: float) -> None:
+        """Takes what stays the same from tile to tile."""
+        self.state, self.row = state, state.row
+        numbers = state.numbers(inputs)
+        threshold = eps / abs(inputs.logit_scale)
+        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, *numbers)
+
+        def start(partial: Tensor, *, look: bool, ragged: bool) -> Start:
+            return Start(
+                _scan_kernel,
+                (
+                    state.logits, partial, state.looks, state.live, state.counts, state.tails,
+                    state.losses, state.rows, inputs.bias, inputs.labels, inputs.second,
+                    state.groups,
+                ),
+                self.row,
+                {
+                    "LOOK": look, "GROUPS": state.group_count, **inputs.options,
+                    "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "RAGGED": ragged,
+                    "ROWS": COMPACT_ROWS, "TILES": self.row.block, "COLUMNS": self.row.depth,
+                    "STAGES": self.row.stages, "VECTOR": VECTOR,
+                },
+            )  # fmt: skip
+
+        self.whole, self.ragged = (
+            start(state.partial, look=False, ragged=ragged) for ragged in (False, True)
+        )
+        self.look = start(state.looks, look=True, ragged=True)
+
+    def __call__(self, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        """Launches rows `start` to `stop`, at the start of the tile; a chunk's first columns twice."""
+        (start, stop), (v0, v1) = rows, columns
+        blocks, looks = triton.cdiv(stop - start, COMPACT_ROWS), 0
+        if v0 == 0:
+            looked = min(v1, LOOKED)
+            looks = self.state.spans(looked)
+            self.look(
+                looks * blocks, start, stop - start, looked, v0, looks, 0, *self.last
+            )  # fmt: skip
+        spans = self.state.spans(v1 - v0)
+        scan = self.ragged if (v1 - v0) % self.row.depth else self.whole
+        scan(spans * blocks, start, stop - start, v1 - v0, v0, spans, looks, *self.last)

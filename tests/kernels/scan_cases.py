@@ -1,0 +1,92 @@
+"""The launches of the sparse forward of a GPU, for the compile report: every kernel of it."""
+
+import torch
+
+from orpo_kernels.kernels.dense_rows import DenseRows
+from orpo_kernels.kernels.gather_slots import GatherSlots
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.live_columns import LiveColumns
+from orpo_kernels.kernels.pack_slots import PackSlots
+from orpo_kernels.kernels.scan import LOOKED, Scan
+from orpo_kernels.kernels.scan_state import ScanState, scan_state
+from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
+from tests.kernels.loop_cases import M, N, V, Yielded, _cuda, _state, inputs
+
+COLUMNS = 9000  # more than a look, and no whole number of tiles
+ROWS, VOCABULARY = (0, M), (0, COLUMNS)
+
+
+def state_of(given: Inputs) -> ScanState:
+    """Memory of a call of two groups where everything is on, else of one."""
+    groups = None if given.second is None else _cuda(M, dtype=torch.int64)
+    tail = _cuda(1 if groups is None else 2, V)
+    shape = ScanShape(-(-M // 64) * 64, COLUMNS, 1000, 1000, 4)
+    return scan_state(given, shape, groups, tail, -(-COLUMNS // 8) * 8, LOOKED)
+
+
+def _given(dtype: torch.dtype, wide: torch.dtype, everything: bool, odd: bool = False) -> Inputs:
+    given = inputs(dtype, everything)._replace(wide=wide)
+    if not odd:
+        return given
+    weight = tuple(_cuda(V, each.shape[1] + 1, dtype=dtype) for each in given.weight)
+    return given._replace(weight=weight)
+
+
+def scan_launches() -> Yielded:
+    """Label, key, dtype of the key, the launch, and what is asked of it."""
+    narrow = {"wide_loads": False}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        for everything, what in ((False, "plain"), (True, "all options")):
+
+            def look(dtype=dtype, everything=everything):
+                given = _given(dtype, dtype, everything)
+                Scan(given, state_of(given), 2.0**-12)(ROWS, VOCABULARY)
+
+            def live(dtype=dtype, everything=everything):
+                given = _given(dtype, dtype, everything)
+                LiveColumns(given, state_of(given), _state(given))(ROWS, VOCABULARY, 1)
+
+            def pack(dtype=dtype, everything=everything):
+                given = _given(dtype, dtype, everything)
+                PackSlots(given, state_of(given))(ROWS, VOCABULARY, 1)
+
+            key = "scan_softcap" if everything else "scan"
+            yield f"scan {name}, {what}", key, dtype, look, {"meant": "_scan_kernel"}
+            yield f"live_columns {name}, {what}", "live_columns", dtype, live, narrow
+            yield (
+                f"pack_slots {name}, {what}", "pack_slots", dtype, pack,
+                {**narrow, "wide_stores": True},
+            )  # fmt: skip
+        for odd in (False, True):
+            yield from _products(dtype, name, odd)
+
+    def dropped():
+        given = _given(torch.bfloat16, torch.float32, True)
+        DroppedRows(given, state_of(given), _state(given), _cuda(N))(0, M, 9)
+
+    yield "dropped_rows", "dropped_rows", torch.float32, dropped, narrow
+
+
+def _products(dtype: torch.dtype, name: str, odd: bool) -> Yielded:
+    suffix, what = ("_odd", ", odd H") if odd else ("", "")
+
+    def dense(part=0):
+        given = _given(dtype, torch.float32, True, odd)
+        DenseRows(given, state_of(given), part)(ROWS, VOCABULARY)
+
+    def gather():
+        given = _given(dtype, torch.float32, False, odd)
+        GatherSlots(given, state_of(given), 2)(M)
+
+    def product():
+        tail_product(_given(dtype, torch.float32, False, odd).weight, _cuda(2, V), dtype)
+
+    asked = {"wide_loads": False, "since": 80}
+    meant = {**asked, "meant": "_dense_rows_kernel", "operands": "elements"}
+    yield f"dense_rows {name}{what}", f"dense_rows{suffix}", dtype, dense, meant
+    meant = {**asked, "meant": "_gather_slots_kernel"}
+    meant["operands"] = "elements" if odd else "gathered"
+    yield f"gather_slots {name}{what}", f"gather_slots{suffix}", dtype, gather, meant
+    yield f"tail_product {name}{what}", "tail_product", dtype, product, {"wide_loads": not odd}

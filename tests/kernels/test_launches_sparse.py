@@ -1,0 +1,89 @@
+"""What a sparse call starts on a GPU that is not here: every launch and torch op of it."""
+
+import pytest
+import torch
+
+from orpo_kernels.engine import operands, policy, run
+from orpo_kernels.engine.problem import Problem, Transform
+from orpo_kernels.engine.sparse import plan as plans
+
+pytest.importorskip("triton")
+
+from orpo_kernels.kernels.scan import LOOKED
+from tests.kernels.dryrun import dryrun
+from tests.kernels.test_launches import CARDS, MIB, Events, H, N, V, _spans, outside
+
+MOST_OF_A_TILE = 8
+# Which rows are scored and in which group, the state, the sums of the tail, the certificate.
+MOST_OUTSIDE = 75
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Events of a forward and of the gradient of hidden, and the shape of the forward."""
+    # nonzero has no fake: every row is processed, as while a graph is captured.
+    monkeypatch.setattr(operands, "is_capturing", lambda device: True)
+
+    def start(architecture, mib, *, vocabulary=V, head_dtype=torch.bfloat16):
+        def cuda(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        card = CARDS[architecture]
+        for module in (policy, run, plans):
+            monkeypatch.setattr(module, "card_of", lambda device: card)
+        with dryrun(architecture) as log, Events(log) as events:
+            problem = Problem(
+                cuda(N, H), cuda(vocabulary, H, dtype=head_dtype), cuda(1, N, dtype=torch.int64),
+                None, None, None, Transform(), -100, torch.bfloat16, mib * MIB, False,
+                cuda(N, dtype=torch.int64), 2.0**-12,
+            )  # fmt: skip
+            begin = len(events.all())
+            _, _, state = run.sparse_forward(problem, needs_dhidden=True)
+            middle = len(events.all())
+            run.hidden_gradient_(
+                problem, cuda(1, N, dtype=torch.float32), state.statistics, (state.g, state.g_r),
+                state.product,
+            )  # fmt: skip
+            names = events.all()
+            shape = run.sparse_plan(problem)
+        rows = shape.tile.even(N).rows
+        return names[begin:middle], names[middle:], shape.scan._replace(rows=rows)
+
+    return start
+
+
+def expected(shape, vocabulary, *, cast=False):
+    """The launches of the loop, chunk by chunk and block by block."""
+    odd = vocabulary % 8 > 0
+    for _ in _spans(N, shape.rows):
+        yield "take_rows"
+        for v0, v1 in _spans(vocabulary, shape.columns):
+            ragged = odd and not cast and v1 == vocabulary
+            tile = [*["take_rows"] * cast, *["mm"] * (1 + ragged), *["scan"] * (1 + (v0 == 0))]
+            tile += ["live_columns", "pack_slots", "dense_rows"]
+            assert len(tile) <= MOST_OF_A_TILE
+            yield from tile
+        yield from ("pieces", "gather_slots", "add_further", "finish_rows", "dropped_rows")
+
+
+@pytest.mark.parametrize("mib", [64, 256, 1024])
+@pytest.mark.parametrize("architecture", [80, 89, 90])
+def test_the_loop_starts_nothing_else(started, architecture, mib):
+    forward, backward, shape = started(architecture, mib)
+    if architecture == 90:  # both shapes: blocks, and the whole vocabulary
+        assert (shape.columns == V) == (mib == 1024)
+    assert shape.columns == V or shape.columns <= LOOKED
+    around = outside(forward[forward.index("first_estimate") :], list(expected(shape, V)))
+    around += forward[: forward.index("first_estimate")] + backward
+    assert len(around) <= MOST_OUTSIDE, around
+    # Once a call: labels, estimates, the product of the tail, and g to dhidden.
+    once = ["first_estimate", "tail_product", "score_rows", "label_terms", "scale_rows"]
+    assert [each for each in around if "torch" not in each] == once
+
+
+@pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_head_that_is_cast_and_odd(started, head_dtype):
+    cast = head_dtype == torch.float32
+    forward, _, shape = started(90, 64, vocabulary=32_003, head_dtype=head_dtype)
+    loop = list(expected(shape, 32_003, cast=cast))
+    outside(forward[forward.index("first_estimate") :], loop)
