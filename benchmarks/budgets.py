@@ -27,6 +27,7 @@ from benchmarks.measure import Stopwatch, bare_gemm
 from benchmarks.steps import Step
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels import orpo_loss
+from orpo_kernels.constants import DEFAULT_EPS
 
 MIB = 2**20
 # The default of an 8 GB card is 80 MiB, of one with 24 GB 240 MiB; None: of the card at hand.
@@ -61,11 +62,11 @@ def lines() -> Iterator[Line]:
             yield Line("ours-sparse", mode, budget, ours("sparse", budget))
 
 
-def ours(gradient: str, budget: int | None) -> Implementation:
+def ours(gradient: str, budget: int | None, eps: float = DEFAULT_EPS) -> Implementation:
     """Our loss, with a workspace of so many bytes."""
 
     def prepare(workload: Workload) -> Callable[[], torch.Tensor]:
-        options: dict[str, Any] = {"gradient": gradient, "workspace_bytes": budget}
+        options: dict[str, Any] = {"gradient": gradient, "workspace_bytes": budget, "eps": eps}
         return lambda: orpo_loss(
             workload.hidden, workload.weight, workload.labels, nll_labels=workload.nll_labels,
             beta=BETA, softcap=workload.softcap, **options,

@@ -1,0 +1,195 @@
+"""The sparse gradient on a GPU: its errors, what its kernels take, and with other block sizes.
+
+    python -m benchmarks.sparse_times [--head llama-3-8b] [--seconds 100] [--json FILE]
+    python -m benchmarks.sparse_times --device cpu --tiny      # shows that it runs
+
+In this order, a line each: the exact gradient and the sparse one, frozen and trainable, at 64 MiB,
+256 MiB and the default (errors against float64, wall time in bare GEMMs g, launches, the sum of the
+kernels and each of them); eps; flat logits, where the sparse gradient should cost what the exact
+one does; block sizes of `scan`, `gather_slots` and `dense_rows`, by the time of that kernel.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import machine
+from benchmarks.budgets import MIB, Line, ours, timed
+from benchmarks.heads import HEADS, Case
+from benchmarks.measure import bare_gemm
+from benchmarks.steps import Step
+from benchmarks.truth import Truth, compute_truth, errors
+from benchmarks.workloads import Workload, make_workload
+from orpo_kernels.constants import DEFAULT_EPS
+
+BUDGETS = (None, 64 * MIB, 256 * MIB)
+SHOWN = 9  # kernels of a line, those that take longest
+
+# Rows of the table: tiles of a program, warps, columns of a tile, steps in flight.
+SCANS = (
+    (16, 2, 64, 1), (8, 2, 64, 1), (32, 2, 64, 1), (16, 2, 64, 2), (16, 1, 32, 1), (32, 1, 32, 1),
+    (8, 4, 128, 1), (16, 4, 128, 1), (16, 4, 64, 1), (8, 4, 128, 2),
+)  # fmt: skip
+# Columns of H, warps, entries of a step, steps in flight, registers.
+GATHERS = (
+    (256, 8, 32, 4, 128), (256, 8, 32, 3, 128), (256, 8, 64, 3, 168), (128, 4, 32, 4, 128),
+    (128, 4, 64, 3, 0), (128, 8, 64, 4, 128), (256, 4, 32, 3, 0),
+)  # fmt: skip
+DENSE = ((128, 8, 32, 3, 0), (256, 8, 32, 3, 0), (256, 8, 64, 2, 0), (128, 8, 64, 3, 0))
+
+
+class Job(NamedTuple):
+    """A line and the logits it runs on; of a sweep a row of the table, and the kernel it is of."""
+
+    title: str
+    line: Line
+    logits: str = "trained"
+    table: tuple[str, tuple[int, ...]] | None = None
+    kernel: str = ""
+
+
+def jobs() -> Iterator[Job]:
+    """Everything, in the order of the module's docstring."""
+    for mode in ("frozen", "trainable"):
+        for gradient in ("sparse", "exact"):
+            for budget in BUDGETS if gradient == "sparse" else BUDGETS[:2]:
+                yield Job(gradient, Line(gradient, mode, budget, ours(gradient, budget)))
+    for power in (10, 12, 14):
+        yield Job(f"eps 2^-{power}", _frozen(2.0**-power))
+    for gradient in ("exact", "sparse"):
+        line = Line(gradient, "frozen", None, ours(gradient, None))
+        yield Job(f"flat {gradient}", line, "flat")
+    for name, rows, logits in (
+        ("scan", SCANS, "trained"), ("gather_slots", GATHERS, "trained"),
+        ("dense_rows", DENSE, "flat"),
+    ):  # fmt: skip
+        for row in rows:
+            yield Job(f"{name} {row}", _frozen(DEFAULT_EPS), logits, (name, row), f"_{name}_kernel")
+
+
+def _frozen(eps: float) -> Line:
+    return Line("sparse", "frozen", None, ours("sparse", None, eps))
+
+
+def measured(job: Job, work: Workload, truth: Truth, device: str) -> dict[str, Any]:
+    """Errors, times and launches of one job."""
+    line = job.line
+    row: dict[str, Any] = {
+        "title": job.title, "mode": line.mode, "budget_bytes": line.budget, "logits": job.logits,
+    }  # fmt: skip
+    step = Step(line.implementation, work, line.mode)
+
+    def run() -> None:
+        step.clear()
+        step.run()
+
+    for _ in range(2):
+        step.clear()
+        loss = step.run()
+    row["errors"] = errors(truth, loss, *step.gradients)
+    row |= timed(run, bare_gemm(work), device)
+    row |= kernels(run, device)
+    step.clear()
+    return row
+
+
+def kernels(run: Any, device: str) -> dict[str, Any]:
+    """Launches of one step and what its kernels take: all of them, and each by name, ms."""
+    if device != "cuda":
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        run()
+        torch.cuda.synchronize()
+    found = [e for e in prof.key_averages() if e.self_device_time_total > 0]
+    found = [e for e in found if not e.key.startswith(("Mem", "Activity"))]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    return {
+        "launches": sum(e.count for e in found),
+        "kernels_ms": sum(e.self_device_time_total for e in found) / 1e3,
+        "kernels": {e.key[:60]: (e.count, e.self_device_time_total / 1e3) for e in found},
+    }
+
+
+def text(row: dict[str, Any], kernel: str) -> str:
+    """A line, and the kernels that take longest; of a sweep only the kernel it is of."""
+    budget = "default" if row["budget_bytes"] is None else f"{row['budget_bytes'] // MIB} MiB"
+    wrong = " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+    out = f"{row['mode']:10}{row['title']:32}{budget:9}{row['g']:6.2f} g {row['time_ms']:8.2f} ms"
+    if "kernels" not in row:
+        return f"{out}  {wrong}"
+    out += f", kernels {row['kernels_ms']:8.2f} ms in {row['launches']:4}  {wrong}"
+    shown = [(k, *v) for k, v in row["kernels"].items() if not kernel or k == kernel]
+    for name, count, each in shown[:SHOWN]:
+        out += f"\n{'':12}{name:62}{count:6} x {1e3 * each / count:9.1f} us = {each:8.3f} ms"
+    return out
+
+
+@contextlib.contextmanager
+def with_row(table: tuple[str, tuple[int, ...]] | None) -> Iterator[None]:
+    """A row in the table of block sizes, for bfloat16 operands of this device."""
+    if table is None:
+        yield
+        return
+    from orpo_kernels.kernels import tuning
+
+    name, (block, warps, depth, stages, *registers) = table
+    architecture = tuning.device_info(torch.device("cuda", 0)).architecture
+    dtype = torch.float32 if name == "scan" else torch.bfloat16
+    key, row = (name, architecture, dtype), tuning.Row(block, warps, depth, stages, *registers)
+    before, tuning.TABLE[key] = tuning.TABLE[key], (row,)
+    try:
+        yield
+    finally:
+        tuning.TABLE[key] = before
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_times", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--head", choices=list(HEADS), default="llama-3-8b")
+    parser.add_argument("--seconds", type=float, default=100.0, help="start nothing new after this")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that it runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="jobs whose title begins so")
+    options = parser.parse_args(arguments)
+    start, rows = time.perf_counter(), []
+    known: dict[tuple[str, str], tuple[Workload, Truth]] = {}
+    for job in jobs():
+        if not job.title.startswith(options.only) or (job.table and options.device == "cpu"):
+            continue
+        if time.perf_counter() - start > options.seconds:
+            print("out of time before", job.title)
+            break
+        key = (job.line.mode, job.logits)
+        if key not in known:
+            known.clear()
+            case = Case(options.head, job.line.mode, job.logits)
+            work = make_workload(case, options.device, tiny=options.tiny)
+            known[key] = (work, compute_truth(work))
+        try:
+            with with_row(job.table):
+                rows.append(measured(job, *known[key], options.device))
+        except Exception as error:  # a block size that does not compile
+            if job.table is None:
+                raise
+            print(job.title, type(error).__name__, str(error)[:80])
+            continue
+        print(text(rows[-1], job.kernel), flush=True)
+    if options.json:
+        about = {"machine": machine.describe(options.device), "versions": machine.versions()}
+        about |= {"head": options.head, "command": machine.command(), "results": rows}
+        options.json.write_text(json.dumps(about, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
