@@ -53,7 +53,7 @@ def pair_lengths(pairs: int, tokens: int, seed: int = 0) -> list[PairLengths]:
     The draw is stratified (each variable takes the quantiles (i + 1/2) / P, in random order), so
     that one pair is the median pair and few pairs still span the distribution.
     """
-    natural = _natural_lengths(pairs, seed)
+    natural = natural_lengths(pairs, seed)
     total = sum(pair.scored for pair in natural)
     factor = tokens / total
     scaled = [
@@ -65,7 +65,8 @@ def pair_lengths(pairs: int, tokens: int, seed: int = 0) -> list[PairLengths]:
     return _exactly(scaled, tokens)
 
 
-def _natural_lengths(pairs: int, seed: int) -> list[PairLengths]:
+def natural_lengths(pairs: int, seed: int = 0) -> list[PairLengths]:
+    """`pairs` pairs drawn as above, as long as they are."""
     generator = torch.Generator().manual_seed(seed)
     normal = NormalDist()
     strata = torch.tensor([normal.inv_cdf((i + 0.5) / pairs) for i in range(pairs)])

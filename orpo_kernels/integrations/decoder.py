@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 class RowsCall:
     """The rows of one fused call of `model`, with the arguments (B, T) it is called with.
 
+    `terms` say what the layout saved, see `fuse_head`.
+
     Raises:
         NotImplementedError: a model that `refuse_unless_known` refuses, arguments that are not of
             tokens (images), a call without `input_ids`.
@@ -59,6 +61,7 @@ class RowsCall:
         refuse_unless_known(self.decoder, self.name, layout)
         per_token = _per_token(arguments, shape)
         self.rows = _laid_out(self.decoder, layout, per_token, arguments.get("attention_mask"))
+        self.terms = _terms(self.rows)
         self.is_done = False
 
     def forward(self, own: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -76,30 +79,12 @@ class RowsCall:
         self.is_done = True
         return in_batch(self.rows, output)
 
-    def terms(self) -> dict[str, Tensor]:
-        """What the layout saved: (1,) int64 by name, which gathering can concatenate.
-
-        `computed_tokens` are the places of all rows, `padded_tokens` those of the padded batch,
-        `unshared_pairs` the pairs whose sequences share nothing, or less than a longer mask costs.
-        """
-        rows = self.rows
-        counts = {
-            "computed_tokens": rows.computed,
-            "padded_tokens": rows.padded,
-            "unshared_pairs": rows.unshared,
-        }
-        device = rows.tokens.device
-        return {
-            name: torch.full((1,), count, dtype=torch.int64, device=device)
-            for name, count in counts.items()
-        }
-
     def token_means(self, means: Tensor, of_padding: Tensor | float) -> Tensor:
         """Means over tokens, of means (B,) over T - 1 positions, padding's being `of_padding`."""
         real = self.rows.real[:, :-1].sum(1).to(means.device)
         total = means * (self.rows.real.shape[1] - 1)
         padding = self.rows.real.shape[1] - 1 - real
-        return cast(Tensor, (total - padding * of_padding) / real.clamp(min=1))
+        return (total - padding * of_padding) / real.clamp(min=1)
 
     def _refuse_unless_plain(self, arguments: Mapping[str, Any]) -> None:
         for name in ("past_key_values", "output_attentions"):
@@ -118,8 +103,10 @@ class DecoderOverride(ForwardOverride):
         module = self.module
         for call in reversed(THREAD.calls):
             if call.in_rows is not None and call.in_rows.decoder is module:
-                names = inspect.signature(self.__wrapped__).bind_partial(*args).arguments
-                return call.in_rows.forward(self.own, {**names, **kwargs})
+                if args:
+                    signature = inspect.signature(self.__wrapped__)
+                    kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
+                return call.in_rows.forward(self.own, kwargs)
         return self.own(*args, **kwargs)
 
 
@@ -178,7 +165,20 @@ def in_batch(rows: Rows, output: Any) -> Any:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _terms(rows: Rows) -> dict[str, Tensor]:
+    """What the layout saved: (1,) int64 by name, which gathering can concatenate."""
+    counts = {
+        "computed_tokens": rows.computed,  # places of all rows
+        "padded_tokens": rows.padded,  # of the padded batch
+        "unshared_pairs": rows.unshared,
+    }
+    device = rows.tokens.device
+    return {
+        name: torch.full((1,), count, dtype=torch.int64, device=device)
+        for name, count in counts.items()
+    }
+
+
 def _laid_out(
     decoder: nn.Module, layout: BatchLayout, per_token: list[Tensor], attention_mask: Tensor | None
 ) -> Rows:

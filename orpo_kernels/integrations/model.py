@@ -172,7 +172,9 @@ class ModelOverride(ForwardOverride):
             _refuse_foreign_scale(arguments["labels"], rest.pop("num_items_in_batch", None))
         head = resolve_head(self.module)
         self._cover(HeadOverride, head.module)
-        rows = self._rows(fusing, rest, labels.shape)
+        rows = None
+        if fusing.options.layout.name != "padded" and labels.numel() > 0:
+            rows = self._rows(fusing, rest, labels.shape)
         new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels, in_rows=rows)
         if fusing.transform is not None and fusing.trusts(head):
             call = new_call(fusing.transform)
@@ -183,13 +185,12 @@ class ModelOverride(ForwardOverride):
         loss = fusing.options.loss
         return fused_output(self.module, output, call, loss, in_pairs=in_pairs, **counts)
 
-    def _rows(
-        self, fusing: Fusing, arguments: dict[str, Any], shape: torch.Size
-    ) -> RowsCall | None:
-        """The rows in which the decoder computes this call; None: padded, as it comes."""
+    @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+        reason="how a batch is laid out in rows depends on its lengths"
+    )
+    def _rows(self, fusing: Fusing, arguments: dict[str, Any], shape: torch.Size) -> RowsCall:
+        """The rows in which the decoder computes this call."""
         layout = fusing.options.layout
-        if layout.name == "padded" or not shape.numel() > 0:
-            return None
         rows = RowsCall(self.module, layout, arguments, shape)
         self._cover(DecoderOverride, rows.decoder)
         if fusing.options.check and not fusing.computes_rows(rows.decoder):

@@ -73,7 +73,7 @@ def fused_output(
     results = pair_output(call.results) if in_pairs else call.results
     fields: dict[str, Any] = {**output, **results}
     if call.in_rows is not None:
-        fields["layout_terms"] = call.in_rows.terms()
+        fields["layout_terms"] = call.in_rows.terms
     if loss is not None:
         orpo = loss.from_logps(
             call.results["token_logps"],

@@ -52,6 +52,8 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     - `logits`: empty (B, T, 0);
     - `token_logps` (B, T) float32, nats: at t the log-prob of `labels[:, t + 1]`, 0 where ignored
       and at the last position; `nll_token_logps` likewise;
+    - with another `layout` than "padded": `layout_terms`, (1,) int64 `computed_tokens`,
+      `padded_tokens` and `unshared_pairs`;
     - `mean_logits` (B,) float32, detached, over positions 0 to T - 2 (or T - 1), when asked for;
     - with `loss`: `orpo`, its `ORPOOutput` (rows stacked, chosen first), and `loss`, the sum of
       `orpo.loss` and, for mixtures of experts, `router_aux_loss_coef * aux_loss`. The call takes

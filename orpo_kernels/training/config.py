@@ -72,8 +72,8 @@ class ORPOConfig(TrainingArguments):
         batch_layout: how the model computes a batch: "padded"; "packed", its sequences one after
             the other without padding; or "shared_prompt", of each pair what both sequences begin
             with once. Same loss, gradients and metrics, but that `logits/chosen` and
-            `logits/rejected` leave padding out. Logs
-            `batch/computed_share`: tokens computed, of those padded.
+            `logits/rejected` leave padding out. Logs `batch/computed_share`, tokens computed over
+            those padded.
         max_tokens_per_row: tokens in a row of these two, more only where one sequence (one pair)
             has more. None: one row with FlexAttention; else as many as cost least. Flash attention
             takes one row whatever this is.

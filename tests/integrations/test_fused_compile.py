@@ -20,6 +20,7 @@ from tests.integrations.helpers import (
     make_batch,
     unfused_step,
 )
+from tests.integrations.layouts import ragged_pairs
 from tests.tiny_models import build
 
 LOSS = ORPOLoss(BETA)
@@ -60,6 +61,21 @@ def test_equals_the_unfused_model(backend: str, model: nn.Module) -> None:
         assert fused.model is model
         for _ in range(2):  # with the self-check, which runs eagerly, and without
             assert_same_step(compiled_step(compiled, batch), expected)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prompt"])
+def test_a_layout_breaks_the_graph_once(layout: str) -> None:
+    model = build("llama", num_hidden_layers=1, attn_implementation="sdpa")
+    batches = [ragged_pairs(), ragged_pairs(((5, 6, 7), (9, 3, 12)))]
+    expected = [unfused_step(model, batch) for batch in batches]
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    with fuse_head(compiled, loss=LOSS, layout=layout):
+        compiled_step(compiled, batches[0])  # with its checks, which run eagerly
+        torch._dynamo.utils.counters.clear()
+        for batch, step in zip(batches, expected, strict=True):
+            assert_same_step(compiled_step(compiled, batch), step)
+    (reason,) = torch._dynamo.utils.counters["graph_break"]
+    assert "ModelOverride._rows" in reason
 
 
 def test_a_graph_that_breaks_between_the_backbone_and_the_head() -> None:

@@ -16,6 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     # 4 pairs for each step, however they are spread; 20 tokens: some rows have no answer left.
     "global": {"loss_normalization": "global", "max_length": 20},
     "micro_batch": {"loss_normalization": "micro_batch"},
+    "shared": {"loss_normalization": "global", "batch_layout": "shared_prompt"},
     "mixture": {"loss_normalization": "global", "model": "mixtral", "learning_rate": 0.02},
 }
 

@@ -60,6 +60,18 @@ def test_global_equals_one_process(ranks: Path, tmp_path: Path) -> None:
                 assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_a_layout_equals_a_padded_process(ranks: Path, tmp_path: Path) -> None:
+    results, state = of_rank(ranks, "shared", 0)
+    trainer, alone = run(tmp_path, "shared", per_device_train_batch_size=4, batch_layout="padded")
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=2e-6)
+    for one, other in zip(results["logs"], alone["logs"], strict=True):
+        assert one["batch/computed_share"] < 1
+        for name, value in other.items():
+            if not name.startswith("logits/"):
+                assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("case", ["global", "micro_batch"])
 def test_evaluation_counts_every_row_once(case: str, ranks: Path, tmp_path: Path) -> None:
     results, _ = of_rank(ranks, case, 0)

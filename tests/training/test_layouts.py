@@ -9,8 +9,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orpo_kernels import ORPOLoss, fuse_head
+from orpo_kernels.integrations import trl
 from tests.tiny_models import build
 from tests.training.runs import CLOCKS, history, largest_difference, make, pairs
 from tests.training.test_plain_trainer import plain
@@ -39,11 +41,13 @@ def changed(rows: list[dict[str, float]], padded: list[dict[str, float]]) -> flo
 def compare(folder: Path, layout: str, model: Any = "llama", **options: Any) -> float:
     """Five steps of ours in a layout and of TRL, on the same pairs in the same order."""
     make_model = model if callable(model) else lambda: build(model)
-    ours, trl = (
-        without_padding(history(make(folder / str(trl), make_model(), trl=trl, **options, **own)))
-        for trl, own in ((False, {"batch_layout": layout}), (True, {}))
+    ours, theirs = (
+        without_padding(
+            history(make(folder / str(is_trl), make_model(), trl=is_trl, **options, **own))
+        )
+        for is_trl, own in ((False, {"batch_layout": layout}), (True, {}))
     )
-    return largest_difference(ours, trl)
+    return largest_difference(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,6 +118,40 @@ def test_what_is_logged(tmp_path: Path) -> None:
     # Tokens that a user has, not those that were computed.
     final = trainer.state.log_history[-1]
     assert final["train_tokens"] == real
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_nf4_model(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    # 64: nf4 quantises blocks of 64 weights.
+    build("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    options = {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "learning_rate": 2e-2}
+    padded, rows = (
+        history(
+            make(
+                tmp_path / name,
+                AutoModelForCausalLM.from_pretrained(
+                    tmp_path / "base", quantization_config=quantization, dtype=torch.float32
+                ),
+                batch_layout=name,
+                **options,
+            )
+        )
+        for name in ("padded", layout)
+    )
+    assert changed(rows, padded) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trls_own_trainer(layout: str, tmp_path: Path) -> None:
+    theirs = history(make(tmp_path / "theirs", trl=True))
+    trl.patch_trl(layout=layout)
+    try:
+        ours = history(make(tmp_path / "ours", trl=True))
+    finally:
+        trl.unpatch_trl()
+    assert changed(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
