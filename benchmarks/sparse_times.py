@@ -3,10 +3,11 @@
     python -m benchmarks.sparse_times [--head llama-3-8b] [--seconds 100] [--json FILE]
     python -m benchmarks.sparse_times --device cpu --tiny      # shows that it runs
 
-In this order, a line each: the exact gradient and the sparse one, frozen and trainable, at 64 MiB,
-256 MiB and the default (errors against float64, wall time in bare GEMMs g, launches, the sum of the
-kernels and each of them); eps; flat logits, where the sparse gradient should cost what the exact
-one does; block sizes of `scan`, `gather_slots` and `dense_rows`, by the time of that kernel.
+In this order, a line each: the sparse gradient and the exact one, frozen, at the default, 64 MiB
+and 256 MiB (errors against float64, wall time in bare GEMMs g, launches, the sum of the kernels
+and each of them); eps; block sizes of `scan` and `gather_slots`, by the time of that kernel; flat
+logits, where the sparse gradient should cost what the exact one does, and block sizes of
+`dense_rows`; the trainable head.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from benchmarks.truth import Truth, compute_truth, errors
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels.constants import DEFAULT_EPS
 
-BUDGETS = (None, 64 * MIB, 256 * MIB)
+BUDGETS = (None, 64 * MIB, 256 * MIB)  # the exact gradient at the first two
 SHOWN = 9  # kernels of a line, those that take longest
 
 # Rows of the table: tiles of a program, warps, columns of a tile, steps in flight.
@@ -57,22 +58,28 @@ class Job(NamedTuple):
 
 
 def jobs() -> Iterator[Job]:
-    """Everything, in the order of the module's docstring."""
-    for mode in ("frozen", "trainable"):
-        for gradient in ("sparse", "exact"):
-            for budget in BUDGETS if gradient == "sparse" else BUDGETS[:2]:
-                yield Job(gradient, Line(gradient, mode, budget, ours(gradient, budget)))
+    """Everything, in the order of the module's docstring: inputs are made three times."""
+    yield from _lines("frozen")
     for power in (10, 12, 14):
         yield Job(f"eps 2^-{power}", _frozen(2.0**-power))
+    yield from _sweep("scan", SCANS, "trained")
+    yield from _sweep("gather_slots", GATHERS, "trained")
     for gradient in ("exact", "sparse"):
         line = Line(gradient, "frozen", None, ours(gradient, None))
         yield Job(f"flat {gradient}", line, "flat")
-    for name, rows, logits in (
-        ("scan", SCANS, "trained"), ("gather_slots", GATHERS, "trained"),
-        ("dense_rows", DENSE, "flat"),
-    ):  # fmt: skip
-        for row in rows:
-            yield Job(f"{name} {row}", _frozen(DEFAULT_EPS), logits, (name, row), f"_{name}_kernel")
+    yield from _sweep("dense_rows", DENSE, "flat")
+    yield from _lines("trainable")
+
+
+def _lines(mode: str) -> Iterator[Job]:
+    for gradient in ("sparse", "exact"):
+        for budget in BUDGETS if gradient == "sparse" else BUDGETS[:2]:
+            yield Job(gradient, Line(gradient, mode, budget, ours(gradient, budget)))
+
+
+def _sweep(name: str, rows: tuple[tuple[int, ...], ...], logits: str) -> Iterator[Job]:
+    for row in rows:
+        yield Job(f"{name} {row}", _frozen(DEFAULT_EPS), logits, (name, row), f"_{name}_kernel")
 
 
 def _frozen(eps: float) -> Line:
