@@ -5,9 +5,10 @@ EXTRAS := hf,qlora,triton,plot,bench,peers,dev
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # Other trainers, each in an environment over .venv: what is tested there.
-INTEGRATIONS ?= trl19 axolotl llamafactory
+INTEGRATIONS ?= trl19 axolotl llamafactory unsloth
 TESTS_trl19 := tests/integrations/test_trl.py tests/integrations/test_documented.py
 TESTS_llamafactory := tests/environments/test_llamafactory.py
+TESTS_unsloth := tests/environments/test_unsloth.py
 TESTS_axolotl := tests/environments/test_axolotl.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"

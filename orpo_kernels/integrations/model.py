@@ -27,7 +27,7 @@ from orpo_kernels.integrations.head import (
 from orpo_kernels.integrations.layout_check import check_layout
 from orpo_kernels.integrations.output import fused_output
 from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, HeadOverride
-from orpo_kernels.integrations.owners import head_owners
+from orpo_kernels.integrations.owners import head_owners, switches
 from orpo_kernels.integrations.token_ids import check_token_ids
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.options import validate_labels
@@ -363,7 +363,10 @@ def _shifted(name: str, labels: object) -> Tensor:
 def _others(model: nn.Module) -> str:
     """Who else has replaced functions of `model`, in words."""
     owners = [str(each) for each in head_owners(model) if each.name != "orpo_kernels"]
-    return ", ".join(owners) or "somebody who left no trace"
+    who = ", ".join(owners) or "somebody who left no trace"
+    # Of Unsloth's, some make its forwards return hidden states.
+    found = [f"{name}={value}" for name, value in switches().items() if "_RETURN_" in name]
+    return f"{who}, with {' and '.join(found)}" if found else who
 
 
 def _refuse_foreign_scale(labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
