@@ -1,7 +1,10 @@
 # Every target needs the environment and makes it first: `make demo` or `make test` can be the first command.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := hf,qlora,triton,plot,bench,peers,dev
+EXTRAS := hf,qlora,triton,plot,bench,peers,dev,dist,docs
+# Another build: `make setup TORCH='torch==2.13.0 --index-url ...'`
+TORCH ?= torch==2.13.0
+TORCH_VERSION ?= 2.13.0
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # Other trainers, each in an environment over .venv: what is tested there.
@@ -10,18 +13,22 @@ TESTS_trl19 := tests/integrations/test_trl.py tests/integrations/test_documented
 TESTS_llamafactory := tests/environments/test_llamafactory.py
 TESTS_unsloth := tests/environments/test_unsloth.py
 TESTS_axolotl := tests/environments/test_axolotl.py
+FAST := tests/csrc tests/engine tests/ops tests/test_architecture.py tests/test_loss.py tests/test_package.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: setup build wheel format check test test-integrations test-gpu kernels-report gpu-session demo bench bench-gpu clean
+.PHONY: setup build dist wheels try release-check format check docs test test-fast test-integrations test-gpu kernels-report gpu-session demo bench \
+	bench-gpu clean
 
 setup: .venv/.ready  ## the environment, from pinned versions
 
 .venv/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' wheel ninja numpy torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' wheel ninja numpy $(TORCH)
+	# PyPI's torch for Linux brings the one Triton that it works with; a CPU build brings none.
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install -q triton==3.9.0
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
@@ -33,11 +40,20 @@ setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafa
 build: setup  ## C++ in place; SAN=1: with address and undefined-behaviour sanitizers, and its tests
 	ORPO_KERNELS_EXTENSION=required $(BIN)/python setup.py -q build_ext --inplace --force
 ifeq ($(SAN),1)
-	$(SAN_ENV) $(BIN)/python -m pytest tests/csrc tests/engine/test_tiles.py tests/engine/test_co*.py -m "not slow" -p no:cacheprovider
+	$(SAN_ENV) $(BIN)/python -m pytest tests/csrc tests/engine/tiles -m "not slow" -p no:cacheprovider
 endif
 
-wheel: setup  ## one abi3 wheel for all supported Pythons and torch versions, in dist/
-	ORPO_KERNELS_EXTENSION=required $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+dist: setup  ## in dist/: source, wheel without C++, wheel for this machine; each installed anew and used
+	$(BIN)/python -m tools.dist
+
+wheels: setup  ## in dist/: what is published; the Linux wheel is built in a container (docker)
+	$(BIN)/python -m tools.dist --publish
+
+release-check:  ## TAG=v1.2.3: version.py, CHANGELOG.md and CITATION.cff agree
+	$(PYTHON) -m tools.release $(TAG)
+
+try:  ## what make dist does, with files that are there: FILES="dist/*.whl" PYTHON=python3.12 TORCH_VERSION=2.15.0: install anew and use them
+	$(PYTHON) -m tools.dist --try $(FILES) --python $(PYTHON) --torch $(TORCH_VERSION)
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
@@ -45,13 +61,23 @@ check: setup  ## lint, format, types
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*
 
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
+docs: setup  ## the documentation site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # -q would not count warnings
+
 test: setup  ## everything that needs no GPU, benchmarks once and small among it; a test per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks --benchmark-disable $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks --benchmark-disable --durations=20 $(WORKERS)
+
+test-fast: setup  ## on every change: the ops, the engine and the C++, without what takes long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -m "not slow and not gpu" $(WORKERS)
 
 test-integrations: setup $(INTEGRATIONS:%=setup-%)  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS
 	$(BIN)/python -m pytest tests/integrations/test_trl.py tests/integrations/test_liger.py tests/integrations/test_documented.py
