@@ -5,6 +5,7 @@ EXTRAS := hf,qlora,triton,plot,bench,peers,dev,dist,docs
 # Another build: `make setup TORCH='torch==2.13.0 --index-url ...'`
 TORCH ?= torch==2.13.0
 TORCH_VERSION ?= 2.13.0
+FILES ?= $(wildcard dist/*.whl dist/*.tar.gz)
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # Other trainers, each in an environment over .venv: what is tested there.
@@ -19,8 +20,8 @@ SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stackt
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: setup build dist wheels try release-check format check docs test test-fast test-integrations test-gpu kernels-report gpu-session demo bench \
-	bench-gpu clean
+.PHONY: setup build dist wheels try release-check format check docs test test-fast test-integrations test-gpu \
+	kernels-report gpu-session demo bench bench-gpu clean
 
 setup: .venv/.ready  ## the environment, from pinned versions
 
@@ -52,7 +53,7 @@ wheels: setup  ## in dist/: what is published; the Linux wheel is built in a con
 release-check:  ## TAG=v1.2.3: version.py, CHANGELOG.md and CITATION.cff agree
 	$(PYTHON) -m tools.release $(TAG)
 
-try:  ## what make dist does, with files that are there: FILES="dist/*.whl" PYTHON=python3.12 TORCH_VERSION=2.15.0: install anew and use them
+try:  ## FILES, as make dist tries them: PYTHON=python3.12 TORCH_VERSION=2.15.0
 	$(PYTHON) -m tools.dist --try $(FILES) --python $(PYTHON) --torch $(TORCH_VERSION)
 
 check: setup  ## lint, format, types
