@@ -9,10 +9,11 @@ FILES ?= $(wildcard dist/*.whl dist/*.tar.gz)
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # Other trainers, each in an environment over .venv: what is tested there.
-INTEGRATIONS ?= trl19 axolotl llamafactory unsloth
+INTEGRATIONS ?= trl19 axolotl llamafactory unsloth trackers
 TESTS_trl19 := tests/integrations/test_trl.py tests/integrations/test_documented.py
 TESTS_llamafactory := tests/environments/test_llamafactory.py
 TESTS_unsloth := tests/environments/test_unsloth.py
+TESTS_trackers := tests/environments/test_trackers.py
 TESTS_axolotl := tests/environments/test_axolotl.py
 FAST := tests/csrc tests/engine tests/ops tests/test_architecture.py tests/test_loss.py tests/test_package.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -33,7 +34,7 @@ setup: .venv/.ready  ## the environment, from pinned versions
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
-setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth
+setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth, trackers
 
 .venv-%/.ready: constraints/%.txt .venv/.ready
 	$(BIN)/python -m tests.environments.overlay $*

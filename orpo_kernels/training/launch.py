@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from orpo_kernels.training import report
 from orpo_kernels.training.checkpoints import last_complete_checkpoint
+from orpo_kernels.training.merging import merge_adapter
 from orpo_kernels.training.options import OptionError, Options
 from orpo_kernels.training.sources import (
     load_base_model,
@@ -27,7 +28,8 @@ def run(options: Options) -> dict[str, Any]:
     """Train, save, evaluate, report.
 
     `output_dir` then holds the model (or adapter) and tokenizer, `metrics.json`,
-    `trainer_state.json` with every logged value, and `report.png`.
+    `trainer_state.json` with every logged value, and `report.png`; with `merge_adapter`, the merged
+    model in `merged`. With `push_to_hub` transformers' own call pushes it.
 
     Args:
         options: of the run.
@@ -47,6 +49,10 @@ def run(options: Options) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     _evaluate_at_end(trainer)
+    if options.run.merge_adapter and trainer.is_world_process_zero():
+        hub_name = trainer.hub_model_id if options.training.push_to_hub else None
+        merged = merge_adapter(options, trainer.processing_class, hub_name)
+        _say(trainer, f"adapter and base model are merged in {merged}")
     seconds = time.monotonic() - started
     metrics = report.collect(trainer.state, result.metrics, seconds, trainer.args.device)
     if trainer.is_world_process_zero():

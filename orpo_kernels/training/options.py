@@ -131,11 +131,18 @@ class DataOptions:
 
 @dataclass
 class RunOptions:
-    """What to do about an earlier run in the output folder."""
+    """What to do about an earlier run in the output folder, and with the adapter of this one."""
 
     resume: bool = field(
         default=False,
         metadata={"help": "Continue the run in output_dir from its last complete checkpoint."},
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "At the end, merge the adapter into its base model, reloaded in `dtype` "
+            "without quantisation, and save that in output_dir/merged."
+        },
     )
 
 
@@ -224,6 +231,10 @@ def parse_options(argv: Sequence[str], *, elsewhere: bool = False) -> Options:
         model, data, run, training = _parse(parser, [*from_file, *flags])
     except OptionError as error:
         raise OptionError(_where(parser, from_file, path, error) + str(error)) from error
+    if run.merge_adapter and not model.use_peft:
+        raise OptionError(
+            "merge_adapter is for a run that trains an adapter; set use_peft: true, or leave it out"
+        )
     return Options(model, data, training, run)
 
 
