@@ -13,6 +13,9 @@ from orpo_kernels.integrations.transformers import FusedHead, fuse_head
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.training.config import ORPOConfig
 
+MODEL_TAGS = ["orpo", "orpo-kernels"]
+"""Of what is saved and pushed, for its model card."""
+
 _DROPOUTS = (
     "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "attn_dropout",
 )  # fmt: skip
@@ -72,7 +75,7 @@ def load_processing_class(model: nn.Module | None, args: ORPOConfig) -> Any:
 
 
 def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Module:
-    """Add adapters, make checkpointed inputs require gradients, switch dropout off.
+    """Add adapters, make checkpointed inputs require gradients, switch dropout off, tag the model.
 
     4-bit layers keep the layout that has a derivative, before anything runs the model.
 
@@ -101,6 +104,9 @@ def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mod
         _require_input_grads(model)
     if args.disable_dropout:
         _disable_dropout(model)
+    tag: Any = getattr(model, "add_model_tags", None)
+    if tag is not None:
+        tag(MODEL_TAGS)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 from trl.experimental.orpo import ORPOConfig as TRLConfig
+from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
-from orpo_kernels.training import ORPOConfig
+from orpo_kernels.training import ORPOConfig, ORPOTrainer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "arguments.md").read_text()
 
@@ -72,3 +74,15 @@ def test_what_is_refused() -> None:
 def test_a_refusal_names_the_argument(name: str) -> None:
     with pytest.raises(NotImplementedError, match=name):
         ORPOConfig("unused", use_cpu=True, **{name: REFUSED[name]})
+
+
+def test_the_page_says_which_methods_a_subclass_finds() -> None:
+    theirs = {
+        name for name, method in vars(TRLTrainer).items()
+        if not name.startswith("_") and inspect.isfunction(getattr(method, "__func__", method))
+    }  # fmt: skip
+    page = table("Methods of TRL's trainer")
+    assert set(page) == theirs
+    for name, (said,) in page.items():
+        assert (name in vars(ORPOTrainer)) == said.startswith("overridden")
+        assert hasattr(ORPOTrainer, name) == (not said.startswith("none"))

@@ -334,6 +334,11 @@ def test_peft_model_given_directly(tmp_path: Path) -> None:
         make(tmp_path, peft_config={"r": 2})
 
 
+def test_models_are_tagged(tmp_path: Path) -> None:
+    trainer = make(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert {"orpo", "orpo-kernels"} <= set(trainer.model.model_tags)
+
+
 def test_refused_arguments(tmp_path: Path) -> None:
     model, tokenizer = build("llama"), tiny_tokenizer()
     with pytest.raises(TypeError, match="args must be an ORPOConfig, got TrainingArguments"):
