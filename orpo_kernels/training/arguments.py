@@ -82,6 +82,17 @@ def adapt_arguments(args: ORPOConfig) -> None:
             args.n_gpu,
         )
         args._n_gpu = 1
+    if args.use_liger_kernel:
+        # Its loss would be put in the place of the model's forward, whose head is fused here.
+        args.liger_kernel_config = {
+            **(args.liger_kernel_config or {}),
+            "fused_linear_cross_entropy": False,
+            "cross_entropy": False,
+        }
+        logger.warning(
+            "use_liger_kernel: Liger's layers are used, and not its cross-entropy losses; the loss "
+            "is ORPO's, from the fused head"
+        )
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches is None:
         # One rank would read a stream for all and join batches, which are not of one length.
