@@ -40,8 +40,8 @@ TRL = "TRL ORPO"
 LAYOUTS = ("padded", "packed", "shared_prompt")
 IMPLEMENTATIONS = (TRL, *LAYOUTS)
 SMALL = {
-    "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 8192,
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8192,
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "tiny": Shape(Model("tiny", "llama", TINY, False, ())),
-    "small": Shape(Model("Llama, 6 layers of H 384, V 8,192", "llama", SMALL, False, ())),
+    "small": Shape(Model("Llama, 4 layers of H 256, V 8,192", "llama", SMALL, False, ())),
     "1b": Shape(Model("Llama-3.2-1B", "llama", LLAMA_1B, False, ())),
     "1b-flex": Shape(Model("Llama-3.2-1B", "llama", LLAMA_1B, False, ()), "flex_attention"),
     "1b-flex-4k": Shape(Model("Llama-3.2-1B", "llama", LLAMA_1B, False, ()), "flex_attention", 4),

@@ -31,7 +31,7 @@ from benchmarks.measure import Stopwatch
 
 PAIRS = (1, 2, 4)
 CASES = [(shape, pairs) for shape in PLANS[settings.device()] for pairs in PAIRS]
-PAIRS_IN_ALL = 8  # of a round, in batches of 1, 2 or 4
+PAIRS_IN_ALL = {"cpu": 4, "cuda": 8}  # of a round, in batches of 1, 2 or 4
 ROUNDS = 2
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of a loss; float32, and bfloat16 by autocast
 
@@ -48,7 +48,7 @@ def steps_of(made: dict[tuple[str, int], Steps]) -> Callable[[str, int], Steps]:
     def get(shape: str, pairs: int) -> Steps:
         if (shape, pairs) not in made:
             made.clear()
-            count = PAIRS_IN_ALL // pairs if shape != "tiny" else 2
+            count = PAIRS_IN_ALL[settings.device()] // pairs if shape != "tiny" else 2
             made[shape, pairs] = Steps(SHAPES[shape], pairs, count, settings.device())
         return made[shape, pairs]
 
