@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orpo_kernels import __version__
+from orpo_kernels import __version__, cli
 from tools import release
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +74,13 @@ def test_targets_are_made_and_find_their_files():
         assert list(ROOT.glob(path)), path
     for module in re.findall(r"python\S* -m ((?:tests|tools|benchmarks|examples)[\w.]+)", MAKEFILE):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_bug_reports_bring_what_is_needed():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    asked = {
+        field["attributes"]["label"]: field["validations"]["required"] for field in form["body"]
+    }
+    for command in ("env", "selftest --json"):
+        assert asked[f"Output of `orpo-kernels {command}`"]
+        assert command.split()[0] in cli._COMMANDS
