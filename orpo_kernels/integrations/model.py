@@ -130,7 +130,8 @@ class ModelOverride(ForwardOverride):
         if arguments.get("labels") is None:
             if arguments.get("nll_labels") is not None:
                 raise ValueError(
-                    "nll_labels came without labels: pass labels (B, T) to a fused model"
+                    "nll_labels came without labels: pass labels (B, T) to a fused model "
+                    "(label_smoothing_factor takes them out of a batch; it must be 0)"
                 )
             rest = {k: v for k, v in kwargs.items() if k not in _OWN_ARGUMENTS}
             return self._unfused(*args, **rest)
