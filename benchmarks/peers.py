@@ -7,6 +7,7 @@ padded batch. Nothing here is faster than its authors would make it, and nothing
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -84,17 +85,43 @@ def eager(workload: Workload) -> Forward:
     return _compact(workload, token_logps)
 
 
-def trl_chunked(workload: Workload) -> Forward:
-    """TRL's fused primitive (trl/kernels/chunked_logprob.py) with TRL's own chunk size."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK_SIZE
+def trl_chunked(*outputs: str) -> Callable[[Workload], Forward]:
+    """TRL's fused primitive (trl/kernels/chunked_logprob.py) with TRL's own chunk size.
 
-    def token_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(
-            hidden, workload.weight, None, targets, 1.0, CHUNK_SIZE, workload.softcap, 1.0, ()
-        )[0]
+    `outputs`: what else it computes, as `add_fused_lm_head(model, outputs=...)` asks it to.
+    """
 
-    return _compact(workload, token_logps)
+    def prepare(workload: Workload) -> Forward:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK_SIZE
+
+        def token_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+            return ChunkedLogProbFunction.apply(
+                hidden, workload.weight, None, targets, 1.0, CHUNK_SIZE, workload.softcap, 1.0,
+                outputs,
+            )[0]  # fmt: skip
+
+        return _compact(workload, token_logps)
+
+    return prepare
+
+
+def unsloth(workload: Workload) -> Forward:
+    """Unsloth's masked log-probs, which its ORPO trainer takes: in `make setup-unsloth` only."""
+    os.environ["UNSLOTH_IS_PRESENT"] = "1"  # without its main package it does not import
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())  # it writes on import
+    if not workload.hidden.is_cuda:
+        os.environ["UNSLOTH_ZOO_DISABLE_GPU_INIT"] = "1"
+    from unsloth_zoo.fused_losses import unsloth_masked_logprobs
+
+    labels = workload.union_labels
+    mask = labels != IGNORE_INDEX
+
+    def forward() -> Tensor:
+        logps = unsloth_masked_logprobs(workload.hidden, workload.weight, labels, mask=mask)
+        return orpo_math(logps.float(), workload)
+
+    return forward
 
 
 def cce(workload: Workload) -> Forward:

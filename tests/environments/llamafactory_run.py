@@ -9,15 +9,15 @@ import sys
 import types
 from pathlib import Path
 
+from tests.environments.page import after
+
 STUB = types.ModuleType("torchaudio")
 STUB.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
 sys.modules["torchaudio"] = STUB
 
 if __name__ == "__main__":
-    from llamafactory.train.tuner import run_exp
-
     if sys.argv[2:] == ["ours"]:
-        from orpo_kernels.integrations.llamafactory import patch_llamafactory
-
-        patch_llamafactory()
+        exec(after("LLaMA-Factory"))
+    else:
+        from llamafactory.train.tuner import run_exp
     run_exp(json.loads(Path(sys.argv[1]).read_text()))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.environments.page import after
 from tests.environments.runs import difference, save_adapter, save_conversations, save_model
 
 pytest.importorskip("axolotl", reason="needs the environment of make setup-axolotl")
@@ -27,7 +28,7 @@ CONFIG: dict[str, Any] = {
     "logging_steps": 1, "save_steps": 5, "bf16": False, "fp16": False, "tf32": False,
     "use_cpu": True, "attn_implementation": "eager", "special_tokens": {"pad_token": "<pad>"},
 }  # fmt: skip
-PLUGIN = {"plugins": ["orpo_kernels.integrations.axolotl.ORPOKernelsPlugin"]}
+PLUGIN = yaml.safe_load(after("Axolotl", "yaml"))
 CLASS = {"trainer_cls": "orpo_kernels.integrations.axolotl.ORPOTrainer"}
 
 

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.environments.page import after
+
 os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_ZOO_DISABLE_GPU_INIT": "1"}
 
 if __name__ == "__main__":
@@ -20,7 +22,7 @@ if __name__ == "__main__":
 
     base, rows, logs, *mode = sys.argv[1:]
     if mode == ["subclass"]:
-        from orpo_kernels.integrations.trl import ORPOTrainer
+        exec(after("Unsloth"))
     elif mode == ["patch"]:
         from orpo_kernels.integrations.trl import patch_trl
 
