@@ -105,7 +105,13 @@ def relative_errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
     return largest(error) / biggest, float(error.square().mean().sqrt()) / rms
 
 
-def rounded_once(what: str, actual: Tensor, truth: Tensor, exponent: float = 0.0) -> Figure:
+def rounded_once(
+    what: str,
+    actual: Tensor,
+    truth: Tensor,
+    exponent: float = 0.0,
+    summands: Tensor | None = None,
+) -> Figure:
     """The element nearest to its limit, or furthest beyond it.
 
     Args:
@@ -113,6 +119,8 @@ def rounded_once(what: str, actual: Tensor, truth: Tensor, exponent: float = 0.0
         actual: the result.
         truth: float64, on the CPU.
         exponent: size of the arguments of exp, when they are rounded: exp(z) is off by eps |z|.
+        summands: sums of the magnitudes of what is added in float32, in any order; 4 eps(float32)
+            is then of the largest of these, instead of the largest true value.
 
     Returns:
         The figure.
@@ -120,7 +128,8 @@ def rounded_once(what: str, actual: Tensor, truth: Tensor, exponent: float = 0.0
     info = torch.finfo(actual.dtype)
     error, size = (exact(actual) - truth).abs(), truth.abs()
     scale = size.amax().clamp(min=1e-30)
-    limit = (info.eps + exponent * EPS32) * size + 4 * EPS32 * scale
+    added = scale if summands is None else largest(summands)
+    limit = (info.eps + exponent * EPS32) * size + 4 * EPS32 * added
     limit += info.smallest_normal * info.eps  # one subnormal step
     worst = int(torch.where(error.isnan(), torch.inf, error / limit).argmax())
     return Figure(what, float(error.view(-1)[worst] / scale), float(limit.view(-1)[worst] / scale))

@@ -23,6 +23,9 @@ class Variant(NamedTuple):
     bias: bool = False
     rank: int = 0
     small_workspace: bool = False
+    peaked: bool = (
+        False  # four times the logits, of a head with a mean: what is lost of a tail shows
+    )
 
 
 KEPT = Variant("trainable head, E kept")
@@ -96,6 +99,8 @@ def problem(setting: Setting, variant: Variant) -> Problem:
     labels = [torch.randint(0, VOCABULARY, (ROWS,), generator=generator) for _ in range(2)]
     labels[0][::2] = (hidden @ weight.T).argmax(1)[::2]
     hidden[:2] = 8.0 * weight[labels[0][:2]]
+    if variant.peaked:
+        hidden, weight = 4.0 * hidden, weight + draw(HIDDEN) / HIDDEN**0.5
     labels[1] = torch.where(torch.rand(ROWS, generator=generator) < 0.5, labels[0], labels[1])
     for i, each in enumerate(labels):
         each[i + 3 :: 10] = IGNORE_INDEX

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES
 from orpo_kernels.engine import operands, policy, run
+from orpo_kernels.engine.gpu.model import Job
+from orpo_kernels.engine.gpu.plan import plan_scan
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.sparse import plan as plans
+from orpo_kernels.selftest import logps
 
 pytest.importorskip("triton")
 
+from orpo_kernels.kernels.live_columns import MOST_LIVE
 from orpo_kernels.kernels.scan import LOOKED
 from tests.kernels.dryrun import dryrun
 from tests.kernels.test_launches import CARDS, MIB, Events, H, N, V, _spans, outside
@@ -87,3 +92,16 @@ def test_a_head_that_is_cast_and_odd(started, head_dtype):
     forward, _, shape = started(90, 64, vocabulary=32_003, head_dtype=head_dtype)
     loop = list(expected(shape, 32_003, cast=cast))
     outside(forward[forward.index("first_estimate") :], loop)
+
+
+@pytest.mark.parametrize("architecture", CARDS)
+@pytest.mark.parametrize(("item", "wide"), [(4, 4), (2, 4), (2, 2)])
+def test_the_self_test_looks_at_whole_rows_on_every_card(architecture, item, wide):
+    # In one block of the vocabulary which row blocks are dense is a matter of the inputs alone:
+    # what the self-test compares with (`selftest/sparse.py`, `_dense`).
+    job = Job(logps.ROWS, logps.VOCABULARY, logps.HIDDEN, item=item, wide=wide)
+    shape, _ = plan_scan(job, 2, DEFAULT_WORKSPACE_BYTES, CARDS[architecture])
+    assert shape.columns == logps.VOCABULARY <= LOOKED
+    assert shape.rows >= logps.ROWS
+    assert shape.listed >= logps.VOCABULARY // MOST_LIVE
+    assert shape.slots >= 2 * logps.VOCABULARY // 5  # "peaked" keeps a sixth

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from orpo_kernels.engine.sparse import scan_loop
 from orpo_kernels.kernels import has_slots
 from orpo_kernels.selftest import schedule, sparse
 from orpo_kernels.selftest.figures import Setting
@@ -31,3 +32,13 @@ def test_they_tell_slots_from_entries_kept_by_row(monkeypatch):
         lambda *given, in_slots, frozen: definition(*given, in_slots=False, frozen=frozen),
     )
     assert failures(torch.float32) == {"linear_logps_sparse"}
+
+
+def test_they_find_a_tail_that_a_frozen_head_loses(monkeypatch):
+    as_on_a_gpu(monkeypatch, widens=True)
+    right = scan_loop.tail_product
+    monkeypatch.setattr(scan_loop, "tail_product", lambda *given: torch.zeros_like(right(*given)))
+    setting = Setting(torch.device("cpu"), torch.float32)
+    cases = [case for case in sparse.cases(setting) if case.name.startswith("frozen")]
+    checks, _ = schedule.run(cases, setting.device, 1, None)
+    assert {check.case for check in checks if not check.passed} == {"frozen head, peaked"}
