@@ -20,7 +20,7 @@ from torch import Tensor
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import log_add
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.scan import NEVER
+from orpo_kernels.kernels.scan import NEVER, SPANS, add_spans
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
 from orpo_kernels.kernels.tuning import row_of
@@ -63,27 +63,6 @@ def _first_estimate_kernel(
     tl.store(rows_ptr + M + row, z * 0.0 + _LOWEST, mask=exists)
     tl.store(rows_ptr + 2 * M + row, z, mask=exists)
     tl.store(rows_ptr + 3 * M + row, z * 0.0, mask=exists)
-
-
-@triton.jit
-def _sum_of_spans(partial_ptr, row, exists, R, spans, HAS_SOFTCAP: tl.constexpr):
-    """Reference, sum and sum of E r of rows, from those of the spans."""
-    top = row * 0.0 + _LOWEST
-    total, sloped = row * 0.0, row * 0.0
-    for span in range(spans):
-        at = partial_ptr + span * R + row
-        reference = tl.load(at, mask=exists, other=0.0)
-        s = tl.load(at + spans * R, mask=exists, other=0.0)
-        higher = tl.where(s > 0, tl.maximum(top, reference), top)
-        before = tl.exp2(top - higher)
-        share = tl.exp2(tl.where(s > 0, reference - higher, 0.0))
-        total = total * before + s * share
-        u = s
-        if HAS_SOFTCAP:
-            u = tl.load(at + 2 * spans * R, mask=exists, other=0.0)
-        sloped = sloped * before + u * share
-        top = higher
-    return top, total, sloped
 
 
 @triton.jit
@@ -166,6 +145,7 @@ def _live_columns_kernel(
     counts_ptr, losses_ptr,  # (B, S) int32, float32
     first_row, R, C, index, spans, M, most, listed, capacity, allocated, most_lost,
     HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
+    SPANS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
@@ -192,7 +172,12 @@ def _live_columns_kernel(
     had_sum = tl.load(heads_ptr + block, mask=later, other=0)
     had_sum += tl.load(heads_ptr + 3 * blocks + block, mask=later, other=0)
 
-    top, total, sloped = _sum_of_spans(partial_ptr, lane, exists, R, spans, HAS_SOFTCAP)
+    zero = tl.zeros((ROWS,), tl.float32)
+    top, total, sloped = add_spans(
+        partial_ptr, lane, exists, R, spans, zero + _LOWEST, zero, zero, HAS_SOFTCAP, SPANS
+    )
+    if not HAS_SOFTCAP:
+        sloped = total
     old = tl.load(rows_ptr + M, mask=exists, other=_LOWEST)
     s = tl.load(state_ptr + M, mask=exists, other=0.0)
     looked = tl.load(rows_ptr + 3 * M, mask=exists, other=0.0)
@@ -246,7 +231,7 @@ class LiveColumns:
             row,
             {
                 "HAS_SOFTCAP": inputs.softcap is not None, "ROWS": COMPACT_ROWS,
-                "BLOCK_B": _COUNTED[0], "BLOCK_S": _COUNTED[1],
+                "BLOCK_B": _COUNTED[0], "BLOCK_S": _COUNTED[1], "SPANS": SPANS,
             },
         )  # fmt: skip
         self.state, self.last = state, (

@@ -1,7 +1,7 @@
 """The live columns of a tile to slots, and what it drops to the sums of the tail.
 
     slot_k[t] = E_tv r_tv scale / 2^reference_t,  v = column k of the list of 64 rows, bfloat16
-    mass_t    = sum of the slots of a span, as rounded
+    mass_t   <- factor_t mass_t + sum of the slots of a span, as rounded
     tail_gv  += sum over row blocks that are not dense of the column sums of `scan`
 
 A program has 64 rows and a span of columns: it lists the live ones at the place that the counts
@@ -22,6 +22,7 @@ from orpo_kernels.kernels.start import Start
 from orpo_kernels.kernels.tuning import VECTOR, row_of
 
 _COUNTED = 128  # counts a program looks at together
+_ADDED = 8  # row blocks whose sums it adds at once
 
 
 @triton.jit
@@ -32,23 +33,36 @@ def reference_of(rows_ptr, exists, M):
 
 
 @triton.jit
-def _add_tails(tail_ptr, tails_ptr, heads_ptr, column, blocks, pitch, C, V, GROUPS: tl.constexpr):
+def _add_tails(
+    tail_ptr, tails_ptr, heads_ptr, column, blocks, pitch, C, V, GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """To the sums of columns those of row blocks, a few at once, always the same ones."""
     for group in tl.static_range(GROUPS):
         out = tail_ptr + group * V + column
         total = tl.load(out, mask=column < C, other=0.0)
-        for block in range(blocks):
-            end = tl.where(tl.load(heads_ptr + block) > 0, 0, C)
-            at = tails_ptr + tl.cast(block * GROUPS + group, tl.int64) * pitch + column
-            total += tl.load(at, mask=column < end, other=0.0)
+        for start in range(0, blocks, BLOCKS):
+            block = start + tl.arange(0, BLOCKS)
+            dense = tl.load(heads_ptr + block, mask=block < blocks, other=1)
+            at = tails_ptr + (block * GROUPS + group).to(tl.int64)[:, None] * pitch
+            inside = (dense == 0)[:, None] & (column < C)[None, :]
+            total += tl.sum(tl.load(at + column[None, :], mask=inside, other=0.0), 0)
         tl.store(out, total, mask=column < C)
 
 
 @triton.jit
-def _rescale(
-    slots_ptr, mass_ptr, addresses_ptr, lane, factor, exists, entries, spans_before, R,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Slots and masses of earlier blocks times a power of two by row."""
+def _count_before(counts_ptr, span, BLOCK: tl.constexpr):
+    """Live columns of the spans before this one."""
+    before = 0
+    for start in range(0, span, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        before += tl.sum(tl.load(counts_ptr + other, mask=other < span, other=0), 0)
+    return before
+
+
+@triton.jit
+def _rescale(slots_ptr, addresses_ptr, factor, entries, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Slots of earlier blocks times a power of two by row."""
     for start in range(0, entries, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         at = tl.load(addresses_ptr + k, mask=k < entries, other=0).to(tl.int64)
@@ -56,15 +70,12 @@ def _rescale(
         mine = (k < entries)[:, None]
         slot = tl.load(at, mask=mine, other=0.0).to(tl.float32) * factor[None, :]
         tl.store(at, slot.to(tl.bfloat16), mask=mine)
-    for span in range(spans_before):
-        at = mass_ptr + tl.cast(span, tl.int64) * R + lane
-        tl.store(at, tl.load(at, mask=exists, other=0.0) * factor, mask=exists)
 
 
 @triton.jit(
     do_not_specialize=[
-        "first_row", "R", "C", "first_column", "blocks", "spans", "spans_before", "listed",
-        "stride_logits", "M", "V", "ratio", "log2_scale", "logit_scale",
+        "first_row", "R", "C", "first_column", "blocks", "index", "width", "spans", "masses",
+        "listed", "stride_logits", "M", "V", "ratio", "log2_scale", "logit_scale",
     ],
     do_not_specialize_on_alignment=[
         "mass_ptr", "columns_ptr", "addresses_ptr", "tail_ptr", "heads_ptr", "counts_ptr",
@@ -73,7 +84,7 @@ def _rescale(
 )  # fmt: skip
 def _pack_slots_kernel(
     slots_ptr,  # (slots, ROWS) bfloat16
-    mass_ptr,  # (T, R) float32
+    mass_ptr,  # (S, R) float32
     columns_ptr, addresses_ptr,  # (B, P) int32
     tail_ptr,  # (G, V) float32
     tails_ptr,  # (B, G, S SPAN) float32
@@ -82,53 +93,43 @@ def _pack_slots_kernel(
     factor_ptr, rows_ptr,  # (R,), (4, M) float32
     logits_ptr,  # (R, C)
     bias_ptr,  # (V,)
-    first_row, R, C, first_column, blocks, spans, spans_before, listed, stride_logits, M, V,
-    ratio, log2_scale, logit_scale,
+    first_row, R, C, first_column, blocks, index, width, spans, masses, listed, stride_logits,
+    M, V, ratio, log2_scale, logit_scale,
     GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    TAIL: tl.constexpr, VECTOR: tl.constexpr,
+    TAIL: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if pid >= spans * blocks:
-        column = (pid - spans * blocks) * TAIL + tl.arange(0, TAIL)
+    width = width // TILE * TILE  # which the compiler then sees
+    if pid >= masses * blocks:
+        column = (pid - masses * blocks) * TAIL + tl.arange(0, TAIL)
         _add_tails(
-            tail_ptr + first_column,
-            tails_ptr,
-            heads_ptr,
-            column,
-            blocks,
-            spans * SPAN,
-            C,
-            V,
-            GROUPS,
-        )
+            tail_ptr + first_column, tails_ptr, heads_ptr, column, blocks, spans * width, C, V,
+            GROUPS, BLOCKS,
+        )  # fmt: skip
         return
-    span = pid % spans
-    block = pid // spans
+    span = pid % masses
+    block = pid // masses
     lane = block * ROWS + tl.arange(0, ROWS)
     exists = lane < R
     columns_ptr += block.to(tl.int64) * listed
     addresses_ptr += block.to(tl.int64) * listed
     first_entry = tl.load(heads_ptr + blocks + block)
+    factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
     if (span == 0) & (tl.load(heads_ptr + 4 * blocks + block) > 0):
-        factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
-        _rescale(
-            slots_ptr, mass_ptr, addresses_ptr, lane, factor, exists, first_entry, spans_before, R,
-            ROWS, BLOCK_K,
-        )  # fmt: skip
+        _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
 
-    count = tl.load(counts_ptr + block * spans + span)
+    count = tl.load(counts_ptr + block * spans + span, mask=span < spans, other=0)
     count = tl.where(tl.load(heads_ptr + block) > 0, 0, count)
-    mass = tl.zeros((ROWS,), tl.float32)
+    at_mass = mass_ptr + span.to(tl.int64) * R + lane
+    filled = tl.where(index > 0, R, 0)  # of a chunk's first block nothing was written before
+    mass = tl.load(at_mass, mask=lane < filled, other=0.0) * factor
     if count > 0:
-        before = 0
-        for start in range(0, span, BLOCK_S):
-            other = start + tl.arange(0, BLOCK_S)
-            counted = tl.load(counts_ptr + block * spans + other, mask=other < span, other=0)
-            before += tl.sum(counted, 0)
-        column = span * SPAN + tl.arange(0, SPAN)
-        marks = live_ptr + block.to(tl.int64) * (spans * SPAN) + column
-        live = tl.load(marks, mask=column < C, other=0).to(tl.int32)
+        before = _count_before(counts_ptr + block * spans, span, BLOCK_S)
+        column = span * width + tl.arange(0, SPAN)
+        marks = live_ptr + block.to(tl.int64) * (spans * width) + column
+        in_span = (column < C) & (tl.arange(0, SPAN) < width)
+        live = tl.load(marks, mask=in_span, other=0).to(tl.int32)
         place = before + tl.cumsum(live, 0) - live
         first_slot = tl.load(heads_ptr + 2 * blocks + block)
         entry = first_entry + place
@@ -153,8 +154,7 @@ def _pack_slots_kernel(
             slot_at = (first_slot + before + k).to(tl.int64)[:, None] * ROWS
             slot_at = slots_ptr + slot_at + tl.arange(0, ROWS)[None, :]
             tl.store(slot_at, slot, mask=(k < count)[:, None])
-    at = mass_ptr + (spans_before + span).to(tl.int64) * R + lane
-    tl.store(at, mass, mask=exists)
+    tl.store(at_mass, mass, mask=exists)
 
 
 class PackSlots:
@@ -177,7 +177,8 @@ class PackSlots:
                 "HAS_SOFTCAP": inputs.softcap is not None,
                 "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "ROWS": COMPACT_ROWS,
                 "SPAN": state.row.block * state.row.depth, "BLOCK_K": row.depth,
-                "BLOCK_S": _COUNTED, "TAIL": row.block, "VECTOR": VECTOR,
+                "BLOCK_S": _COUNTED, "TAIL": row.block, "BLOCKS": _ADDED, "TILE": state.row.depth,
+                "VECTOR": VECTOR,
             },
         )  # fmt: skip
         scale = float(inputs.logit_scale)
@@ -191,8 +192,8 @@ class PackSlots:
         (start, stop), (v0, v1) = rows, columns
         blocks, spans = triton.cdiv(stop - start, COMPACT_ROWS), self.state.spans(v1 - v0)
         tails = triton.cdiv(v1 - v0, self.tail_block)
-        before = index * self.state.spans(self.state.shape.columns)
+        masses = self.state.mass.shape[0]
         self.start(
-            spans * blocks + tails, start, stop - start, v1 - v0, v0, blocks, spans, before,
-            *self.last,
+            masses * blocks + tails, start, stop - start, v1 - v0, v0, blocks, index,
+            self.state.tiles * self.state.row.depth, spans, masses, *self.last,
         )  # fmt: skip

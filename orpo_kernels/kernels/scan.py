@@ -10,7 +10,7 @@ As no estimate is above the true logarithm, every entry of the softmax gradient 
 column. The estimate is the labels' exponentials, what earlier blocks have shown, and, of a chunk's
 first block, a look of its own at the first columns (`LOOK`), which gives sums alone.
 
-R rows in B blocks of 64; a program reads a span of columns, S spans. Exponents are to base 2. Sums
+R rows in B blocks of 64; a program reads a span of columns, S spans, L of a look. Exponents are to base 2. Sums
 are kept by element over the tiles of a span and reduced once; only where an estimate is so far too
 low that they leave float32 is the span read again, against the maxima of its rows. Labels' logits
 become -inf once per row, instead of a comparison per logit. Float32 arithmetic, no atomics. Bytes:
@@ -34,6 +34,10 @@ LOOKED = 8192
 NEVER = tl.constexpr(1e30)
 """Estimate of a row that keeps and drops nothing: every exponential is 0 against it."""
 
+SPANS = 16
+"""Spans whose sums a program adds at once."""
+
+_LOWEST = tl.constexpr(-1e30)  # a reference where there is nothing
 _FAR_TOO_LOW = tl.constexpr(2.0**64)  # a row's sum from which on its estimate is
 
 
@@ -77,17 +81,25 @@ def _tile(
 
 
 @triton.jit
-def _raised(estimate, looks_ptr, row, exists, R, looks):
-    """Estimates, raised by the sums of a look."""
-    top, total = estimate, estimate * 0.0 + 1.0
-    for span in range(looks):
-        reference = tl.load(looks_ptr + span * R + row, mask=exists, other=0.0)
-        s = tl.load(looks_ptr + (looks + span) * R + row, mask=exists, other=0.0)
-        higher = tl.where(s > 0, tl.maximum(top, reference), top)
-        shift = tl.where(s > 0, reference - higher, 0.0)
-        total = total * tl.exp2(top - higher) + s * tl.exp2(shift)
+def add_spans(partial_ptr, row, exists, R, spans, top, total, sloped, SLOPED: tl.constexpr,
+    SPANS: tl.constexpr,
+):  # fmt: skip
+    """To sums of rows relative to `top` those of spans: the new reference, both sums."""
+    for start in range(0, spans, SPANS):
+        span = start + tl.arange(0, SPANS)
+        inside = exists[:, None] & (span < spans)[None, :]
+        at = partial_ptr + span[None, :] * R + row[:, None]
+        reference = tl.load(at, mask=inside, other=0.0)
+        s = tl.load(at + spans * R, mask=inside, other=0.0)
+        reference = tl.where(s > 0, reference, _LOWEST)
+        higher = tl.maximum(top, tl.max(reference, 1))
+        before, share = tl.exp2(top - higher), tl.exp2(reference - higher[:, None])
+        total = total * before + tl.sum(s * share, 1)
+        if SLOPED:
+            u = tl.load(at + 2 * spans * R, mask=inside, other=0.0)
+            sloped = sloped * before + tl.sum(u * share, 1)
         top = higher
-    return top + tl.log2(total)
+    return top, total, sloped
 
 
 @triton.jit
@@ -158,8 +170,8 @@ def _drop(
 
 @triton.jit(
     do_not_specialize=[
-        "first_row", "R", "C", "first_column", "spans", "looks", "stride_logits", "M", "threshold",
-        "ratio", "log2_scale",
+        "first_row", "R", "C", "first_column", "tiles", "spans", "looks", "stride_logits", "M",
+        "threshold", "ratio", "log2_scale",
     ],
     do_not_specialize_on_alignment=[
         "partial_ptr", "looks_ptr", "counts_ptr", "losses_ptr", "rows_ptr", "labels_ptr",
@@ -177,10 +189,10 @@ def _scan_kernel(
     rows_ptr,  # (4, M) float32, of which the first is the estimate
     bias_ptr,  # (V,)
     labels_ptr, second_ptr, groups_ptr,  # (M,) int64
-    first_row, R, C, first_column, spans, looks, stride_logits, M, threshold, ratio, log2_scale,
+    first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, ratio, log2_scale,
     LOOK: tl.constexpr, GROUPS: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0) % spans
     block = tl.program_id(0) // spans
@@ -189,8 +201,8 @@ def _scan_kernel(
     exists = row < R
     stride = whole_vectors(stride_logits, True, VECTOR)
     logits_ptr += (block * ROWS).to(tl.int64) * stride
-    begin = span * TILES
-    end = tl.minimum(begin + TILES, tl.cdiv(C, COLUMNS))
+    begin = span * tiles
+    end = tl.minimum(begin + tiles, tl.cdiv(C, COLUMNS))
 
     own = (begin * COLUMNS, tl.minimum(end * COLUMNS, C))
     here = (row + first_row, exists, stride, first_column)
@@ -201,7 +213,10 @@ def _scan_kernel(
 
     estimate = tl.load(rows_ptr + first_row + row, mask=exists, other=NEVER)
     if not LOOK:
-        estimate = _raised(estimate, looks_ptr, row, exists, R, looks)
+        estimate, looked, _u = add_spans(
+            looks_ptr, row, exists, R, looks, estimate, estimate * 0.0 + 1.0, 0.0, False, SPANS
+        )
+        estimate += tl.log2(looked)
     in_second = _in_second(groups_ptr, first_row + row, exists, GROUPS)
     # A row that is not there reads the last one, against an estimate of 1e30.
     offs = tl.minimum(lane, R - 1 - block * ROWS)[:, None] * stride
@@ -209,7 +224,7 @@ def _scan_kernel(
     sloped = sums
     lost = tl.zeros((COLUMNS,), tl.float32)
     count = tl.zeros((COLUMNS,), tl.int32)
-    pitch = spans * (TILES * COLUMNS)
+    pitch = spans * tiles * COLUMNS
     for tile in tl.range(begin, end, num_stages=STAGES):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         e, u = _tile(
@@ -266,8 +281,8 @@ class Scan:
                 {
                     "LOOK": look, "GROUPS": state.group_count, **inputs.options,
                     "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "RAGGED": ragged,
-                    "ROWS": COMPACT_ROWS, "TILES": self.row.block, "COLUMNS": self.row.depth,
-                    "STAGES": self.row.stages, "VECTOR": VECTOR,
+                    "ROWS": COMPACT_ROWS, "COLUMNS": self.row.depth, "STAGES": self.row.stages,
+                    "SPANS": SPANS, "VECTOR": VECTOR,
                 },
             )  # fmt: skip
 
@@ -282,10 +297,13 @@ class Scan:
         blocks, looks = triton.cdiv(stop - start, COMPACT_ROWS), 0
         if v0 == 0:
             looked = min(v1, LOOKED)
-            looks = self.state.spans(looked)
+            looks, tiles = self.state.look_spans(looked), self.state.look_tiles
             self.look(
-                looks * blocks, start, stop - start, looked, v0, looks, 0, *self.last
+                looks * blocks, start, stop - start, looked, v0, tiles, looks, 0, *self.last
             )  # fmt: skip
         spans = self.state.spans(v1 - v0)
         scan = self.ragged if (v1 - v0) % self.row.depth else self.whole
-        scan(spans * blocks, start, stop - start, v1 - v0, v0, spans, looks, *self.last)
+        scan(
+            spans * blocks, start, stop - start, v1 - v0, v0, self.state.tiles, spans, looks,
+            *self.last,
+        )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the kernels of the sparse forward hand on from launch to launch: memory taken once a call.
 
-R rows of a chunk in B blocks of 64, M scored rows; S spans of a vocabulary block, T of all blocks;
+R rows of a chunk in B blocks of 64, M scored rows; S spans of a vocabulary block, L of a look;
 G groups. Entries kept of a chunk are *slots*: 64 bfloat16 values of a column, one for each row of a
 block, in one pool; a list by row block says of which columns they are and where they lie. Of the
 second half of a pair of rows in `ends`, `used` the number of the vocabulary block decides, so that a
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.segment_store import ScanShape, span_columns
 from orpo_kernels.kernels.tuning import Row, row_of
 
 _LOG2_E = 1.4426950408889634
@@ -40,11 +40,13 @@ class ScanState(NamedTuple):
     columns: Tensor  # (B, P) int32: of entries, counted from the first of the vocabulary
     addresses: Tensor  # (B, P) int32: of their slots, in units of 16 bytes
     slots: Tensor  # (slots, 64) bfloat16
-    mass: Tensor  # (T, R) float32: sums of the slots of a span
+    mass: Tensor  # (S, R) float32: sums of the slots of a span, over the vocabulary blocks
     sums: Tensor  # (64 (B + E), H + r) float32: products of the row blocks, and of further pieces
     entries: Tensor  # (M / 64,) int64: how many of a row block's were kept
     tail: Tensor  # (G, V) float32
     row: Row  # of the table, for the scan
+    tiles: int  # of a program of the scan, that make a span
+    look_tiles: int  # of a look
     shape: ScanShape
 
     @property
@@ -54,7 +56,11 @@ class ScanState(NamedTuple):
 
     def spans(self, columns: int) -> int:
         """Spans of so many columns."""
-        return -(-columns // (self.row.block * self.row.depth))
+        return -(-columns // (self.tiles * self.row.depth))
+
+    def look_spans(self, columns: int) -> int:
+        """Those of a look."""
+        return -(-columns // (self.look_tiles * self.row.depth))
 
     def numbers(self, inputs: Inputs) -> tuple[float, float]:
         """Ratio and scale of the exponents, as `exponentials` takes them."""
@@ -75,6 +81,11 @@ def scan_row(inputs: Inputs) -> Row:
     return row_of(name, inputs.wide, inputs.labels.device)
 
 
+def _tiles(row: Row, row_blocks: int, columns: int) -> int:
+    """Tiles of a program, at most those of the table."""
+    return min(row.block, -(-span_columns(row_blocks, columns) // row.depth))
+
+
 def scan_state(
     inputs: Inputs, shape: ScanShape, groups: Tensor | None, tail: Tensor, pitch: int, looked: int
 ) -> ScanState:
@@ -91,11 +102,12 @@ def scan_state(
     Returns:
         The memory, of which nothing is filled.
     """
-    row, M, V = scan_row(inputs), inputs.labels.shape[0], inputs.weight[0].shape[0]
-    span, R = row.block * row.depth, shape.rows
-    B, S, G = -(-R // COMPACT_ROWS), -(-shape.columns // span), tail.shape[0]
-    sums, looks = 2 if inputs.softcap is None else 3, -(-min(looked, shape.columns) // span)
-    blocks = -(-V // shape.columns)
+    row, M = scan_row(inputs), inputs.labels.shape[0]
+    R, G, looked = shape.rows, tail.shape[0], min(looked, shape.columns)
+    B = -(-R // COMPACT_ROWS)
+    tiles, look_tiles = _tiles(row, B, shape.columns), _tiles(row, B, looked)
+    span, sums = tiles * row.depth, 2 if inputs.softcap is None else 3
+    S, looks = -(-shape.columns // span), -(-looked // (look_tiles * row.depth))
     new = inputs.labels.new_empty
 
     def floats(*sizes: int) -> Tensor:
@@ -110,7 +122,7 @@ def scan_state(
         groups if G == 2 else None, floats(sums, S, R), floats(sums, looks, R),
         new((B, S * span), dtype=torch.int8), whole(B, S), floats(B, S), floats(B, G, S * span),
         floats(B), whole(5, B), whole(2, B), whole(2), columns, addresses,
-        new((shape.slots, COMPACT_ROWS), dtype=torch.bfloat16), floats(blocks * S, R),
+        new((shape.slots, COMPACT_ROWS), dtype=torch.bfloat16), floats(S, R),
         floats(COMPACT_ROWS * (B + shape.pieces), inputs.columns),
-        inputs.labels.new_zeros(-(-M // COMPACT_ROWS)), tail, row, shape,
+        inputs.labels.new_zeros(-(-M // COMPACT_ROWS)), tail, row, tiles, look_tiles, shape,
     )  # fmt: skip

@@ -17,6 +17,10 @@ SEGMENT_COLUMNS = 64
 
 _ALIGNMENT = 16
 
+# Columns that a program of the sparse forward's look sees one after the other, at most; of one of
+# its tiles; and programs that fill a large card.
+_MOST_SPAN, _SPAN_STEP, _PROGRAMS = 1024, 64, 640
+
 
 class ScanShape(NamedTuple):
     """Shape of a sparse forward: tiles, and the room for what is kept of a chunk of rows.
@@ -30,6 +34,15 @@ class ScanShape(NamedTuple):
     slots: int
     listed: int
     pieces: int
+
+
+def span_columns(row_blocks: int, columns: int) -> int:
+    """Columns of a program of the look, of so many blocks of rows: fewer where few programs would run.
+
+    By the shape, not by the device: the order of sums, and with it their last bit, depends on it.
+    """
+    tiles = row_blocks * columns // (_SPAN_STEP * _PROGRAMS)
+    return min(_MOST_SPAN, _SPAN_STEP * max(1, tiles))
 
 
 class Slots(NamedTuple):

@@ -64,7 +64,7 @@ def scan_launches() -> Yielded:
 
     def dropped():
         given = _given(torch.bfloat16, torch.float32, True)
-        DroppedRows(given, state_of(given), _state(given), _cuda(N))(0, M, 9)
+        DroppedRows(given, state_of(given), _state(given), _cuda(N))(0, M)
 
     yield "dropped_rows", "dropped_rows", torch.float32, dropped, narrow
 

@@ -20,7 +20,7 @@ from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.budget import Sizes
 from orpo_kernels.engine.gpu.card import Card
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep, pitch
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.segment_store import ScanShape, span_columns
 
 _SLOWER_FLOAT32 = 12.0  # than 16-bit operands, without TensorFloat-32
 # Rows and columns of the output tiles of GEMMs, and their share of the rate.
@@ -29,9 +29,9 @@ _SPLIT_SHARE = 0.92  # of the rate: a product split over its sum, which fills an
 _RAMP = 0.1  # of the time of an output tile: what a GEMM takes to begin and to end
 _WHOLE = 1.08  # of the parts' sum: a tile of the whole vocabulary, which no cache holds
 
-# Of a sparse forward: columns that a program looks at, and that a chunk's first look has; the share
-# of the bandwidth that a look reaches; launches after it, and what such a small one takes.
-_SPAN, _LOOKED = 1024, 8192
+# Of a sparse forward: columns that a chunk's first look has; the share of the bandwidth that a look
+# reaches; launches after it, and what such a small one takes.
+_LOOKED = 8192
 _SCANNED = 0.75
 _SCAN_LAUNCHES, _SMALL_S = 3, 2.5e-6
 
@@ -152,16 +152,17 @@ def scan_bytes(job: Job, shape: ScanShape, groups: int) -> int:
     """What a sparse forward allocates beside its results, the sums of the tail among it."""
     rows, columns, slots, listed, pieces = shape
     blocks = math.ceil(rows / COMPACT_ROWS)
-    per_span = math.ceil(columns / _SPAN) + _LOOKED / _SPAN
-    tile = rows * pitch(columns) * job.wide + rows * math.ceil(12 * per_span)
+    span, looked = span_columns(blocks, columns), min(_LOOKED, columns)
+    spans, looks = math.ceil(columns / span), math.ceil(looked / span_columns(blocks, looked))
+    # Logits; references and sums of spans and looks; masses.
+    tile = rows * (pitch(columns) * job.wide + 12 * (spans + looks) + 4 * spans)
     # Which columns are live, sums of what is dropped, counts and losses.
-    marks = blocks * pitch(columns + _SPAN) * (1 + 4 * groups) + 8 * blocks * math.ceil(per_span)
+    marks = blocks * pitch(columns + span) * (1 + 4 * groups) + 8 * blocks * spans
     kept = 2 * COMPACT_ROWS * slots + 8 * blocks * listed
-    masses = 4 * rows * math.ceil(job.vocabulary / columns) * math.ceil(columns / _SPAN)
     sums = 4 * (blocks + pieces) * COMPACT_ROWS * job.columns
     gathered = rows * job.row_bytes if job.gathers else 0
     state = _state_bytes(job) + 24 * job.rows + 4 * groups * job.vocabulary
-    return state + tile + marks + kept + masses + sums + gathered + _head_bytes(job, columns)
+    return state + tile + marks + kept + sums + gathered + _head_bytes(job, columns)
 
 
 def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:

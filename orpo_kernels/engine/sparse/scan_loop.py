@@ -65,8 +65,6 @@ def forward(
         finish = FinishRows(inputs, sums, Sums(state.sums, None), out.statistics, (out.g, out.g_r))
         dropped = DroppedRows(inputs, state, sums, out.statistics[7])
         views = TileViews(Tiles(state.logits, None, shape.columns))
-        v0, v1 = head.blocks[-1]
-        spans_of_all = (len(head.blocks) - 1) * state.spans(shape.columns) + state.spans(v1 - v0)
         for rows in spans((0, inputs.labels.shape[0]), shape.rows):
             x = hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
@@ -81,6 +79,6 @@ def forward(
                     part(rows, columns)
             gather(rows[1] - rows[0])
             finish(*rows, 0, 1)
-            dropped(*rows, spans_of_all)
+            dropped(*rows)
         product = tail_product(inputs.weight, tail.sums, inputs.dtype)
         return state.entries.sum(0, keepdim=True), product
