@@ -159,8 +159,10 @@ def _added_mask(rows: Rows, window: int | None, chunk: int | None, dtype: torch.
 def _block_mask(rows: Rows, window: int | None, chunk: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    bare = rows._replace(starts=(), unshared=0)  # numbers that a compiler would compile for
+
     def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return sees(rows, row, q, k, window, chunk)
+        return sees(bare, row, q, k, window, chunk)
 
     count, length = rows.tokens.shape
     device = rows.tokens.device

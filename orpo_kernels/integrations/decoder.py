@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from orpo_kernels.integrations.attention import (
+    DENSE,
+    FLEX,
     attention_arguments,
     attention_of,
     attention_scale,
@@ -60,7 +62,7 @@ class RowsCall:
         self.name = type(model).__name__
         refuse_unless_known(self.decoder, self.name, layout)
         per_token = _per_token(arguments, shape)
-        self.rows = _laid_out(self.decoder, layout, per_token, arguments.get("attention_mask"))
+        self.rows = laid_out(self.decoder, layout, per_token, arguments.get("attention_mask"))
         self.terms = _terms(self.rows)
         self.is_done = False
 
@@ -179,12 +181,15 @@ def _terms(rows: Rows) -> dict[str, Tensor]:
     }
 
 
-def _laid_out(
+def laid_out(
     decoder: nn.Module, layout: BatchLayout, per_token: list[Tensor], attention_mask: Tensor | None
 ) -> Rows:
-    # Kernels for whole vectors, and fewer lengths for what is compiled or tuned by shape.
-    multiple_of = 1 if per_token[0].device.type == "cpu" else 8
-    flat = attention_of(decoder).startswith("flash")  # a limit of the row is none of the memory
+    """`lay_out` as the attention of `decoder` takes it on this device."""
+    attention = attention_of(decoder)
+    multiple_of = 1
+    if per_token[0].device.type != "cpu":  # whole vectors of a mask, whole blocks of FlexAttention
+        multiple_of = 128 if attention == FLEX else 8
+    flat = attention not in (*DENSE, FLEX)  # the limit of a row would save nothing
     return lay_out(
         BatchLayout(layout.name) if flat else layout,
         per_token,

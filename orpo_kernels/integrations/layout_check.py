@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo_kernels.integrations.attention import REACHES, attention_scale, text_config
-from orpo_kernels.integrations.decoder import in_batch, in_rows
+from orpo_kernels.integrations.attention import REACHES, text_config
+from orpo_kernels.integrations.decoder import in_batch, in_rows, laid_out
 from orpo_kernels.integrations.selfcheck import TF32_EPS, WithoutDropout
-from orpo_kernels.layout import BatchLayout, Rows, lay_out
+from orpo_kernels.layout import BatchLayout, Rows
 
 _LENGTHS = ((7, 9, 6), (3, 4, 8))  # of prompt, chosen and rejected answer
 _SMALL_REACH = 5  # of a window or a chunk: less than an answer, so that prompts fall out of it
@@ -27,7 +27,11 @@ _ROUNDINGS = 16  # of another dtype: measured 1 to 4 for 24 layers in bfloat16
 
 
 def check_layout(
-    decoder: nn.Module, own: Callable[..., Any], layout: BatchLayout, name: str
+    decoder: nn.Module,
+    own: Callable[..., Any],
+    layout: BatchLayout,
+    name: str,
+    device: torch.device,
 ) -> None:
     """Refuse a model that computes other hidden states in rows.
 
@@ -36,6 +40,7 @@ def check_layout(
         own: its forward.
         layout: "packed" or "shared_prompt".
         name: of the model, for the message.
+        device: of the tokens it is called with.
 
     Raises:
         NotImplementedError: the hidden states differ, or the forward fails on the mask of rows.
@@ -43,11 +48,11 @@ def check_layout(
     Note:
         Until it returns, the window in the model's config is another.
     """
-    ids, mask = _tokens(decoder)
+    ids, mask = _tokens(decoder, device)
     batch = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad(), WithoutDropout(), _small_reach(text_config(decoder)):
         truth = _hidden(own(**batch, use_cache=False))
-        rows = lay_out(layout, [ids], mask, attention_scale=attention_scale(decoder))
+        rows = laid_out(decoder, layout, [ids], mask)
         try:
             ours = _hidden(in_batch(rows, own(**in_rows(decoder, rows, batch))))
             leaking = _hidden(in_batch(rows, own(**in_rows(decoder, _leaking(rows), batch))))
@@ -68,12 +73,12 @@ def check_layout(
         )
 
 
-def _tokens(decoder: nn.Module) -> tuple[Tensor, Tensor]:
+def _tokens(decoder: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask (4, T) of two pairs, padded."""
     weight: Any = decoder.get_input_embeddings().weight  # type: ignore[operator]
     vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 keeps the real one aside
     width = max(p + answer for p, *answers in _LENGTHS for answer in answers)
-    ids = torch.zeros(4, width, dtype=torch.int64, device=weight.device)
+    ids = torch.zeros(4, width, dtype=torch.int64, device=device)
     mask = torch.zeros_like(ids)
     for pair, (prompt, *answers) in enumerate(_LENGTHS):
         for side, answer in enumerate(answers):

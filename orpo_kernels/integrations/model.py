@@ -196,7 +196,8 @@ class ModelOverride(ForwardOverride):
         self._cover(DecoderOverride, rows.decoder)
         if fusing.options.check and not fusing.computes_rows(rows.decoder):
             override = DecoderOverride.on(rows.decoder)
-            check_layout(rows.decoder, override.own, layout, rows.name)  # type: ignore[union-attr]
+            own, device = override.own, rows.rows.tokens.device  # type: ignore[union-attr]
+            check_layout(rows.decoder, own, layout, rows.name, device)
             fusing.settle_decoder(rows.decoder)
         return rows
 
