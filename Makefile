@@ -36,6 +36,7 @@ setup: .venv/.ready  ## the environment, from pinned versions
 
 setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth, trackers
 
+.PRECIOUS: .venv-%/.ready
 .venv-%/.ready: constraints/%.txt .venv/.ready
 	$(BIN)/python -m tests.environments.overlay $*
 
@@ -81,9 +82,11 @@ test: setup  ## everything that needs no GPU, benchmarks once and small among it
 test-fast: setup  ## on every change: the ops, the engine and the C++, without what takes long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -m "not slow and not gpu" $(WORKERS)
 
-test-integrations: setup $(INTEGRATIONS:%=setup-%)  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS
+test-integrations: $(INTEGRATIONS:%=test-integration-%) setup  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS
 	$(BIN)/python -m pytest tests/integrations/test_trl.py tests/integrations/test_liger.py tests/integrations/test_documented.py
-	$(foreach name,$(INTEGRATIONS),.venv-$(name)/bin/python -m pytest $(TESTS_$(name)) &&) true
+
+test-integration-%: setup-%  ## of one of INTEGRATIONS
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(TESTS_$*) -n 2 --dist worksteal
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
