@@ -15,7 +15,8 @@ TESTS_llamafactory := tests/environments/test_llamafactory.py
 TESTS_unsloth := tests/environments/test_unsloth.py
 TESTS_trackers := tests/environments/test_trackers.py
 TESTS_axolotl := tests/environments/test_axolotl.py
-FAST := tests/csrc tests/engine tests/ops tests/test_architecture.py tests/test_loss.py tests/test_package.py
+FAST := tests/csrc tests/engine tests/ops tests/kernels/test_launches.py tests/kernels/test_workspace.py tests/test_architecture.py \
+	tests/test_guard.py tests/test_layout.py tests/test_loss.py tests/test_options.py tests/test_reference.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)"
 export HF_HUB_OFFLINE ?= 1
@@ -79,7 +80,7 @@ docs: setup  ## the documentation site, in build/site; a broken link is an error
 test: setup  ## everything that needs no GPU, benchmarks once and small among it; a test per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests benchmarks --benchmark-disable --durations=20 $(WORKERS)
 
-test-fast: setup  ## on every change: the ops, the engine and the C++, without what takes long
+test-fast: setup  ## on every change: ops, engine, C++ and launches, a minute or two on two cores; slow tests left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -m "not slow and not gpu" $(WORKERS)
 
 test-integrations: $(INTEGRATIONS:%=test-integration-%) setup  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS

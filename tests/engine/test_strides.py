@@ -180,6 +180,7 @@ def test_any_layout_of_all_operands(data, mode, rows, ignored, dtypes, tiles, lo
     assert_same(laid, mode, compute_dtype=compute_dtype, workspace_bytes=workspace_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get(SWITCH) == "torch", reason="this process has that backend")
 def test_plain_torch_too():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", __file__]

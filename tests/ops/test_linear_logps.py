@@ -308,7 +308,7 @@ def test_opcheck(sets, workspace_bytes):
     opcheck(torch.ops.orpo_kernels.exact_linear_logps.default, args)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_breaks_or_extra_recompiles(backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

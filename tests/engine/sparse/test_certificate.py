@@ -143,6 +143,7 @@ def test_any_head(rows, form):
         at_most((error @ weight).norm(dim=1)[balanced], bound[balanced])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["common mean", "tilted"])
 @pytest.mark.parametrize("name", names())
 def test_gradients(name, head):
