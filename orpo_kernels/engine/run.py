@@ -53,6 +53,7 @@ from orpo_kernels.engine.sparse.tail import Packed, Tail, certificate_fields
 from orpo_kernels.engine.sparse.weight_gradient import Kept, sparse_weight_gradient
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.engine.weight_gradient import Factors, HeadGradients, Work, weight_gradient
+from orpo_kernels.kernels.segment_store import ScanShape
 
 _STRIP_BYTES = 2**24  # of the backward of hidden: a few MiB are as fast as more
 
@@ -135,16 +136,7 @@ def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Exa
         needs = {"needs_dhidden": needs_dhidden, "needs_dweight": problem.trainable}
         kept, out = _kept_rows(state.kept, operands), Results(*state[:3])
         if runs_on_gpu(problem):
-            job = _job(problem, operands)
-            decision, plan = sufficient(
-                lambda budget: choose_on_gpu(
-                    job, sizes.device, budget, kept=_kept_of(problem, budget, needs_dhidden),
-                    **needs,
-                ),
-                problem.budget,
-            )  # fmt: skip
-            say(decision)
-            _on_gpu().exact_forward(operands, plan, kept, out)
+            _exact_on_gpu(problem, operands, kept, out, needs_dhidden=needs_dhidden)
         else:
             decision = sufficient(
                 lambda budget: choose(
@@ -155,6 +147,21 @@ def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Exa
             say(decision)
             tile_loop.forward(operands, decision.plan, kept, out)
     return scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape), state
+
+
+def _exact_on_gpu(
+    problem: Problem, operands: Operands, kept: Tensor | None, out: Results, *, needs_dhidden: bool
+) -> None:
+    job, device = _job(problem, operands), operands.sizes.device
+    decision, plan = sufficient(
+        lambda budget: choose_on_gpu(
+            job, device, budget, kept=_kept_of(problem, budget, needs_dhidden),
+            needs_dhidden=needs_dhidden, needs_dweight=problem.trainable,
+        ),
+        problem.budget,
+    )  # fmt: skip
+    say(decision)
+    _on_gpu().exact_forward(operands, plan, kept, out)
 
 
 def _kept_of(problem: Problem, budget: int, needs_dhidden: bool) -> int:
@@ -180,10 +187,7 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
         out = Results(state.statistics, state.g, state.g_r)
         if plan.scan is not None:
-            forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
-            rows = plan.tile.even(sizes.rows).rows
-            kept, product = forward(operands, plan.scan._replace(rows=rows), tail, out)
-            state.product.copy_(product)
+            kept = _scanned(problem, operands, plan.scan, tail, out, state.product)
         else:
             loop = slot_loop.forward if plan.slots else sparse_tile_loop.forward
             kept = loop(operands, plan, tail, packed, out)
@@ -195,6 +199,23 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         certificate.copy_(certificate_fields(problem, scored, figures, share, rounding))
     logps = scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape)
     return logps, certificate, state
+
+
+def _scanned(
+    problem: Problem, operands: Operands, shape: ScanShape, tail: Tail, out: Results,
+    product: Tensor,
+) -> Tensor:  # fmt: skip
+    """How many entries were kept, (1,); flat logits are left to the exact loop, which keeps all."""
+    forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
+    found = forward(operands, shape, tail, out)
+    if found is None:
+        exact = Results(out.statistics[:-1], *out[1:])
+        _exact_on_gpu(problem, operands, None, exact, needs_dhidden=True)
+        sizes = operands.sizes
+        return out.statistics.new_full((1,), sizes.rows * sizes.vocabulary, dtype=torch.int64)
+    kept: Tensor = found[0]
+    product.copy_(found[1])
+    return kept
 
 
 def sparse_plan(problem: Problem) -> SparsePlan:

@@ -238,6 +238,10 @@ class LiveColumns:
             state.shape.listed, state.shape.slots, state.heads.shape[1], MOST_LOST,
         )  # fmt: skip
 
+    def dense(self, rows: int) -> Tensor:
+        """Of the tile launched last, of so many rows: (B,) int32, 1 for a dense row block."""
+        return self.state.heads.view(-1)[: triton.cdiv(rows, COMPACT_ROWS)]
+
     def __call__(self, rows: tuple[int, int], columns: tuple[int, int], index: int) -> None:
         """Launches the lists of rows `start` to `stop` in the index-th vocabulary block."""
         (start, stop), (v0, v1) = rows, columns

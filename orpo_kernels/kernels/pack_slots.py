@@ -1,10 +1,10 @@
 """The live columns of a tile to slots, and what it drops to the sums of the tail.
 
     slot_k[t] = E_tv r_tv scale / 2^reference_t,  v = column k of the list of 64 rows, bfloat16
-    mass_t   <- factor_t mass_t + sum of the slots of a span, as rounded
+    mass_t   <- factor_t mass_t + sum of the slots of a wide span, as rounded
     tail_gv  += sum over row blocks that are not dense of the column sums of `scan`
 
-A program has 64 rows and a span of columns: it lists the live ones at the place that the counts
+A program has 64 rows and a wide span of columns, several of `scan`: it lists the live ones at the place that the counts
 before it leave, and reads those again from the tile. Others add the tail, 256 columns each, over
 the row blocks in order. Where a reference moved, the slots of earlier blocks are brought to the new
 one first. Bytes: 4 (2) per entry of live columns, in sectors of 32; slots, lists; the tail sums once.
@@ -37,27 +37,30 @@ def _add_tails(
     tail_ptr, tails_ptr, heads_ptr, column, blocks, pitch, C, V, GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """To the sums of columns those of row blocks, a few at once, always the same ones."""
+    """To the sums of columns those of row blocks, in order."""
     for group in tl.static_range(GROUPS):
         out = tail_ptr + group * V + column
         total = tl.load(out, mask=column < C, other=0.0)
         for start in range(0, blocks, BLOCKS):
-            block = start + tl.arange(0, BLOCKS)
-            dense = tl.load(heads_ptr + block, mask=block < blocks, other=1)
-            at = tails_ptr + (block * GROUPS + group).to(tl.int64)[:, None] * pitch
-            inside = (dense == 0)[:, None] & (column < C)[None, :]
-            total += tl.sum(tl.load(at + column[None, :], mask=inside, other=0.0), 0)
+            for each in tl.static_range(BLOCKS):  # whose loads do not wait for one another
+                block = start + each
+                dense = tl.load(heads_ptr + block, mask=block < blocks, other=1)
+                end = tl.where(dense > 0, 0, C)
+                at = tails_ptr + tl.cast(block * GROUPS + group, tl.int64) * pitch + column
+                total += tl.load(at, mask=column < end, other=0.0)
         tl.store(out, total, mask=column < C)
 
 
 @triton.jit
-def _count_before(counts_ptr, span, BLOCK: tl.constexpr):
-    """Live columns of the spans before this one."""
-    before = 0
-    for start in range(0, span, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        before += tl.sum(tl.load(counts_ptr + other, mask=other < span, other=0), 0)
-    return before
+def _counts(counts_ptr, first, end, BLOCK: tl.constexpr):
+    """Live columns of the spans before `first`, and of those from there to `end`."""
+    before, mine = 0, 0
+    for start in range(0, end, BLOCK):
+        span = start + tl.arange(0, BLOCK)
+        count = tl.load(counts_ptr + span, mask=span < end, other=0)
+        before += tl.sum(tl.where(span < first, count, 0), 0)
+        mine += tl.sum(tl.where(span < first, 0, count), 0)
+    return before, mine
 
 
 @triton.jit
@@ -74,7 +77,8 @@ def _rescale(slots_ptr, addresses_ptr, factor, entries, ROWS: tl.constexpr, BLOC
 
 @triton.jit(
     do_not_specialize=[
-        "first_row", "R", "C", "first_column", "blocks", "index", "width", "spans", "masses",
+        "first_row", "R", "C", "first_column", "blocks", "index", "width", "spans", "together",
+        "masses",
         "listed", "stride_logits", "M", "V", "ratio", "log2_scale", "logit_scale",
     ],
     do_not_specialize_on_alignment=[
@@ -84,7 +88,7 @@ def _rescale(slots_ptr, addresses_ptr, factor, entries, ROWS: tl.constexpr, BLOC
 )  # fmt: skip
 def _pack_slots_kernel(
     slots_ptr,  # (slots, ROWS) bfloat16
-    mass_ptr,  # (S, R) float32
+    mass_ptr,  # (W, R) float32
     columns_ptr, addresses_ptr,  # (B, P) int32
     tail_ptr,  # (G, V) float32
     tails_ptr,  # (B, G, S SPAN) float32
@@ -93,7 +97,7 @@ def _pack_slots_kernel(
     factor_ptr, rows_ptr,  # (R,), (4, M) float32
     logits_ptr,  # (R, C)
     bias_ptr,  # (V,)
-    first_row, R, C, first_column, blocks, index, width, spans, masses, listed, stride_logits,
+    first_row, R, C, first_column, blocks, index, width, spans, together, masses, listed, stride_logits,
     M, V, ratio, log2_scale, logit_scale,
     GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -119,16 +123,17 @@ def _pack_slots_kernel(
     if (span == 0) & (tl.load(heads_ptr + 4 * blocks + block) > 0):
         _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
 
-    count = tl.load(counts_ptr + block * spans + span, mask=span < spans, other=0)
+    first = span * together
+    end = tl.minimum(first + together, spans)
+    before, count = _counts(counts_ptr + block * spans, first, end, BLOCK_S)
     count = tl.where(tl.load(heads_ptr + block) > 0, 0, count)
     at_mass = mass_ptr + span.to(tl.int64) * R + lane
     filled = tl.where(index > 0, R, 0)  # of a chunk's first block nothing was written before
     mass = tl.load(at_mass, mask=lane < filled, other=0.0) * factor
     if count > 0:
-        before = _count_before(counts_ptr + block * spans, span, BLOCK_S)
-        column = span * width + tl.arange(0, SPAN)
+        column = first * width + tl.arange(0, SPAN)
         marks = live_ptr + block.to(tl.int64) * (spans * width) + column
-        in_span = (column < C) & (tl.arange(0, SPAN) < width)
+        in_span = column < tl.minimum(C, end * width)
         live = tl.load(marks, mask=in_span, other=0).to(tl.int32)
         place = before + tl.cumsum(live, 0) - live
         first_slot = tl.load(heads_ptr + 2 * blocks + block)
@@ -176,7 +181,7 @@ class PackSlots:
                 "GROUPS": state.group_count, "HAS_BIAS": inputs.bias is not None,
                 "HAS_SOFTCAP": inputs.softcap is not None,
                 "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "ROWS": COMPACT_ROWS,
-                "SPAN": state.row.block * state.row.depth, "BLOCK_K": row.depth,
+                "SPAN": state.most_columns, "BLOCK_K": row.depth,
                 "BLOCK_S": _COUNTED, "TAIL": row.block, "BLOCKS": _ADDED, "TILE": state.row.depth,
                 "VECTOR": VECTOR,
             },
@@ -195,5 +200,6 @@ class PackSlots:
         masses = self.state.mass.shape[0]
         self.start(
             masses * blocks + tails, start, stop - start, v1 - v0, v0, blocks, index,
-            self.state.tiles * self.state.row.depth, spans, masses, *self.last,
+            self.state.tiles * self.state.row.depth, spans, self.state.together, masses,
+            *self.last,
         )  # fmt: skip

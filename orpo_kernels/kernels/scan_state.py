@@ -1,6 +1,6 @@
 """What the kernels of the sparse forward hand on from launch to launch: memory taken once a call.
 
-R rows of a chunk in B blocks of 64, M scored rows; S spans of a vocabulary block, L of a look;
+R rows of a chunk in B blocks of 64, M scored rows; S spans of a vocabulary block, L of a look, W wide ones, of several spans;
 G groups. Entries kept of a chunk are *slots*: 64 bfloat16 values of a column, one for each row of a
 block, in one pool; a list by row block says of which columns they are and where they lie. Of the
 second half of a pair of rows in `ends`, `used` the number of the vocabulary block decides, so that a
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.segment_store import ScanShape, span_columns
+from orpo_kernels.kernels.segment_store import MOST_SPAN, ScanShape, span_columns
 from orpo_kernels.kernels.tuning import Row, row_of
 
 _LOG2_E = 1.4426950408889634
@@ -40,7 +40,7 @@ class ScanState(NamedTuple):
     columns: Tensor  # (B, P) int32: of entries, counted from the first of the vocabulary
     addresses: Tensor  # (B, P) int32: of their slots, in units of 16 bytes
     slots: Tensor  # (slots, 64) bfloat16
-    mass: Tensor  # (S, R) float32: sums of the slots of a span, over the vocabulary blocks
+    mass: Tensor  # (W, R) float32: sums of the slots of a wide span, over the vocabulary blocks
     sums: Tensor  # (64 (B + E), H + r) float32: products of the row blocks, and of further pieces
     entries: Tensor  # (M / 64,) int64: how many of a row block's were kept
     tail: Tensor  # (G, V) float32
@@ -57,6 +57,16 @@ class ScanState(NamedTuple):
     def spans(self, columns: int) -> int:
         """Spans of so many columns."""
         return -(-columns // (self.tiles * self.row.depth))
+
+    @property
+    def together(self) -> int:
+        """Spans that make a wide one."""
+        return max(1, MOST_SPAN // (self.tiles * self.row.depth))
+
+    @property
+    def most_columns(self) -> int:
+        """Of a wide span, whatever the shape."""
+        return MOST_SPAN
 
     def look_spans(self, columns: int) -> int:
         """Those of a look."""
@@ -122,7 +132,7 @@ def scan_state(
         groups if G == 2 else None, floats(sums, S, R), floats(sums, looks, R),
         new((B, S * span), dtype=torch.int8), whole(B, S), floats(B, S), floats(B, G, S * span),
         floats(B), whole(5, B), whole(2, B), whole(2), columns, addresses,
-        new((shape.slots, COMPACT_ROWS), dtype=torch.bfloat16), floats(S, R),
+        new((shape.slots, COMPACT_ROWS), dtype=torch.bfloat16), floats(-(-S // max(1, MOST_SPAN // span)), R),
         floats(COMPACT_ROWS * (B + shape.pieces), inputs.columns),
         inputs.labels.new_zeros(-(-M // COMPACT_ROWS)), tail, row, tiles, look_tiles, shape,
     )  # fmt: skip

@@ -17,9 +17,11 @@ SEGMENT_COLUMNS = 64
 
 _ALIGNMENT = 16
 
-# Columns that a program of the sparse forward's look sees one after the other, at most; of one of
-# its tiles; and programs that fill a large card.
-_MOST_SPAN, _SPAN_STEP, _PROGRAMS = 1024, 64, 640
+MOST_SPAN = 1024
+"""Columns that a program of the sparse forward's look sees one after the other, at most."""
+
+# Columns of one of its tiles; programs that run at once on a large card: four on a processor.
+_SPAN_STEP, _PROGRAMS = 64, 512
 
 
 class ScanShape(NamedTuple):
@@ -41,8 +43,8 @@ def span_columns(row_blocks: int, columns: int) -> int:
 
     By the shape, not by the device: the order of sums, and with it their last bit, depends on it.
     """
-    tiles = row_blocks * columns // (_SPAN_STEP * _PROGRAMS)
-    return min(_MOST_SPAN, _SPAN_STEP * max(1, tiles))
+    tiles = -(-row_blocks * columns // (_SPAN_STEP * _PROGRAMS))
+    return min(MOST_SPAN, _SPAN_STEP * max(1, tiles))
 
 
 class Slots(NamedTuple):

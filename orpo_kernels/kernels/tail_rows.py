@@ -5,7 +5,7 @@
 
 `looked at` is the sum of E r over the tiles in which row t is in no dense row block, both relative
 to the reference of the slots; float32. The product reads the head once for both groups, rows in
-splits whose sums are added in one order. G groups, P splits. Bytes: 4 S per row; the head once a call.
+splits whose sums are added in one order. G groups, P splits. Bytes: 4 W per row; the head once a call.
 """
 
 import torch
@@ -31,7 +31,7 @@ _SPANS = 32  # looked at together
 )  # fmt: skip
 def _dropped_rows_kernel(
     dropped_ptr,  # (N,) float32
-    mass_ptr,  # (S, R) float32
+    mass_ptr,  # (W, R) float32
     rows_ptr, state_ptr,  # (4, M), (2 + 2 K, M) float32
     index_ptr,  # (M,) int64
     first_row, R, spans, M, logit_scale,

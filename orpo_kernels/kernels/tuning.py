@@ -170,6 +170,8 @@ for _class, _stages, _limit in (
         _columns = 128 if _class in ("amd", "datacenter") else 256
         _depth = 64 if _class == "datacenter" else 32  # an H200: 0.55 ms for 0.71 of 256 by 32
         TABLE["gather_slots", _class, _dtype] = (Row(_columns, 8, _depth, _most, _registers),)
+        if _class == "datacenter":  # by 64 sm_100 would spill
+            TABLE["gather_slots", "blackwell", _dtype] = (Row(256, 8, 32, _most),)
         TABLE["gather_slots_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
         # Two blocks of 64 rows; `depth` columns of the tile a step.
         TABLE["dense_rows", _class, _dtype] = (Row(128, 8, 32, 3 if _stages == 4 else 2),)

@@ -283,8 +283,9 @@ def _linear_logps(setting: Setting, variant: logps.Variant, eps: float) -> Itera
 
 
 def _dense(columns: reference.SparseSoftmax, logit_scale: float) -> Tensor:
-    """Of rows, which are in a block that keeps the whole tile; as `kernels/live_columns.py`."""
+    """Of rows, which are done the exact way: as `kernels/live_columns.py`, or the whole call."""
     kernel = importlib.import_module("orpo_kernels.kernels.live_columns")
+    loop = importlib.import_module("orpo_kernels.engine.sparse.scan_loop")
     dense = [
         (mass.mean() > kernel.MOST_LOST * abs(logit_scale))
         | (mask[0].sum() > mask.shape[1] // kernel.MOST_LIVE)
@@ -294,6 +295,8 @@ def _dense(columns: reference.SparseSoftmax, logit_scale: float) -> Tensor:
             strict=True,
         )
     ]
+    if torch.stack(dense).double().mean() > loop.MOST_DENSE:
+        return torch.ones(len(columns.mass), dtype=torch.bool)
     return torch.stack(dense).repeat_interleave(COMPACT_ROWS)[: len(columns.mass)]
 
 

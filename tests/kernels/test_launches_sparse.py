@@ -13,8 +13,10 @@ from orpo_kernels.selftest import logps
 
 pytest.importorskip("triton")
 
+from orpo_kernels.engine.sparse import scan_loop
 from orpo_kernels.kernels.live_columns import MOST_LIVE
 from orpo_kernels.kernels.scan import LOOKED
+from orpo_kernels.kernels.segment_store import ScanShape
 from tests.kernels.dryrun import dryrun
 from tests.kernels.test_launches import CARDS, MIB, Events, H, N, V, _spans, outside
 
@@ -27,7 +29,8 @@ MOST_OUTSIDE = 75
 def started(monkeypatch):
     """Events of a forward and of the gradient of hidden, and the shape of the forward."""
     # nonzero has no fake: every row is processed, as while a graph is captured.
-    monkeypatch.setattr(operands, "is_capturing", lambda device: True)
+    for module in (operands, scan_loop):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
     def start(architecture, mib, *, vocabulary=V, head_dtype=torch.bfloat16):
         def cuda(*shape, dtype=torch.bfloat16):
@@ -51,8 +54,7 @@ def started(monkeypatch):
             )  # fmt: skip
             names = events.all()
             shape = run.sparse_plan(problem)
-        rows = shape.tile.even(N).rows
-        return names[begin:middle], names[middle:], shape.scan._replace(rows=rows)
+        return names[begin:middle], names[middle:], shape.scan
 
     return start
 
@@ -60,7 +62,7 @@ def started(monkeypatch):
 def expected(shape, vocabulary, *, cast=False):
     """The launches of the loop, chunk by chunk and block by block."""
     odd = vocabulary % 8 > 0
-    for _ in _spans(N, shape.rows):
+    for _ in scan_loop.chunks(N, vocabulary, shape):
         yield "take_rows"
         for v0, v1 in _spans(vocabulary, shape.columns):
             ragged = odd and not cast and v1 == vocabulary
@@ -105,3 +107,16 @@ def test_the_self_test_looks_at_whole_rows_on_every_card(architecture, item, wid
     assert shape.rows >= logps.ROWS
     assert shape.listed >= logps.VOCABULARY // MOST_LIVE
     assert shape.slots >= 2 * logps.VOCABULARY // 5  # "peaked" keeps a sixth
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1280, V), (2048, 6144), (768, 8192), (8192, V)])
+@pytest.mark.parametrize("scored", [1, 100, 700, 3000, N])
+def test_the_first_tile_is_a_small_part(scored, rows, columns):
+    shape = ScanShape(rows, columns, 1, 1, 1)
+    parts = scan_loop.chunks(scored, V, shape)
+    assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
+    assert parts[-1][1] == scored
+    assert all(start % 64 == 0 and start < stop <= start + rows for start, stop in parts)
+    assert len(parts) <= -(-scored // rows) + 1
+    first = parts[0][1]
+    assert first <= 256 or first * columns <= scored * V / 8 + 64 * columns

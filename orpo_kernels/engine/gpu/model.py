@@ -20,7 +20,7 @@ from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.budget import Sizes
 from orpo_kernels.engine.gpu.card import Card
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep, pitch
-from orpo_kernels.kernels.segment_store import ScanShape, span_columns
+from orpo_kernels.kernels.segment_store import MOST_SPAN, ScanShape, span_columns
 
 _SLOWER_FLOAT32 = 12.0  # than 16-bit operands, without TensorFloat-32
 # Rows and columns of the output tiles of GEMMs, and their share of the rate.
@@ -155,7 +155,8 @@ def scan_bytes(job: Job, shape: ScanShape, groups: int) -> int:
     span, looked = span_columns(blocks, columns), min(_LOOKED, columns)
     spans, looks = math.ceil(columns / span), math.ceil(looked / span_columns(blocks, looked))
     # Logits; references and sums of spans and looks; masses.
-    tile = rows * (pitch(columns) * job.wide + 12 * (spans + looks) + 4 * spans)
+    masses = math.ceil(spans / max(1, MOST_SPAN // span))
+    tile = rows * (pitch(columns) * job.wide + 12 * (spans + looks) + 4 * masses)
     # Which columns are live, sums of what is dropped, counts and losses.
     marks = blocks * pitch(columns + span) * (1 + 4 * groups) + 8 * blocks * spans
     kept = 2 * COMPACT_ROWS * slots + 8 * blocks * listed

@@ -11,18 +11,23 @@
         cut, gather, add                 slots of all blocks times their entries of the head
         finish, dropped                  statistics and g in their place, what was dropped
 
-Nothing waits for the device, and nothing is guessed: a row block whose columns have no room, or
-that would drop over a fifth of its mass, is done the exact way, tile by tile. Shapes are those of
-`engine/gpu/plan.py`: the whole vocabulary in one block, or many.
+Nothing is guessed: a row block whose columns have no room, or that would drop over a fifth of its
+mass, is done the exact way, tile by tile. That is slower than the exact loop: where it is more than
+a quarter of the row blocks of the first tile, the call is left to that loop. The host waits for
+this tile, an 8th of all at most, and for nothing else; while a graph is captured not even for that,
+and no call is left. Shapes are those of `engine/gpu/plan.py`: the whole vocabulary in one block, or
+many.
 """
 
 from torch import Tensor
 
+from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.gemm import matmul_into
 from orpo_kernels.engine.gpu.call import inputs_of
 from orpo_kernels.engine.gpu.parts import HeadBlocks, Hidden, TileViews, spans
 from orpo_kernels.engine.gpu.shapes import pitch
-from orpo_kernels.engine.operands import Operands
+from orpo_kernels.engine.host_copy import HostCopy
+from orpo_kernels.engine.operands import Operands, is_capturing
 from orpo_kernels.engine.sparse.tail import Tail
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.kernels import tuning
@@ -38,10 +43,25 @@ from orpo_kernels.kernels.scan_state import scan_state
 from orpo_kernels.kernels.segment_store import ScanShape
 from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
 
+MOST_DENSE = 0.25
+"""Of the row blocks of the first tile: with more of them dense the exact loop is faster."""
+
+_FIRST_SHARE = 8  # the first tile, which may be in vain, is at most one in so many logits
+_FIRST_ROWS = 256  # or so many rows: for fewer a GEMM reads the head as long
+
+
+def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]]:
+    """(start, stop) of the first chunk, and of equal ones."""
+    even = -(-rows * vocabulary // (_FIRST_SHARE * shape.columns * COMPACT_ROWS)) * COMPACT_ROWS
+    first = min(rows, shape.rows, max(_FIRST_ROWS, even))
+    count = -(-(rows - first) // shape.rows)
+    step = -(-(rows - first) // (max(1, count) * COMPACT_ROWS)) * COMPACT_ROWS
+    return [(0, first), *spans((first, rows), max(1, step))]
+
 
 def forward(
     operands: Operands, shape: ScanShape, tail: Tail, out: Results
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """Fills the results, g without its tail, and adds what is dropped to `tail.sums`.
 
     Args:
@@ -51,11 +71,15 @@ def forward(
         out: to be filled; the last row of statistics is `m_t` over the mass beside the labels.
 
     Returns:
-        (1,) int64, how many entries were kept, and (G, H + r) float32, q W.
+        (1,) int64, how many entries were kept, and (G, H + r) float32, q W. None, and nothing is
+        filled but the sums, where the logits are too flat.
     """
     inputs = inputs_of(operands)
     with tuning.guard(inputs.labels.device):
         sums = label_terms(inputs)
+        parts = chunks(inputs.labels.shape[0], inputs.weight[0].shape[0], shape)
+        largest = max(stop - start for start, stop in parts)
+        shape = shape._replace(rows=-(-largest // COMPACT_ROWS) * COMPACT_ROWS)
         hidden, head = Hidden(inputs, shape.rows), HeadBlocks(inputs, shape.columns)
         state = scan_state(inputs, shape, tail.groups, tail.sums, pitch(shape.columns), LOOKED)
         scan, live = Scan(inputs, state, tail.eps), LiveColumns(inputs, state, sums)
@@ -65,7 +89,8 @@ def forward(
         finish = FinishRows(inputs, sums, Sums(state.sums, None), out.statistics, (out.g, out.g_r))
         dropped = DroppedRows(inputs, state, sums, out.statistics[7])
         views = TileViews(Tiles(state.logits, None, shape.columns))
-        for rows in spans((0, inputs.labels.shape[0]), shape.rows):
+        looks = not is_capturing(inputs.labels.device)
+        for rows in parts:
             x = hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
                 entries = head.take(block)
@@ -74,7 +99,11 @@ def forward(
                     matmul_into(logits, x, transposed)
                 scan(rows, columns)
                 live(rows, columns, block)
-                pack(rows, columns, block)
+                dense_blocks = HostCopy(live.dense(rows[1] - rows[0])) if looks else None
+                pack(rows, columns, block)  # which the device does while the host waits
+                if dense_blocks is not None and _too_many(dense_blocks.get()):
+                    return None
+                looks = False
                 for part in dense:
                     part(rows, columns)
             gather(rows[1] - rows[0])
@@ -82,3 +111,7 @@ def forward(
             dropped(*rows)
         product = tail_product(inputs.weight, tail.sums, inputs.dtype)
         return state.entries.sum(0, keepdim=True), product
+
+
+def _too_many(dense: Tensor) -> bool:
+    return int(dense.sum()) > MOST_DENSE * dense.numel()

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from orpo_kernels.engine import host_copy, operands
-from orpo_kernels.engine.sparse import plan
-from orpo_kernels.kernels import live_columns, tuning
+from orpo_kernels.engine.sparse import plan, scan_loop
+from orpo_kernels.kernels import live_columns, scan_state, tuning
 from orpo_kernels.kernels.segment_store import ScanShape
-from orpo_kernels.linear_logps import certified_logps
+from orpo_kernels.linear_logps import certified_logps, linear_logps
 from orpo_kernels.options import LogpsOptions
-from tests.kernels.interpreted.engine import as_on_a_gpu
+from tests.kernels.interpreted.engine import as_on_a_gpu, short_steps
 from tests.kernels.interpreted.plugin import launches
 
 # V = 261: no vector divides it; two blocks of 64 rows, the second one ragged. A block of 104
-# columns is two spans of 64, a span one tile.
+# columns is two spans of 64, a span one tile; two spans are a wide one.
 V, N, EPS = 261, 70, 2.0**-7
 WHOLE, BLOCKS = ScanShape(128, V, 1024, V, 4), ScanShape(64, 104, 1024, V, 4)
 KEPT = 2.0**-8 / (1 - 2.0**-8)  # rounding of a slot, of what it is
@@ -25,8 +25,10 @@ KEPT = 2.0**-8 / (1 - 2.0**-8)  # rounding of a slot, of what it is
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Sets the shape of the forward."""
+    """Sets the shape of the forward; no call is left to the exact loop."""
+    monkeypatch.setattr(scan_loop, "MOST_DENSE", 1.0)
     as_on_a_gpu(monkeypatch, widens=True)
+    monkeypatch.setattr(scan_state, "MOST_SPAN", 128)
     for kernel in ("scan", "scan_softcap"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             monkeypatch.setitem(
@@ -135,6 +137,33 @@ def test_flat_rows_are_done_the_exact_way(gpu, shape):
         found.scatter_(1, labels[:, None], 0.0)
         true = p.scatter(1, labels[:, None], 0.0)
         assert (found - true).norm() <= 2.0**-8 * true.norm()
+
+
+@pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
+def test_flat_calls_are_left_to_the_exact_loop(gpu, shape, monkeypatch):
+    # One of the two row blocks is flat: over a quarter. While a graph is captured none is left.
+    monkeypatch.setattr(scan_loop, "MOST_DENSE", 0.25)
+    short_steps(monkeypatch)
+    logits = torch.randn(N, V) * 0.1
+    logits[64:, 3] = 20.0
+    labels = torch.randint(0, V, (N,))
+    gpu(shape._replace(rows=128))
+    before = len(launches)
+    logps, certificate, found = run(logits, labels)
+    used = launches[before:]
+    assert (used.count("scan"), used.count("gather_slots")) == (2, 0)
+    assert {"softmax_block", "softmax_rows"} & set(used)
+    assert (certificate.kept_share, certificate.tail_mass) == (1, 0)
+    hidden = logits.clone().requires_grad_()
+    exact = linear_logps(hidden, torch.eye(V), labels)
+    (dhidden,) = torch.autograd.grad(exact.sum(), hidden)
+    assert torch.equal(logps, exact.detach().double())
+    one_hot = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0)
+    assert torch.equal(found, (one_hot - dhidden).double())
+    monkeypatch.setattr(scan_loop, "is_capturing", lambda device: True)
+    before = len(launches)
+    run(logits, labels)
+    assert "gather_slots" in launches[before:]
 
 
 @pytest.mark.parametrize("room", ["slots", "listed"])
