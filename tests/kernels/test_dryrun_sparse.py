@@ -16,6 +16,7 @@ from orpo_kernels.ops import sparse as ops
 
 pytest.importorskip("triton")
 
+from orpo_kernels.engine.sparse import scan_loop
 from orpo_kernels.kernels import column_sums, softmax_grad
 from orpo_kernels.kernels.gather_matmul import further_pieces, slot_matmul
 from orpo_kernels.kernels.row_segments import pack_segments
@@ -107,7 +108,7 @@ def engine(monkeypatch):
     for module in (sparse_tail, sparse_weight, weight_gradient):
         monkeypatch.setattr(module, "column_sums", column_sums.column_sums)
     # nonzero has no fake: every row is processed, as while a graph is captured.
-    for module in (operands, host_copy, sparse_weight):
+    for module in (operands, host_copy, sparse_weight, scan_loop):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
     def stores(pattern):
@@ -158,7 +159,9 @@ def test_the_whole_sparse_loss(engine, architecture):
         "_softmax_compact_kernel", "_list_columns_kernel", "pieces_kernel",
         "_gather_matmul_kernel", "_add_pieces_kernel", "_seg_count_kernel",
         "_pack_segments_kernel", "_list_tokens_kernel", "_weight_gradient_kernel",
-        "_segment_sums_kernel", "_softmax_grad_kernel",
+        "_segment_sums_kernel", "_softmax_grad_kernel", "_scan_kernel", "_first_estimate_kernel",
+        "_live_columns_kernel", "_pack_slots_kernel", "_dense_rows_kernel", "_gather_slots_kernel",
+        "_add_further_kernel", "_dropped_rows_kernel", "_tail_product_kernel",
     } <= names  # fmt: skip
     compiled = {id(launch.compiled): launch for launch in log}
     # Written at once, and added to a block; both with H of whole vectors and without.
