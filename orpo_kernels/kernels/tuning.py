@@ -162,13 +162,12 @@ for _class, _stages, _limit in (
         TABLE["weight_gradient_add", _class, _dtype] = (_small,)
         for _kernel in ("gather_matmul_odd", "weight_gradient_odd"):
             TABLE[_kernel, _class, _dtype] = (Row(64, 4, 32, 2),)
-        # Sums are read beside the slots, and float16 slots widened: no 128 registers but on sm_90.
+        # Sums are read beside the slots, and float16 slots widened. 128 columns by 64 of an H200:
+        # 0.55 ms for 0.71 of 256 by 32, which sm_120 spills.
         _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
         _registers = 0 if _dtype == torch.float16 else _registers
-        if _registers and _class == "consumer":
-            _registers = _MMA_REGISTERS
-        _columns = 128 if _class in ("amd", "datacenter") else 256
-        _depth = 64 if _class == "datacenter" else 32  # an H200: 0.55 ms for 0.71 of 256 by 32
+        _many = _class == "other" or (_class == "consumer" and _dtype == torch.float32)
+        _columns, _depth = (256 if _many else 128), (64 if _stages == 4 else 32)
         TABLE["gather_slots", _class, _dtype] = (Row(_columns, 8, _depth, _most, _registers),)
         if _class == "datacenter":  # by 64 sm_100 would spill
             TABLE["gather_slots", "blackwell", _dtype] = (Row(256, 8, 32, _most),)
@@ -178,7 +177,7 @@ for _class, _stages, _limit in (
         TABLE["dense_rows_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
         # Tiles of 64 rows x `depth` columns, `block` of them to a program.
         TABLE["scan", _class, _dtype] = (Row(16, 2, 64),)
-        TABLE["scan_softcap", _class, _dtype] = (Row(32, 8, 32),)
+        TABLE["scan_softcap", _class, _dtype] = (Row(32, 4 if _class == "amd" else 8, 32),)
         TABLE["live_columns", _class, _dtype] = (Row(128, 4),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
         # Tiles of 64 rows x 128 columns per program; a softcap takes twice the registers.
