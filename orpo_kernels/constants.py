@@ -16,12 +16,6 @@ DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 COMPACT_ROWS = 64
 """Rows of a block of the sparse gradient on a GPU: a kept column is kept for all of them."""
 
-COMPACT_COLUMNS = 128
-"""Vocabulary columns whose kept entries are stored over their own logits, on a GPU."""
-
-PARTIAL_SHARE = 16
-"""Of a tile's bytes, on a GPU, what its product with kept entries may take to fill the device."""
-
 DEFAULT_EPS = 2.0**-12
 """Default of `eps`: probabilities over it enter the sparse gradient one by one."""
 

@@ -206,12 +206,12 @@ def describe_sparse(sizes: Sizes, plan: SparsePlan, budget: int, *, trainable: b
         reason = "kept entries are slots of 64 rows"
     else:
         reason = "kept entries are lists, dense tiles go the exact way"
-    if trainable:
-        reserved = plan.reserved_bytes
+    if trainable and not plan.slots:
         gradient = plan_backward(
-            sizes, budget, sizes.hidden_columns, recompute=True, reserved=reserved
+            sizes, budget, sizes.hidden_columns, recompute=True, reserved=plan.reserved_bytes
         )
         backward = gradient.workspace_bytes
+    if trainable:
         reason += f"; {plan.store_bytes / 2**20:.2f} MiB of them kept for the backward"
     return _decided("sparse", sizes, plan.tile.even(sizes.rows), 1, backward, budget, reason)
 

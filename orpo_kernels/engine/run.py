@@ -45,15 +45,13 @@ from orpo_kernels.engine.policy import (
     says_why,
 )
 from orpo_kernels.engine.problem import Problem
-from orpo_kernels.engine.sparse import slot_loop
 from orpo_kernels.engine.sparse import tile_loop as sparse_tile_loop
 from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
-from orpo_kernels.engine.sparse.segments import segment_weight_gradient
 from orpo_kernels.engine.sparse.tail import Packed, Tail, certificate_fields
 from orpo_kernels.engine.sparse.weight_gradient import Kept, sparse_weight_gradient
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.engine.weight_gradient import Factors, HeadGradients, Work, weight_gradient
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, SlotStore
 
 _STRIP_BYTES = 2**24  # of the backward of hidden: a few MiB are as fast as more
 
@@ -77,7 +75,7 @@ class SparseState(NamedTuple):
     g_r: Tensor
     product: Tensor  # (G, H + r) q W
     sums: Tensor  # (G, V) of the tail; (G, 0) where the head is not trained
-    store: Tensor  # these three: of `Packed`
+    store: Tensor  # these three: of `Packed`; of slots `SlotStore`, and nothing by block
     table: Tensor
     per_block: Tensor
 
@@ -106,7 +104,7 @@ def sparse_state(problem: Problem, plan: SparsePlan, *, needs_dhidden: bool) -> 
         new((G, sizes.vocabulary if problem.trainable else 0), dtype=wide),
         problem.hidden.new_empty(plan.store_bytes, dtype=torch.uint8),
         problem.hidden.new_full((plan.items if has_store else 0, 2), -1, dtype=torch.int64),
-        new((plan.blocks if has_store else 0, 2, count), dtype=wide),
+        new((plan.blocks if has_store and not plan.slots else 0, 2, count), dtype=wide),
     )  # fmt: skip
 
 
@@ -155,7 +153,8 @@ def _exact_on_gpu(
     job, device = _job(problem, operands), operands.sizes.device
     decision, plan = sufficient(
         lambda budget: choose_on_gpu(
-            job, device, budget, kept=_kept_of(problem, budget, needs_dhidden),
+            job, device, budget,
+            kept=0 if kept is None else _kept_of(problem, budget, needs_dhidden),
             needs_dhidden=needs_dhidden, needs_dweight=problem.trainable,
         ),
         problem.budget,
@@ -187,13 +186,12 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
         out = Results(state.statistics, state.g, state.g_r)
         if plan.scan is not None:
-            kept = _scanned(problem, operands, plan.scan, tail, out, state.product)
+            kept = _scanned(problem, operands, plan, tail, out, packed, state.product)
         else:
-            loop = slot_loop.forward if plan.slots else sparse_tile_loop.forward
-            kept = loop(operands, plan, tail, packed, out)
+            kept = sparse_tile_loop.forward(operands, plan, tail, packed, out)
             if needs_dhidden:
                 state.product.copy_(tail.product(operands.head, plan.tile.columns))
-        rounding = slot_loop.KEPT_ROUNDING if plan.slots else 0.0
+        rounding = KEPT_ROUNDING if plan.slots else 0.0
         share = kept[0] / sizes.vocabulary
         figures = Statistics.of(state.statistics)
         certificate.copy_(certificate_fields(problem, scored, figures, share, rounding))
@@ -202,19 +200,24 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
 
 
 def _scanned(
-    problem: Problem, operands: Operands, shape: ScanShape, tail: Tail, out: Results,
-    product: Tensor,
+    problem: Problem, operands: Operands, plan: SparsePlan, tail: Tail, out: Results,
+    packed: Packed | None, product: Tensor,
 ) -> Tensor:  # fmt: skip
     """How many entries were kept, (1,); flat logits are left to the exact loop, which keeps all."""
     forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
-    found = forward(operands, shape, tail, out)
+    store = None if packed is None else SlotStore.of(packed.store, packed.table)
+    found = forward(operands, plan.scan, tail, out, store)
     if found is None:
-        exact = Results(out.statistics[:-1], *out[1:])
-        _exact_on_gpu(problem, operands, None, exact, needs_dhidden=True)
+        exact, left = Results(out.statistics[:-1], *out[1:]), problem.budget - plan.store_bytes
+        _exact_on_gpu(
+            replace(problem, workspace_bytes=left), operands, None, exact,
+            needs_dhidden=out.wants_g,
+        )  # fmt: skip
         sizes = operands.sizes
         return out.statistics.new_full((1,), sizes.rows * sizes.vocabulary, dtype=torch.int64)
     kept: Tensor = found[0]
-    product.copy_(found[1])
+    if found[1] is not None:
+        product.copy_(found[1])
     return kept
 
 
@@ -222,7 +225,7 @@ def sparse_plan(problem: Problem) -> SparsePlan:
     """How the budget of a sparse call is divided, whichever of its rows are scored."""
     sizes = problem.sizes(problem.count)
     groups = problem.group_count
-    slots = takes_slots(sizes) and (problem.trainable or problem.in_rows)
+    slots = takes_slots(sizes) and problem.in_rows
 
     def plan(budget: int) -> SparsePlan:
         return plan_sparse(sizes, groups, budget, trainable=problem.trainable, slots=slots)
@@ -300,33 +303,30 @@ def sparse_head_gradient(
 ) -> None:  # fmt: skip
     """Fills the gradients of the head, of a sparse forward."""
     table = HostCopy(packed.table)  # before the host waits for the count of the scored rows
-    operands, figures, a = _scored_again(problem, dlogps, statistics)
+    plan, scored = sparse_plan(problem), score(problem.labels, problem.ignore_index)
+    operands = select(problem, scored)
     if operands.sizes.rows == 0:
         _fill_nothing(out)
         return
+    tail = Tail.of(problem, operands, sums)
+    if plan.slots:
+        sizing = (_job(problem, operands, out), problem.budget - plan.store_bytes)
+        gradient = importlib.import_module("orpo_kernels.engine.sparse.slot_gradient").head_gradient
+        gradient(problem, operands, statistics, dlogps, tail, packed, table.get(), sizing, out)
+        return
+    figures, a = _of_rows(scored, operands, dlogps, statistics)
     if operands.places is not None:
         packed = packed._replace(per_block=packed.per_block[:, :, operands.places])
     packed = packed._replace(table=table.get())
-    plan, tail = sparse_plan(problem), Tail.of(problem, operands, sums)
     work = Work(operands, figures, Factors.of(operands, figures, a), out)
     kept = Kept.of(operands, packed, tail, plan, work)
-    gradient = segment_weight_gradient if plan.slots else sparse_weight_gradient
-    gradient(work, kept, problem.budget)
+    sparse_weight_gradient(work, kept, problem.budget)
 
 
 def _scored(problem: Problem) -> Scored:
     if problem.groups is not None:
         refuse_other_groups(problem.groups)
     return score(problem.labels, problem.ignore_index, problem.weight.shape[0])
-
-
-def _scored_again(
-    problem: Problem, dlogps: Tensor, statistics: Tensor
-) -> tuple[Operands, Statistics, Coefficients]:
-    """The scored rows, their statistics and their coefficients, in the backward."""
-    scored = score(problem.labels, problem.ignore_index)
-    operands = select(problem, scored)
-    return operands, *_of_rows(scored, operands, dlogps, statistics)
 
 
 def _of_rows(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.segment_store import MOST_SPAN, ScanShape, span_columns
+from orpo_kernels.kernels.slot_store import MOST_SPAN, ScanShape, span_columns
 from orpo_kernels.kernels.tuning import Row, row_of
 
 _LOG2_E = 1.4426950408889634

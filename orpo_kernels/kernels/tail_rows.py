@@ -132,4 +132,5 @@ def tail_product(
         start(splits * programs, V, H, each, weight.stride(0), H, G * H)
         found.append(out.sum(0))
     mass = tail.sum(1, keepdim=True)
-    return torch.cat(found, 1) * torch.where(mass > 0, 1.0 / mass, 0.0)
+    # The mass may be a subnormal number, whose reciprocal is infinite.
+    return torch.where(mass > 0, torch.cat(found, 1) / mass, 0.0)

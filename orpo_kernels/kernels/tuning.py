@@ -81,8 +81,7 @@ for _kernel in _ROW_KERNELS:
 for _class in ("datacenter", "consumer", "amd", "other"):
     for _dtype in (torch.float32, *_NARROW):
         TABLE["column_sums", _class, _dtype] = (Row(1024, 4), Row(512, 4))
-    TABLE["pack_segments", _class, torch.bfloat16] = (Row(8, 2),)
-    TABLE["list_tokens", _class, torch.bfloat16] = (Row(16, 2),)
+    TABLE["keep_slots", _class, torch.bfloat16] = (Row(32, 4),)
     TABLE["sequence_mean", _class, torch.float32] = (Row(4096, 8), Row(1024, 4))
     TABLE["sequence_mean_backward", _class, torch.float32] = (Row(1024, 4),)
     TABLE["odds_ratio", _class, torch.float32] = (Row(128, 4),)
@@ -102,6 +101,10 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
         TABLE["tail_product", _class, _dtype] = (Row(512, 4, 8),)
+        TABLE["given_back", _class, _dtype] = (Row(512, 4, 8),)
+        # Columns of a panel, and slots (products, labels) a step.
+        TABLE["slot_products", _class, _dtype] = (Row(128 // _lanes, 4 * _lanes, 64 // _lanes),)
+        TABLE["sum_products", _class, _dtype] = (Row(512, 4 // _lanes, 4),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
     TABLE["dropped_rows", _class, torch.float32] = (Row(32, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
@@ -151,17 +154,7 @@ for _class, _stages, _limit in (
     ("datacenter", 4, 128), ("consumer", 3, 128), ("amd", 2, 0), ("other", 2, 0),
 ):  # fmt: skip
     for _dtype in (torch.float32, *_NARROW):
-        _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
         _registers = 0 if _dtype == torch.float32 else _limit
-        _small = Row(128, 8, 32, 2)
-        TABLE["gather_matmul", _class, _dtype] = (Row(256, 8, 32, _most, _registers), _small)
-        if _class == "consumer" and _registers:
-            _most = 2
-        TABLE["weight_gradient", _class, _dtype] = (Row(256, 8, 32, _most, _registers), _small)
-        # Loading the accumulator takes an address per element: 256 columns would spill.
-        TABLE["weight_gradient_add", _class, _dtype] = (_small,)
-        for _kernel in ("gather_matmul_odd", "weight_gradient_odd"):
-            TABLE[_kernel, _class, _dtype] = (Row(64, 4, 32, 2),)
         # Sums are read beside the slots, and float16 slots widened. 128 columns by 64 of an H200:
         # 0.55 ms for 0.71 of 256 by 32, which sm_120 spills.
         _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
@@ -180,9 +173,6 @@ for _class, _stages, _limit in (
         TABLE["scan_softcap", _class, _dtype] = (Row(32, 4 if _class == "amd" else 8, 32),)
         TABLE["live_columns", _class, _dtype] = (Row(128, 4),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
-        # Tiles of 64 rows x 128 columns per program; a softcap takes twice the registers.
-        TABLE["softmax_compact", _class, _dtype] = (Row(8, 4 if _limit else 8),)
-        TABLE["softmax_compact_softcap", _class, _dtype] = (Row(8, 8),)
 
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)

@@ -35,12 +35,12 @@ _OUTPUTS = 2 + len(SparseState._fields)
 
 
 @torch.library.custom_op(
-    "orpo_kernels::linear_logps_sparse",
+    "orpo_kernels::sparse_linear_logps",
     mutates_args=(),
     schema=f"({SPARSE}, bool needs_dhidden, bool trainable, bool consume_g) "
     f"-> ({', '.join(['Tensor'] * _OUTPUTS)})",
 )
-def linear_logps_sparse(*arguments: Any) -> tuple[Tensor, ...]:
+def sparse_linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
     """Log-probs (K, ...), the fields of the certificate (5,), and `SparseState`."""
     needs_dhidden, trainable, _ = arguments[SPARSE_ARGUMENTS:]
     problem = problem_of(arguments[:SPARSE_ARGUMENTS], trainable=trainable)
@@ -49,7 +49,7 @@ def linear_logps_sparse(*arguments: Any) -> tuple[Tensor, ...]:
         return logps, certificate, *state
 
 
-@linear_logps_sparse.register_fake
+@sparse_linear_logps.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     needs_dhidden, trainable, _ = arguments[SPARSE_ARGUMENTS:]
     problem = problem_of(arguments[:SPARSE_ARGUMENTS], trainable=trainable)
@@ -59,12 +59,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "orpo_kernels::linear_logps_sparse_dweight",
+    "orpo_kernels::sparse_linear_logps_dweight",
     mutates_args=(),
     schema="(Tensor dlogps, Tensor statistics, Tensor sums, Tensor store, Tensor table, "
     f"Tensor per_block, {SPARSE}, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
-def linear_logps_sparse_dweight(
+def sparse_linear_logps_dweight(
     dlogps: Tensor, statistics: Tensor, sums: Tensor, store: Tensor, table: Tensor,
     per_block: Tensor, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -77,7 +77,7 @@ def linear_logps_sparse_dweight(
     return results
 
 
-@linear_logps_sparse_dweight.register_fake
+@sparse_linear_logps_dweight.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = problem_of(arguments[6 : 6 + SPARSE_ARGUMENTS], trainable=True)
     return empty_head_gradients(problem, arguments[6 + SPARSE_ARGUMENTS])[0]
@@ -97,7 +97,7 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
     ctx.arguments = (*tensors, *ctx.options, groups, ctx.eps)
 
     def head_gradient(wanted: list[bool]) -> Any:
-        return linear_logps_sparse_dweight(
+        return sparse_linear_logps_dweight(
             dlogps, state.statistics, state.sums, state.store, state.table, state.per_block,
             *ctx.arguments, wanted,
         )  # fmt: skip
@@ -108,4 +108,4 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
     return *gradients, *[None] * (SPARSE_ARGUMENTS - _TENSORS + 3)
 
 
-linear_logps_sparse.register_autograd(_backward, setup_context=_setup_context)
+sparse_linear_logps.register_autograd(_backward, setup_context=_setup_context)

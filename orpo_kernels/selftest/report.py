@@ -204,5 +204,5 @@ def tile_backends(device: torch.device) -> dict[str, str]:
         for name in NATIVE
     }
     if has_slots(device, torch.bfloat16):
-        backends |= dict.fromkeys(("softmax_compact", "slot_matmul"), kernel)
+        backends |= {"slot_gradient": kernel}
     return backends

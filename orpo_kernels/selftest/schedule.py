@@ -25,7 +25,7 @@ MOST_WORKERS = 12
 _WORKER_BYTES = 2**30  # of the device: a context, the kernels, and small tensors
 # What takes longest comes first, so that none of it is what is waited for in the end: transformers
 # is imported, and the larger kernels are compiled.
-_SLOW = ("fuse_head", "linear_lse", "linear_logps_sparse", "linear_logps", "slot_matmul")
+_SLOW = ("fuse_head", "linear_lse", "sparse_linear_logps", "linear_logps", "slot_gradient")
 
 
 def workers_of(device: torch.device) -> int:

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from orpo_kernels import reference
 from orpo_kernels.constants import COMPACT_ROWS
-from orpo_kernels.engine.sparse.plan import slot_pitch
-from orpo_kernels.engine.sparse.slot_loop import KEPT_ROUNDING
 from orpo_kernels.engine.tiles import compact_weight_gradient, softmax_compact_online_
 from orpo_kernels.engine.tiles.collect import Entries
 from orpo_kernels.engine.tiles.compact import pack_entries
-from orpo_kernels.kernels import has_slots, launcher
-from orpo_kernels.kernels.segment_store import SEGMENT_COLUMNS, Slots
+from orpo_kernels.kernels import has_slots
+from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, SlotStore
 from orpo_kernels.selftest import logps
 from orpo_kernels.selftest.figures import (
     EPS32,
@@ -30,34 +28,22 @@ from orpo_kernels.selftest.figures import (
 from orpo_kernels.selftest.tiles import TRANSFORMS, Transform
 
 # 67 rows, a prime; 520 columns, 65 vectors of 16 bytes. Of the entries about one in fifty is kept.
-ROWS, COLUMNS, FIRST_COLUMN, WIDTH = 67, 520, 1000, 33
+ROWS, COLUMNS, FIRST_COLUMN, WIDTH, SLOTS = 67, 520, 1000, 33, 150
 EPS = 2.0**-8
 
 # Of peaked logits slots keep a sixth of the columns and drop 6 % of the mass; of the others they
-# would keep half and drop a third, and row blocks of a frozen head are done the exact way.
+# would keep half and drop a third, and row blocks are done the exact way.
 EPS_OF_PEAKED = 2.0**-6
 
 VARIANTS = (
     (logps.Variant("frozen head, flat", trains=(True, False)), EPS),
     (logps.Variant("frozen head, peaked", trains=(True, False), peaked=True), EPS_OF_PEAKED),
-    (logps.Variant("trainable head", bias=True), EPS),
+    (logps.Variant("trainable head, peaked", bias=True, peaked=True), EPS_OF_PEAKED),
     (
         logps.Variant("all of it", label_sets=2, softcap=4.0, logit_scale=0.7, bias=True, rank=4),
         EPS,
     ),
 )
-
-
-class Slotted(NamedTuple):
-    """A tile's slots, and as a matrix; true E, total; the tail, and the groups of its rows."""
-
-    slots: Slots
-    entries: Tensor  # (R, C) float64, 0 where dropped
-    E: Tensor
-    total: Tensor
-    groups: Tensor
-    tail: Tensor
-    rounded: float
 
 
 class Listed(NamedTuple):
@@ -79,69 +65,14 @@ class Listed(NamedTuple):
 def cases(setting: Setting) -> Iterator[Case]:
     """The sparse gradient, in one dtype; slots where a GPU keeps them."""
     if has_slots(setting.device, setting.dtype):
-        for transform in TRANSFORMS:
-            yield Case("softmax_compact", transform.name, setting, _compact, (transform,))
-        yield Case("slot_matmul", "float32 += kept entries", setting, _matmul)
+        yield Case("slot_gradient", "of kept slots and labels", setting, _slot_gradient)
     for transform in TRANSFORMS:
         name = "softmax_compact_online_"
         yield Case(name, transform.name, setting, _compact_online, (transform,))
     yield Case("pack_entries", "in order, and out of room", setting, _pack)
     yield Case("compact_weight_gradient", "some columns of a tile", setting, _weight_gradient)
     for variant, eps in VARIANTS:
-        yield Case("linear_logps_sparse", variant.name, setting, _linear_logps, (variant, eps))
-
-
-def _slotted(setting: Setting, transform: Transform) -> Slotted:
-    generator = setting.generator()
-    logits = _with_room(setting.put(3.0 * torch.randn(ROWS, COLUMNS, generator=generator)))
-    bias = torch.randn(COLUMNS, generator=generator) if transform.bias else None
-    labels = torch.randint(0, 2500, (2, ROWS), generator=generator)
-    labels[:, ::7] = -1
-    groups = torch.randint(0, 2, (ROWS,), generator=generator)
-    options = (transform.logit_scale, transform.softcap)
-    wide = None if bias is None else bias.double()
-    z, slope = reference.tile_logits(exact(logits), wide, labels, FIRST_COLUMN, *options)
-    rounded = 0.0 if wide is None else largest(exact(logits) + wide)
-    level = (z.amax(1) + 0.25).float()  # the maximum may lie in an earlier tile
-    E = reference.softmax_grad(z, slope, level.double())
-    total = (torch.exp(z - level.double()[:, None]).sum(1) + 0.25).float()
-    tail = torch.zeros(2, COLUMNS, device=setting.device)
-    slots = launcher("softmax_compact", "softmax_compact")(
-        logits, None if bias is None else bias.to(setting.device), labels.to(setting.device),
-        FIRST_COLUMN, level.to(setting.device), total.to(setting.device), EPS, *options,
-        groups.to(setting.device), tail,
-    )  # fmt: skip
-    entries = torch.zeros(ROWS, COLUMNS, device=setting.device)
-    launcher("gather_matmul", "slot_matmul")(
-        entries, slots, torch.eye(COLUMNS, device=setting.device)
-    )
-    return Slotted(slots, exact(entries), E, total.double(), groups, tail, rounded)
-
-
-def _with_room(logits: Tensor) -> Tensor:
-    """A copy of a tile that has the room for its slots."""
-    rows, columns = logits.shape
-    blocks = -(-rows // COMPACT_ROWS) * COMPACT_ROWS
-    room = logits.new_empty(blocks, slot_pitch(columns))
-    return room[:rows, :columns].copy_(logits)
-
-
-def _compact(setting: Setting, transform: Transform) -> Iterator[Figure]:
-    tile = _slotted(setting, transform)
-    slots, entries = tile.slots, tile.entries
-    live, share = entries != 0, tile.E / tile.total[:, None]
-    # Rounding decides about an entry this close to eps.
-    lost = ~live & (share > EPS * (1 + (64 + tile.rounded) * EPS32))
-    yield Figure("entries over eps that are dropped", float(lost.sum()), 0.0)
-    counted = exact(slots.entries) - _shared_columns(live).sum()
-    yield Figure("kept entries not counted", float(counted.abs().sum()), 0.0)
-    yield _kept_entries(setting, tile)
-    yield rounded_once("sum of the kept", slots.mass, entries.sum(1))
-    if transform.softcap is not None:
-        yield rounded_once("sum of all", slots.row_sum, tile.E.sum(1), tile.rounded)
-    dropped = torch.where(live, 0.0, share)
-    truth = torch.stack([dropped[tile.groups == group].sum(0) for group in (0, 1)])
-    yield rounded_once("tail", tile.tail, truth, tile.rounded + 16)
+        yield Case("sparse_linear_logps", variant.name, setting, _linear_logps, (variant, eps))
 
 
 def _listed(setting: Setting, transform: Transform, capacity: int = COLUMNS) -> Listed:
@@ -199,30 +130,50 @@ def _compact_online(setting: Setting, transform: Transform) -> Iterator[Figure]:
         yield Figure("dropped", error / largest(e.sum(1)), limit)
 
 
-def _kept_entries(setting: Setting, tile: Slotted) -> Figure:
-    error = (tile.entries / tile.E - 1.0)[tile.entries != 0]
-    step = max(setting.eps, KEPT_ROUNDING)
-    return Figure("kept entries", largest(error), step + (64 + tile.rounded) * EPS32)
-
-
-def _shared_columns(mask: Tensor) -> Tensor:
-    """Of (R, C): where one of 64 rows in sequence has the column."""
-    blocks = torch.split(mask, COMPACT_ROWS)
-    return torch.cat([rows.any(0, keepdim=True).expand_as(rows) for rows in blocks])
-
-
-def _matmul(setting: Setting) -> Iterator[Figure]:
+def _slot_gradient(setting: Setting) -> Iterator[Figure]:
+    """The gradient of a head from two row blocks of slots: kept, and to be left out."""
     generator = setting.generator()
-    tile = _slotted(setting, TRANSFORMS[0])
-    # The product of slots rounds a float32 head to their dtype.
-    weight = setting.put(torch.randn(COLUMNS, WIDTH, generator=generator).bfloat16())
-    before = torch.randn(ROWS, WIDTH, generator=generator)
-    sums = before.to(setting.device, copy=True)
-    launcher("gather_matmul", "slot_matmul")(sums, tile.slots, weight)
-    yield _kept_entries(setting, tile)
-    truth = before.double() + tile.entries @ exact(weight)
-    summands = before.double().abs() + tile.entries.abs() @ exact(weight).abs()
-    yield rounded_once("sums", sums, truth, summands=summands)
+    gradient = importlib.import_module("orpo_kernels.engine.sparse.slot_gradient")
+    hidden = setting.put(torch.randn(ROWS, WIDTH, generator=generator))
+    labels = torch.randint(0, COLUMNS, (ROWS,), generator=generator)
+    labels[::7], labels[1::7] = -1, 3  # a token that comes often
+    columns = torch.randint(0, COLUMNS, (SLOTS,), generator=generator, dtype=torch.int32)
+    slots = torch.rand(SLOTS, COMPACT_ROWS, generator=generator).bfloat16()
+    slots[SLOTS - 9 :, ROWS - COMPACT_ROWS :] = 0.0  # rows that are not there
+    table = torch.tensor([[0, SLOTS - 9], [SLOTS - 9, 9]])
+    figures = torch.rand(5, ROWS, generator=generator)
+    mean, rest = (torch.rand(2, each, generator=generator) for each in (COLUMNS, WIDTH))
+    store = SlotStore(*(each.to(setting.device) for each in (slots, columns, table)))
+    out = torch.empty(COLUMNS, WIDTH, device=setting.device)
+    on_device = (labels.to(setting.device), figures.to(setting.device), mean.to(setting.device))
+    inputs = _inputs(hidden, on_device[0])
+    order = gradient.order_entries(store.columns, on_device[0][None], COLUMNS)
+    kept = gradient.Kept(store, order, on_device[1], None, on_device[2])
+    products = torch.empty(SLOTS, 24, device=setting.device)  # a panel of three vectors
+    gradient.from_slots(out, hidden, inputs, kept, rest.to(setting.device), products, adds=False)
+
+    dense = torch.zeros(2, COMPACT_ROWS, COLUMNS, dtype=torch.float64)
+    for block, (first, count) in enumerate(table.tolist()):
+        here = slice(first, first + count)
+        dense[block].index_add_(1, columns[here].long(), exact(slots[here]).t())
+    matrix = -figures[1].double()[:, None] * dense.view(-1, COLUMNS)[:ROWS]
+    scored = labels >= 0
+    matrix[scored, labels[scored]] += figures[2].double()[scored]
+    rows = exact(hidden)
+    truth = matrix.t() @ rows - mean.double().t() @ rest.double()
+    # Coefficients times slots are rounded to 16 bits, and hidden states where they are float32.
+    rounding = setting.eps if setting.dtype == torch.float16 else 2 * KEPT_ROUNDING
+    rounding *= 2 if setting.dtype == torch.float32 else 1
+    size = matrix.abs().t() @ rows.abs()
+    error = (exact(out) - truth).abs() - rounding * size - 64 * EPS32 * (size + truth.abs())
+    yield Figure("gradient of the head", max(0.0, float(error.amax())), 0.0)
+
+
+def _inputs(hidden: Tensor, labels: Tensor) -> Any:
+    """What the kernels are told of a call, but for its head."""
+    kernel = importlib.import_module("orpo_kernels.kernels.inputs")
+    given = ((hidden,), (), None, labels, None, None, None, 1.0, None)
+    return kernel.Inputs(*given, hidden.dtype, torch.float32)
 
 
 def _pack(setting: Setting) -> Iterator[Figure]:
@@ -274,8 +225,7 @@ def _linear_logps(setting: Setting, variant: logps.Variant, eps: float) -> Itera
     found = here.evaluate(logps.ours, gradient="sparse", eps=eps, tail_groups=groups)
     truth = true.evaluate(logps.definition)
     in_slots = has_slots(setting.device, setting.dtype)
-    frozen = not variant.trains[1]
-    changed = truth | _definition(true, groups, eps, in_slots=in_slots, frozen=frozen)
+    changed = truth | _definition(true, groups, eps, in_slots=in_slots)
     for what, actual in found.items():
         rounded = changed[what] + (exact(eager[what]) - truth[what])
         dtype = torch.bfloat16 if in_slots else setting.dtype
@@ -301,12 +251,11 @@ def _dense(columns: reference.SparseSoftmax, logit_scale: float) -> Tensor:
 
 
 def _definition(
-    true: logps.Problem, groups: Tensor, eps: float, *, in_slots: bool, frozen: bool
+    true: logps.Problem, groups: Tensor, eps: float, *, in_slots: bool
 ) -> dict[str, Tensor]:
     """Its gradients, by entry; or of slots, in columns that one of 64 scored rows has over eps.
 
-    In the gradient of the head, of slots, only a row that has one over eps in 64 columns keeps any.
-    With a frozen head row blocks that would keep or drop too much are done the exact way.
+    Of slots, row blocks that would keep or drop too much are done the exact way.
     """
     leaves = {name: leaf.detach() for name, leaf in true.leaves.items()}
     ranks = [name for name in ("hidden", "hidden_r") if name in leaves]
@@ -320,15 +269,9 @@ def _definition(
         )  # fmt: skip
 
     found = gradients(1)
-    if in_slots and frozen:
+    if in_slots:
         columns = gradients(COMPACT_ROWS).softmax
         found = gradients(COMPACT_ROWS, whole=_dense(columns, true.options["logit_scale"]))
-    elif in_slots:
-        over = found.softmax.mask
-        live = torch.nn.functional.pad(over, (0, -over.shape[1] % SEGMENT_COLUMNS))
-        live = live.view(len(over), -1, SEGMENT_COLUMNS).any(2)
-        live = live.repeat_interleave(SEGMENT_COLUMNS, 1)[:, : over.shape[1]]
-        found = gradients(COMPACT_ROWS, head_mask=_shared_columns(over) & live)
     widths = [leaves[name].shape[1] for name in ranks]
     named = {"dbias": found.dbias}
     parts = (torch.split(each, widths, 1) for each in (found.dhidden, found.dweight))

@@ -154,8 +154,7 @@ def main() -> int:
     args = parser.parse_args()
     figures = measure(args.device, tiny=args.tiny)
     figures["gemm"] = gemm_shares(args.device, tiny=args.tiny)
-    bandwidth = 1e9 * figures["copy_gb_per_s"]
-    figures["sparse"] = sparse_shares(args.device, bandwidth, tiny=args.tiny)
+    figures["sparse"] = sparse_shares(args.device, tiny=args.tiny)
     sys.stdout.write(f"copy: {figures['copy_gb_per_s']:.0f} GB/s\n")
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1))

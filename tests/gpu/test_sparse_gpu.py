@@ -12,8 +12,8 @@ import torch
 from orpo_kernels import linear_logps, reference
 from orpo_kernels.engine import host_copy, operands
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
-from orpo_kernels.kernels import has_slots, launcher
+from orpo_kernels.kernels import has_slots
+from orpo_kernels.kernels.slot_store import SLOT_BYTES
 from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +25,7 @@ EPS = 2.0**-6
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch):
     monkeypatch.setattr(plan, "live_share", lambda device: 1.0)
+    monkeypatch.setattr(plan, "_MOST_KEPT", 1)
     if importlib.util.find_spec("triton") is not None:
         live_columns = importlib.import_module("orpo_kernels.kernels.live_columns")
         monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
@@ -50,6 +51,11 @@ def run(hidden, weight, bias, labels, groups, a, **options):
     )
     wanted = [each for each in (hidden, weight, bias) if each is not None and each.requires_grad]
     return logps, *torch.autograd.grad((logps * a).sum(), wanted)
+
+
+def slot_gradient():
+    """Imports triton."""
+    return importlib.import_module("orpo_kernels.engine.sparse.slot_gradient")
 
 
 def relative(found, true):
@@ -83,66 +89,38 @@ def test_against_float64(gpu, dtype, softcap, bias, trains, workspace):
     )
     assert relative(found[0].cpu(), true.dhidden) < 4e-3 + rounding
     if trains:
-        # Segments keep a little less of dW than columns do: within the size of the tail.
-        assert relative(found[1].cpu(), true.dweight) < 2e-2 + rounding
+        assert relative(found[1].cpu(), true.dweight) < 5e-3 + rounding
     if bias:
-        assert relative(found[2].cpu(), true.dbias) < 2e-2 + rounding
+        assert relative(found[2].cpu(), true.dbias) < 5e-3 + rounding
 
 
-def test_the_kernels_against_their_product(gpu):
-    # The kept entries of a tile times the identity are the tile's, but for the small ones.
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["nothing", "half of it"])
+def test_a_store_without_room(gpu, monkeypatch, share):
+    # Rows that are not in the store are recomputed: dW is exact there, and the definition's
+    # elsewhere. What is kept of them, and dhidden, does not ask.
     gpu.needs_cuda()
-    rows, columns = 300, 5003
-    pitch = -(-columns // 128) * 128
-    owner = torch.full((-(-rows // 64) * 64, pitch), torch.nan, device=gpu.device)
-    logits = owner[:rows, :columns].copy_(torch.randn(rows, columns, device=gpu.device) * 4)
-    labels = torch.randint(-1, columns, (1, rows), device=gpu.device)
-    z = logits.double().scatter(1, labels.clamp(min=0).t(), -torch.inf)
-    z = torch.where(labels.t() >= 0, z, logits.double())
-    level = z.amax(1).float()
-    E = torch.exp(z - level.double()[:, None])
-    total = E.sum(1).float()
-    groups = torch.arange(rows, device=gpu.device) % 2
-    tail = torch.zeros(2, columns, device=gpu.device)
-    kept = launcher("softmax_compact", "softmax_compact")(
-        logits, None, labels, 0, level, total, EPS, 1.0, None, groups, tail
-    )
-    found = torch.zeros(rows, columns, device=gpu.device)
-    launcher("gather_matmul", "slot_matmul")(found, kept, torch.eye(columns, device=gpu.device))
-    live = found != 0
-    share = E / total.double()[:, None]
-    assert live[share > EPS * 1.0001].all()
-    torch.testing.assert_close(found.double(), E.where(live, 0.0), rtol=2.0**-8 + 1e-4, atol=1e-30)
-    torch.testing.assert_close(kept.mass.double(), found.double().sum(1), rtol=1e-5, atol=1e-6)
-    dropped = share.masked_fill(live, 0.0)
-    true = torch.stack([dropped[groups == group].sum(0) for group in (0, 1)])
-    torch.testing.assert_close(tail.double(), true, rtol=1e-4, atol=1e-9)
-
-
-def test_an_overflowing_store(gpu, monkeypatch):
-    # Room for half of it: on a GPU some chunks are recomputed; the gradient is the definition's
-    # where it was stored, and exact elsewhere: nearer to exact than to nothing either way.
     given = step(gpu, torch.float32, bias=True)
-    options = {"workspace_bytes": 40 * 2**20}
-    stored = run(*given, **options)
-    monkeypatch.setattr(plan, "_SEGMENT_ROW_BYTES", 200)
-    looked, stored_tiles = [], sparse_weight.stored_tiles
+    planned, slot_store_bytes = plan.plan_scan, plan.slot_store_bytes
+    budget = 256 * 2**20
+    monkeypatch.setattr(
+        plan, "plan_scan", lambda job, groups, _, card: planned(job, groups, budget // 2, card)
+    )
+    stored = run(*given, workspace_bytes=budget)
 
-    def look(*args):
-        looked.append(stored_tiles(*args))
-        return looked[-1]
+    def room(sizes, *rest):
+        assert slot_store_bytes(sizes, *rest) > 0
+        blocks = -(-sizes.rows // 64)
+        return int(share * blocks * sizes.vocabulary / 8 * SLOT_BYTES) // 16 * 16
 
-    monkeypatch.setattr(sparse_weight, "stored_tiles", look)
-    found = run(*given, **options)
-    assert torch.equal(found[1], stored[1])  # dhidden does not ask
+    monkeypatch.setattr(plan, "slot_store_bytes", room)
+    found = run(*given, workspace_bytes=budget)
+    assert torch.equal(found[1], stored[1])
     wide = [t.detach().double().requires_grad_() for t in given[:3]]
     logps = reference.linear_logps(wide[0], wide[1], given[3], wide[2])
     _, dweight, dbias = torch.autograd.grad((logps * given[5].double()).sum(), wide)
     for mine, before, exact in zip(found[2:], stored[2:], (dweight, dbias), strict=True):
         assert relative(mine, exact) <= 1.1 * relative(before, exact) + 4e-3
-    if gpu.real and has_slots(gpu.device, torch.float32):
-        flags = [each[0] for each in looked[-1]]
-        assert not all(flags)
+        assert not torch.equal(mine, before)
 
 
 def test_no_host_sync_but_one(gpu):
@@ -174,8 +152,8 @@ def test_cuda_graph(gpu, trains):
             run(*given)
         if trains:  # what the captured backward will launch
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sparse_weight, "is_capturing", lambda device: True)
-                patch.setattr(host_copy, "is_capturing", lambda device: True)
+                for module in (slot_gradient(), host_copy):
+                    patch.setattr(module, "is_capturing", lambda device: True)
                 run(*given)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -188,7 +166,7 @@ def test_cuda_graph(gpu, trains):
         labels[9] = seed
         graph.replay()
         with pytest.MonkeyPatch.context() as patch:  # the same rows share their columns
-            for module in (operands, host_copy, sparse_weight):
+            for module in (operands, host_copy, slot_gradient()):
                 patch.setattr(module, "is_capturing", lambda device: True)
             eager = run(*given)
         for mine, true in zip(captured, eager, strict=True):
@@ -214,28 +192,3 @@ def test_peak_is_the_workspace(gpu, trains):
         del logps, found
     # The kept graph's g and statistics are results until the backward.
     assert peak - results <= budget + 2 * N * H + 600 * N
-
-
-def test_more_than_2_31_logits(gpu):
-    # Slots of the last rows lie beyond 2^31 elements of the tile.
-    gpu.needs_cuda()
-    rows, columns = 16768, 128256
-    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
-        pytest.skip("needs 14 GiB")
-    logits = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu.device)
-    logits[-1, -1] = 50.0
-    labels = torch.full((1, rows), -1, device=gpu.device)
-    level, total = logits.amax(1).float(), torch.full((rows,), float(columns), device=gpu.device)
-    total[-1] = 1.0
-    tail = torch.zeros(1, columns, device=gpu.device)
-    kept = launcher("softmax_compact", "softmax_compact")(
-        logits, None, labels, 0, level, total, 0.5, 1.0, None,
-        torch.zeros(rows, dtype=torch.int64, device=gpu.device), tail,
-    )  # fmt: skip
-    out = torch.zeros(rows, 8, device=gpu.device)
-    weight = torch.zeros(columns, 8, dtype=torch.bfloat16, device=gpu.device)
-    weight[-1] = 3.0
-    launcher("gather_matmul", "slot_matmul")(out, kept, weight)
-    assert kept.entries.item() == 64
-    assert out[-1].tolist() == [3.0] * 8
-    assert out[-65].tolist() == [0.0] * 8

@@ -8,20 +8,15 @@ import torch
 
 from orpo_kernels.kernels import (
     column_sums,
-    gather_matmul,
     linear_lse,
     odds_ratio,
     pair_loss,
-    row_segments,
-    segment_store,
     sequence_mean,
-    softmax_compact,
     softmax_grad,
     softmax_stats,
-    weight_gradient,
 )
 from tests.kernels.loop_cases import loop_launches
-from tests.kernels.scan_cases import scan_launches
+from tests.kernels.scan_cases import gradient_launches, scan_launches
 
 R, H, V = 256, 4096, 128256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -180,99 +175,9 @@ def _small_cases() -> Iterator[Case]:
     yield Case("odds_ratio", "odds_ratio", wide, pairs, wide_loads=False)
 
 
-def _store(rows: int, columns: int) -> segment_store.SegmentStore:
-    size = segment_store.table_bytes(rows, columns, 1) + 2**24
-    return segment_store.segment_store(_cuda(size, dtype=torch.uint8), rows, columns, 1)
-
-
-def _kept(rows: int, columns: int) -> segment_store.Slots:
-    B, T = rows // 64, columns // 128
-    lists = [_cuda(B, columns, dtype=torch.int32) for _ in range(2)]
-    live, slots = (
-        _cuda(B, columns, dtype=torch.int8),
-        _cuda(rows, 2 * columns, dtype=torch.bfloat16),
-    )
-    ends, count = _cuda(B, T, dtype=torch.int32), _cuda(1, dtype=torch.int64)
-    return segment_store.Slots(_cuda(rows), _cuda(0), count, slots, *lists, ends, live, _cuda(rows))
-
-
-def _compact_cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        for what, columns, sets, options in (
-            ("plain", V, 1, (1.0, None)),
-            ("all options, odd V", 32003, 2, (0.5, 30.0)),
-        ):
-
-            def compact(dtype=dtype, columns=columns, sets=sets, options=options):
-                tile = _cuda(R, -(-columns // 128) * 128, dtype=dtype)[:, :columns]
-                bias, groups = _cuda(columns) if sets == 2 else None, _cuda(R, dtype=torch.int64)
-                softmax_compact.softmax_compact(
-                    tile, bias, _labels(sets, R), 0, _cuda(R), _cuda(R), 2.0**-12, *options,
-                    groups, _cuda(sets, columns),
-                )  # fmt: skip
-
-            key = "softmax_compact" if options[1] is None else "softmax_compact_softcap"
-            yield Case(
-                f"softmax_compact {name}, {what}", key, dtype, compact, wide_stores=True,
-                meant="_softmax_compact_kernel",
-            )  # fmt: skip
-
-    def pack() -> None:
-        row_segments.pack_segments(_store(R, 2048), _kept(R, 2048), 0, 0, 0)
-
-    def lists() -> None:
-        store = _store(R, 2048)
-        found = weight_gradient.list_tokens(store, 0, 2048)
-        weight_gradient.segment_column_sums(store, found, _cuda(R), 2048)
-
-    yield Case(
-        "pack_segments", "pack_segments", torch.bfloat16, pack, wide_stores=True,
-        meant="_pack_segments_kernel",
-    )  # fmt: skip
-    yield Case("list_tokens", "list_tokens", torch.bfloat16, lists, wide_loads=False)
-
-
-def _product_cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        for suffix, columns in (("", H), ("_odd", H + 1)):
-
-            def product(dtype=dtype, h=columns):
-                gather_matmul.slot_matmul(_cuda(R, h), _kept(R, 2048), _cuda(2048, h, dtype=dtype))
-
-            def gradient(dtype=dtype, h=columns):
-                store = _store(R, 2048)
-                lists = weight_gradient.list_tokens(store, 0, 2048)
-                targets = weight_gradient.sort_targets(_labels(1, R), _cuda(1, R), 0, 2048)
-                rows, hidden = (_cuda(R, h, dtype=dtype) for _ in range(2))
-                weight_gradient.segment_weight_gradient(
-                    _cuda(2048, h, dtype=dtype), store, lists, rows, _cuda(1), _cuda(2, 2048),
-                    _cuda(2, h), targets, hidden,
-                )  # fmt: skip
-
-            def added(dtype=dtype, h=columns):
-                store = _store(R, 2048)
-                lists = weight_gradient.list_tokens(store, 0, 2048)
-                weight_gradient.segment_weight_gradient_add(
-                    _cuda(2048, h), store, lists, _cuda(R, h, dtype=dtype)
-                )
-
-            for kernel, key, launch in (
-                ("gather_matmul", "gather_matmul" + suffix, product),
-                ("weight_gradient", "weight_gradient" + suffix, gradient),
-                ("weight_gradient", "weight_gradient" + (suffix or "_add"), added),
-            ):
-                what = " added" if launch is added else ""
-                yield Case(
-                    f"{kernel}{what} {name}, H = {columns}", key, dtype, launch,
-                    wide_loads=False, meant=f"_{kernel}_kernel", since=TENSOR_CORES_SINCE,
-                    operands="elements" if suffix else "gathered",
-                )  # fmt: skip
-
-
 def _loop_cases() -> Iterator[Case]:
-    for label, kernel, dtype, launch, asked in (*loop_launches(), *scan_launches()):
+    launches = (*loop_launches(), *scan_launches(), *gradient_launches())
+    for label, kernel, dtype, launch, asked in launches:
         meant = "_softmax_rows_kernel" if kernel == "softmax_few_rows" else ""
         yield Case(label, kernel, dtype, launch, **{"meant": meant, **asked})
 
@@ -280,6 +185,5 @@ def _loop_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """Every launch of the report."""
     return [
-        *_tile_cases(), *_gemm_cases(), *_small_cases(), *_compact_cases(), *_product_cases(),
-        *_loop_cases(),
+        *_tile_cases(), *_gemm_cases(), *_small_cases(), *_loop_cases(),
     ]  # fmt: skip

@@ -4,16 +4,22 @@ import torch
 
 from orpo_kernels.kernels.dense_rows import DenseRows
 from orpo_kernels.kernels.gather_slots import GatherSlots
+from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.keep_slots import KeepSlots
 from orpo_kernels.kernels.live_columns import LiveColumns
+from orpo_kernels.kernels.order_entries import order_entries
 from orpo_kernels.kernels.pack_slots import PackSlots
 from orpo_kernels.kernels.scan import LOOKED, Scan
 from orpo_kernels.kernels.scan_state import ScanState, scan_state
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_products import SlotProducts
+from orpo_kernels.kernels.slot_store import ScanShape, SlotStore
+from orpo_kernels.kernels.sum_products import SumProducts
 from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
 from tests.kernels.loop_cases import M, N, V, Yielded, _cuda, _state, inputs
 
 COLUMNS = 9000  # more than a look, and no whole number of tiles
+SLOTS = 1000
 ROWS, VOCABULARY = (0, M), (0, COLUMNS)
 
 
@@ -90,3 +96,56 @@ def _products(dtype: torch.dtype, name: str, odd: bool) -> Yielded:
     meant["operands"] = "elements" if odd else "gathered"
     yield f"gather_slots {name}{what}", f"gather_slots{suffix}", dtype, gather, meant
     yield f"tail_product {name}{what}", "tail_product", dtype, product, {"wide_loads": not odd}
+
+
+def gradient_launches() -> Yielded:
+    """Likewise, of what a trainable head adds."""
+
+    def keep():
+        KeepSlots(state_of(_given(torch.bfloat16, torch.float32, False)), _store(), 2)(0, M, 1)
+
+    asked = {"wide_loads": False}
+    yield "keep_slots", "keep_slots", torch.bfloat16, keep, asked
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        for odd in (False, True):
+            what = ", odd H" if odd else ""
+
+            def multiply(dtype=dtype, odd=odd):
+                given, hidden = _rows(dtype, odd)
+                unit = _cuda(1) if dtype == torch.float16 else None
+                rows = (_store(), given, hidden, _cuda(5, M), unit)
+                SlotProducts(_cuda(SLOTS, 256), *rows)(256, 512)
+
+            def add(dtype=dtype, odd=odd):
+                given, hidden = _rows(dtype, odd)
+                order = order_entries(_store().columns, given.labels[None], V)
+                tail = (_cuda(2, V), _cuda(2, hidden.shape[1]))
+                out, products = _cuda(V, hidden.shape[1], dtype=dtype), _cuda(SLOTS, 256)
+                rows = (given, hidden, _cuda(5, M), tail, _cuda(1))
+                SumProducts(out, products, order, *rows, adds=odd)(256, 512)
+
+            def rest(dtype=dtype, odd=odd):
+                given, hidden = _rows(dtype, odd)
+                rows = (_cuda(8, N), _cuda(5, M), given.labels, 2, _store().table)
+                given_back(hidden, given, *rows)
+
+            meant = {
+                **asked, "meant": "_slot_products_kernel", "operands": "elements", "since": 80,
+            }  # fmt: skip
+            yield f"slot_products {name}{what}", "slot_products", dtype, multiply, meant
+            wide = {"wide_loads": not odd}
+            yield f"sum_products {name}{what}", "sum_products", dtype, add, wide
+            yield f"given_back {name}{what}", "given_back", dtype, rest, wide
+
+
+def _store() -> SlotStore:
+    return SlotStore(
+        _cuda(SLOTS, 64, dtype=torch.bfloat16), _cuda(SLOTS, dtype=torch.int32),
+        _cuda(-(-M // 64), 2, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def _rows(dtype: torch.dtype, odd: bool) -> tuple[Inputs, torch.Tensor]:
+    given = inputs(dtype, False)
+    return given, _cuda(N, given.columns + odd, dtype=dtype)

@@ -18,20 +18,21 @@ from orpo_kernels.kernels import (
     dense_rows,
     gather_matmul,
     gather_slots,
+    given_back,
+    keep_slots,
     linear_lse,
     live_columns,
     odds_ratio,
     pack_slots,
     pair_loss,
-    row_segments,
     scan,
     sequence_mean,
-    softmax_compact,
+    slot_products,
     softmax_grad,
     softmax_stats,
+    sum_products,
     tail_rows,
 )
-from orpo_kernels.kernels import weight_gradient as segments_gradient
 from tests.kernels.dryrun import PROCESSORS, SHARED_LIMIT, dryrun, resources
 
 BUDGET = 64 * 2**20
@@ -178,14 +179,14 @@ def test_few_variants_over_many_lengths(launchers, V):
 def test_no_size_is_part_of_a_variant():
     modules = (
         softmax_stats, softmax_grad, column_sums, linear_lse, sequence_mean, odds_ratio, pair_loss,
-        softmax_compact, gather_matmul, row_segments, segments_gradient, scan, live_columns,
+        gather_matmul, keep_slots, slot_products, sum_products, given_back, scan, live_columns,
         pack_slots, dense_rows, gather_slots, tail_rows,
     )  # fmt: skip
     kernels = {
         each.__name__: each for module in modules for name, each in vars(module).items()
         if name.endswith("_kernel") and hasattr(each, "params")
     }  # fmt: skip
-    assert len(kernels) == 30
+    assert len(kernels) == 25
     for kernel in kernels.values():
         runtime = [each for each in kernel.params if not each.is_constexpr]
         numbers = [each for each in runtime if not each.name.endswith("_ptr")]

@@ -4,35 +4,42 @@ import pytest
 import torch
 
 from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES
-from orpo_kernels.engine import operands, policy, run
+from orpo_kernels.engine import host_copy, operands, policy, run
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.gpu.plan import plan_scan
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.sparse import plan as plans
+from orpo_kernels.engine.sparse.tail import Packed
+from orpo_kernels.engine.weight_gradient import HeadGradients
 from orpo_kernels.selftest import logps
 
 pytest.importorskip("triton")
 
-from orpo_kernels.engine.sparse import scan_loop
+from orpo_kernels.engine.sparse import scan_loop, slot_gradient
 from orpo_kernels.kernels.live_columns import MOST_LIVE
 from orpo_kernels.kernels.scan import LOOKED
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import ScanShape
 from tests.kernels.dryrun import dryrun
 from tests.kernels.test_launches import CARDS, MIB, Events, H, N, V, _spans, outside
 
 MOST_OF_A_TILE = 8
 # Which rows are scored and in which group, the state, the sums of the tail, the certificate.
 MOST_OUTSIDE = 75
+# Coefficients, and torch's sorts of slots, labels and columns.
+MOST_OF_LISTS = 40
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Events of a forward and of the gradient of hidden, and the shape of the forward."""
+    """Events of a forward and of its gradients, and the shape of the forward."""
     # nonzero has no fake: every row is processed, as while a graph is captured.
-    for module in (operands, scan_loop):
+    for module in (operands, host_copy, scan_loop):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
-    def start(architecture, mib, *, vocabulary=V, head_dtype=torch.bfloat16):
+    def start(architecture, mib, *, vocabulary=V, head_dtype=torch.bfloat16, kept=None):
+        trains = kept is not None
+        monkeypatch.setattr(slot_gradient, "kept_blocks", lambda table: [kept] * table.shape[0])
+
         def cuda(*shape, dtype=torch.bfloat16):
             return torch.empty(shape, dtype=dtype, device="cuda")
 
@@ -42,7 +49,7 @@ def started(monkeypatch):
         with dryrun(architecture) as log, Events(log) as events:
             problem = Problem(
                 cuda(N, H), cuda(vocabulary, H, dtype=head_dtype), cuda(1, N, dtype=torch.int64),
-                None, None, None, Transform(), -100, torch.bfloat16, mib * MIB, False,
+                None, None, None, Transform(), -100, torch.bfloat16, mib * MIB, trains,
                 cuda(N, dtype=torch.int64), 2.0**-12,
             )  # fmt: skip
             begin = len(events.all())
@@ -52,6 +59,12 @@ def started(monkeypatch):
                 problem, cuda(1, N, dtype=torch.float32), state.statistics, (state.g, state.g_r),
                 state.product,
             )  # fmt: skip
+            if trains:
+                run.sparse_head_gradient(
+                    problem, cuda(1, N, dtype=torch.float32), state.statistics, state.sums,
+                    Packed(state.store, state.table, state.per_block),
+                    HeadGradients((cuda(vocabulary, H),), None),
+                )  # fmt: skip
             names = events.all()
             shape = run.sparse_plan(problem)
         return names[begin:middle], names[middle:], shape.scan
@@ -59,7 +72,7 @@ def started(monkeypatch):
     return start
 
 
-def expected(shape, vocabulary, *, cast=False):
+def expected(shape, vocabulary, *, cast=False, trains=False):
     """The launches of the loop, chunk by chunk and block by block."""
     odd = vocabulary % 8 > 0
     for _ in scan_loop.chunks(N, vocabulary, shape):
@@ -71,6 +84,7 @@ def expected(shape, vocabulary, *, cast=False):
             assert len(tile) <= MOST_OF_A_TILE
             yield from tile
         yield from ("pieces", "gather_slots", "add_further", "finish_rows", "dropped_rows")
+        yield from ["keep_slots"] * trains
 
 
 @pytest.mark.parametrize("mib", [64, 256, 1024])
@@ -120,3 +134,25 @@ def test_the_first_tile_is_a_small_part(scored, rows, columns):
     assert len(parts) <= -(-scored // rows) + 1
     first = parts[0][1]
     assert first <= 256 or first * columns <= scored * V / 8 + 64 * columns
+
+
+@pytest.mark.parametrize("mib", [64, 256, 1024])
+def test_a_head_that_trains(started, mib):
+    # 1,300 slots of every 64 rows: what text keeps. dW is two launches for a panel of products.
+    forward, backward, shape = started(90, mib, kept=1300)
+    loop = list(expected(shape, V, trains=True))
+    outside(forward[forward.index("first_estimate") :], loop)
+    at = backward.index("coefficients")
+    gradient = backward[at:]
+    assert gradient.count("slot_products") == gradient.count("sum_products")
+    assert (gradient.count("slot_products") <= 8) == (mib >= 256)
+    assert gradient.count("given_back") == 1
+    others = [each for each in gradient if each not in ("slot_products", "sum_products")]
+    assert len(others) <= MOST_OF_LISTS, others
+    assert not {"mm", "index_put", "weight_probs"} & {each.split("::")[-1] for each in gradient}
+
+
+def test_rows_that_keep_nothing_are_done_the_exact_way(started):
+    _, backward, _ = started(90, 256, kept=-1)
+    assert "weight_probs" in backward
+    assert "sum_products" not in backward

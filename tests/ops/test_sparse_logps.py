@@ -155,7 +155,7 @@ def unstored_tiles(case, inputs, labels, groups):
     """(blocks, N) bool, from the table of the op."""
     scale, cap = case.options.get("logit_scale", 1.0), case.options.get("softcap")
     with torch.no_grad():
-        outputs = torch.ops.orpo_kernels.linear_logps_sparse(
+        outputs = torch.ops.orpo_kernels.sparse_linear_logps(
             inputs["hidden"], inputs["weight"], torch.stack(labels), inputs.get("bias"),
             inputs.get("hidden_r"), inputs.get("weight_r"), scale, cap,
             case.options.get("ignore_index", -100), torch.float64, case.workspace_bytes, groups,
@@ -319,7 +319,7 @@ def test_opcheck(sets):
         hidden, weight, labels, bias, None, None, 1.0, None, -100, torch.float32, None, groups, EPS,
         True, True, False,
     )  # fmt: skip
-    opcheck(torch.ops.orpo_kernels.linear_logps_sparse.default, args)
+    opcheck(torch.ops.orpo_kernels.sparse_linear_logps.default, args)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

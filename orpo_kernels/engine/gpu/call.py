@@ -32,7 +32,7 @@ def exact_head_gradient(
 ) -> None:
     """Fills the gradients of the head, from the statistics (7, N) and E kept."""
     statistics, kept = of_forward
-    inputs, slopes = inputs_of(operands), _slopes(problem, dlogps)
+    inputs, slopes = inputs_of(operands), slopes_of(problem, dlogps)
     backward.weight_gradient(inputs, statistics, slopes, plan.sweeps, kept, out)
 
 
@@ -49,12 +49,13 @@ def hidden_gradient_(
         groups = groups.reshape(-1).contiguous()
     with tuning.guard(statistics.device):
         scale_rows(
-            parts, statistics, _slopes(problem, dlogps), problem.weights, problem.dtype, product,
+            parts, statistics, slopes_of(problem, dlogps), problem.weights, problem.dtype, product,
             groups,
         )  # fmt: skip
 
 
-def _slopes(problem: Problem, dlogps: Tensor) -> Slopes:
+def slopes_of(problem: Problem, dlogps: Tensor) -> Slopes:
+    """How the loss depends on the log-probs, as the kernels read it."""
     sets = problem.labels.shape[0]
     labels = problem.labels.reshape(sets, -1)
     return Slopes(dlogps.reshape(sets, -1), labels.contiguous(), problem.ignore_index)

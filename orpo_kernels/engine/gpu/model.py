@@ -12,7 +12,7 @@ the mean over 46 shapes, 12 % at most.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.engine.budget import Sizes
 from orpo_kernels.engine.gpu.card import Card
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep, pitch
-from orpo_kernels.kernels.segment_store import MOST_SPAN, ScanShape, span_columns
+from orpo_kernels.kernels.slot_store import MOST_SPAN, ScanShape, span_columns
 
 _SLOWER_FLOAT32 = 12.0  # than 16-bit operands, without TensorFloat-32
 # Rows and columns of the output tiles of GEMMs, and their share of the rate.
@@ -73,6 +73,10 @@ class Job:
     result_item: int = 2
     scaled: bool = False
     in_result: bool = True
+
+    def of_rows(self, rows: int, *, gathers: bool) -> "Job":
+        """The same of so many of its rows, copied where `gathers`."""
+        return replace(self, rows=rows, gathers=self.gathers or gathers)
 
     @property
     def row_bytes(self) -> int:

@@ -27,7 +27,7 @@ from orpo_kernels.engine.gpu.model import (
     scan_seconds,
 )
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import ScanShape
 
 T = TypeVar("T")
 

@@ -18,8 +18,7 @@ entries stay in a store of fixed size. The backward recomputes, the exact way, w
     plan.py              how the budget is divided
     tail.py              what is dropped, and the certificate of it
     tile_loop.py         the forward where one operation finishes a tile: kept entries are lists
-    scan_loop.py         the forward of a GPU, of a frozen head: one look, kept entries are slots
-    slot_loop.py         that of a head that trains: slots over the logits of their tile
+    scan_loop.py         the forward of a GPU: one look, kept entries are slots
     weight_gradient.py   dW from lists, block by block
-    segments.py          dW from a GPU's slots, regrouped by vocabulary block
+    slot_gradient.py     dW from a GPU's slots
 """

@@ -1,4 +1,4 @@
-"""The sparse forward of a GPU for a head that is not trained: one look at every tile of logits.
+"""The sparse forward of a GPU: one look at every tile of logits.
 
     for a chunk of rows:                 (one gather)
         for a vocabulary block:
@@ -10,6 +10,7 @@
             dense rows                   of dense row blocks alone: all entries times the head
         cut, gather, add                 slots of all blocks times their entries of the head
         finish, dropped                  statistics and g in their place, what was dropped
+        (a head that trains) keep        slots to the store of the backward
 
 Nothing is guessed: a row block whose columns have no room, or that would drop over a fifth of its
 mass, is done the exact way, tile by tile. That is slower than the exact loop: where it is more than
@@ -35,12 +36,13 @@ from orpo_kernels.kernels.dense_rows import DenseRows
 from orpo_kernels.kernels.finish_rows import FinishRows
 from orpo_kernels.kernels.gather_slots import GatherSlots
 from orpo_kernels.kernels.inputs import Sums, Tiles
+from orpo_kernels.kernels.keep_slots import KeepSlots
 from orpo_kernels.kernels.label_terms import label_terms
 from orpo_kernels.kernels.live_columns import LiveColumns
 from orpo_kernels.kernels.pack_slots import PackSlots
 from orpo_kernels.kernels.scan import LOOKED, Scan
 from orpo_kernels.kernels.scan_state import scan_state
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import ScanShape, SlotStore
 from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
 
 MOST_DENSE = 0.25
@@ -60,8 +62,8 @@ def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]
 
 
 def forward(
-    operands: Operands, shape: ScanShape, tail: Tail, out: Results
-) -> tuple[Tensor, Tensor] | None:
+    operands: Operands, shape: ScanShape, tail: Tail, out: Results, store: SlotStore | None = None
+) -> tuple[Tensor, Tensor | None] | None:
     """Fills the results, g without its tail, and adds what is dropped to `tail.sums`.
 
     Args:
@@ -69,10 +71,11 @@ def forward(
         shape: of the tiles.
         tail: of these rows.
         out: to be filled; the last row of statistics is `m_t` over the mass beside the labels.
+        store: for the slots of a head that trains, or None.
 
     Returns:
-        (1,) int64, how many entries were kept, and (G, H + r) float32, q W. None, and nothing is
-        filled but the sums, where the logits are too flat.
+        (1,) int64, how many entries were kept, and (G, H + r) float32, q W, where g is wanted.
+        None, and nothing is filled but the sums, where the logits are too flat.
     """
     inputs = inputs_of(operands)
     with tuning.guard(inputs.labels.device):
@@ -84,13 +87,16 @@ def forward(
         state = scan_state(inputs, shape, tail.groups, tail.sums, pitch(shape.columns), LOOKED)
         scan, live = Scan(inputs, state, tail.eps), LiveColumns(inputs, state, sums)
         pack = PackSlots(inputs, state)
-        dense = [DenseRows(inputs, state, part) for part in range(len(inputs.weight))]
-        gather = GatherSlots(inputs, state, len(head.blocks))
-        finish = FinishRows(inputs, sums, Sums(state.sums, None), out.statistics, (out.g, out.g_r))
+        products = range(len(inputs.weight) if out.wants_g else 0)
+        dense = [DenseRows(inputs, state, part) for part in products]
+        gather = GatherSlots(inputs, state, len(head.blocks)) if out.wants_g else None
+        total = Sums(state.sums, None) if out.wants_g else None
+        finish = FinishRows(inputs, sums, total, out.statistics, (out.g, out.g_r))
+        keep = None if store is None else KeepSlots(state, store, len(head.blocks))
         dropped = DroppedRows(inputs, state, sums, out.statistics[7])
         views = TileViews(Tiles(state.logits, None, shape.columns))
         looks = not is_capturing(inputs.labels.device)
-        for rows in parts:
+        for chunk, rows in enumerate(parts):
             x = hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
                 entries = head.take(block)
@@ -106,10 +112,15 @@ def forward(
                 looks = False
                 for part in dense:
                     part(rows, columns)
-            gather(rows[1] - rows[0])
+            if gather is not None:
+                gather(rows[1] - rows[0])
             finish(*rows, 0, 1)
             dropped(*rows)
-        product = tail_product(inputs.weight, tail.sums, inputs.dtype)
+            if keep is not None:
+                keep(*rows, chunk)
+        product = None
+        if out.wants_g:
+            product = tail_product(inputs.weight, tail.sums, inputs.dtype)
         return state.entries.sum(0, keepdim=True), product
 
 

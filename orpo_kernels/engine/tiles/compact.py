@@ -23,7 +23,7 @@ from torch import Tensor
 from orpo_kernels.engine.tiles.collect import Entries, known_sums, softmax_collect_
 from orpo_kernels.engine.tiles.plain import add_at_, exponentials, rows_at_once
 from orpo_kernels.engine.tiles.schemas import softmax_stats
-from orpo_kernels.kernels.segment_store import aligned
+from orpo_kernels.kernels.slot_store import aligned
 
 _TASK_ROWS = 64
 _ENTRIES = 2**16  # looked at together where only their columns and rows are

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from orpo_kernels.engine.budget import plan_backward
+from orpo_kernels.engine.gpu.card import card_of
+from orpo_kernels.engine.gpu.model import job_of
+from orpo_kernels.engine.gpu.plan import plan_backward
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.kernels import segment_store
+from orpo_kernels.kernels.slot_store import SLOT_BYTES, SlotStore
 from tests.engine.test_budget import BUDGETS, CPU, CUDA, HEADS, sizes
 
 # A vocabulary that ends within a tile, beside the heads of the exact plans.
@@ -33,27 +35,30 @@ def test_everything_fits_the_budget(budget, head, trainable):
         even = found.tile.even(rows).rows
         assert even % 64 == 0
         assert even <= found.tile.rows
-        assert found.items >= found.blocks * -(-rows // even)
-        cells = found.tile.rows * plan.slot_pitch(found.tile.columns)
-        assert cells % (64 * 128) == 0
-        assert cells * problem.product_dtype.itemsize <= found.tile.workspace_bytes
-        if trainable:
-            backward = plan_backward(
-                problem, budget, head[0], recompute=True, reserved=found.reserved_bytes
-            )
-            assert backward.workspace_bytes <= budget
+        assert found.items == -(-rows // 64)
+        if not trainable:
+            assert found.store_bytes == 0
+            continue
+        # What the backward takes: rows that are recomputed, or all slots and their products.
+        job = job_of(problem, problem.wide_bytes)
+        left = budget - found.store_bytes
+        assert plan_backward(job, left, card_of(CUDA)).workspace_bytes <= left
+        slots = found.store_bytes // SLOT_BYTES
+        assert (
+            plan.gradient_bytes(job, 2, slots) + slots * 4 * plan.LEAST_PANEL <= left or not slots
+        )
 
 
-def test_a_store_needs_the_whole_vocabulary_in_a_tile():
-    # 16 MiB hold no row block of Llama 3's logits, 1.4 GB hold many: then there is a store.
+def test_a_store_holds_what_text_keeps():
+    # At 1.34 % of the columns of 64 rows, 8,192 rows of Llama 3's vocabulary keep 220,000 slots.
     stores = []
-    for budget in (BUDGETS[0], BUDGETS[2]):
-        problem = sizes((4096, 128_256), CUDA)
-        found = plan.plan_sparse(problem, 2, budget, trainable=True, slots=True)
-        stores.append(found.store_bytes)
-        assert found.blocks == 1 or found.store_bytes == 0
-    assert stores[0] == 0
-    assert stores[1] > 100 * 2**20  # at 13 KB a row, 5,000 rows
+    for mib in (64, 256, 1024):
+        problem = sizes((4096, 128_256), CUDA, rows=8192)
+        found = plan.plan_sparse(problem, 2, mib * 2**20, trainable=True, slots=True)
+        assert found.store_bytes <= mib * 2**20 // 4 + 16
+        stores.append(found.store_bytes // SLOT_BYTES)
+    assert stores[0] > 100_000  # half of them; the rest is recomputed
+    assert stores[1] > 220_000
 
 
 def test_a_budget_below_one_tile_is_refused():
@@ -62,16 +67,11 @@ def test_a_budget_below_one_tile_is_refused():
 
 
 def test_a_store_is_what_its_bytes_say():
-    rows, columns, chunks = 200, 1000, 3
-    tables = segment_store.table_bytes(rows, columns, chunks)
-    buffer = torch.zeros(tables + 10 * 128 + 5, dtype=torch.uint8)
-    store = segment_store.segment_store(buffer, rows, columns, chunks)
-    assert store.segments.shape == (10, 64)
-    assert store.counts.shape == (4, 16)  # 4 row blocks; 8 tiles of 128 columns
-    for index, each in enumerate(store):
-        each.fill_(index + 1)  # no two overlap
-    assert [int(each.view(-1)[0]) for each in store] == list(range(1, 8))
-    assert all(each.data_ptr() % 16 == buffer.data_ptr() % 16 for each in store)
-    part = store.rows(64, 200)
-    assert part.counts.shape == (3, 16)
-    assert part.first_rows.tolist() == [3 - 64] * 3
+    buffer, table = torch.zeros(10 * SLOT_BYTES + 9, dtype=torch.uint8), torch.zeros(3, 2)
+    store = SlotStore.of(buffer, table)
+    assert store.slots.shape == (10, 64)
+    assert store.columns.shape == (10,)
+    store.slots.fill_(1)
+    store.columns.fill_(2)  # no two overlap
+    assert (store.slots == 1).all()
+    assert store.columns.data_ptr() % 16 == buffer.data_ptr() % 16

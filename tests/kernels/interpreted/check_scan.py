@@ -10,7 +10,7 @@ import torch
 from orpo_kernels.engine import host_copy, operands
 from orpo_kernels.engine.sparse import plan, scan_loop
 from orpo_kernels.kernels import live_columns, scan_state, tuning
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import ScanShape
 from orpo_kernels.linear_logps import certified_logps, linear_logps
 from orpo_kernels.options import LogpsOptions
 from tests.kernels.interpreted.engine import as_on_a_gpu, short_steps

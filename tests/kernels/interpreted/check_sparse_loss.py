@@ -13,11 +13,10 @@ import torch
 
 from orpo_kernels import orpo_loss, reference
 from orpo_kernels.engine import host_copy, operands
-from orpo_kernels.engine.sparse import plan, scan_loop, slot_loop
-from orpo_kernels.engine.sparse import weight_gradient as sparse_weight
+from orpo_kernels.engine.sparse import plan, scan_loop, slot_gradient
 from orpo_kernels.kernels import live_columns, tuning
 from orpo_kernels.kernels.scan import LOOKED
-from orpo_kernels.kernels.segment_store import ScanShape
+from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, SLOT_BYTES, ScanShape
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import LogpsOptions
@@ -27,7 +26,7 @@ from tests.kernels.interpreted.plugin import launches
 # N = 150: two blocks of 64 rows and a ragged one. V = 1003: no vector and no tile divides it.
 # At eps an eighth of the entries is kept, and a quarter of the mass is an average.
 N, H, V, EPS = 150, 24, 1003, 2.0**-5
-BLOCKS, CHUNKS = 550_000, 2_500_000  # bytes that hold 64 x 256 logits; 64 x 1003 and a store
+BLOCKS = 3_000_000  # bytes; with them the tiles of a test are 64 x 256
 
 
 class Case(NamedTuple):
@@ -73,6 +72,7 @@ def problem(case, monkeypatch, *, guarded=False):
         return forward(operands, shape, *rest)
 
     monkeypatch.setattr(scan_loop, "forward", noted)
+    monkeypatch.setattr(plan, "_MOST_KEPT", 1)  # the store has room for all
     if not guarded:  # whatever is kept and dropped, no row block is done the exact way
         monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
         monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
@@ -116,14 +116,15 @@ class Truth(NamedTuple):
     rows: torch.Tensor
 
 
-def truth(case, given, columns=None, exact_rows=slice(0), looked=None):
-    """Of the definition; dW of segments: of the kept columns, the rows live in 64 of them.
+def truth(case, given, columns=None, exact_rows=slice(0), looked=None, whole=None):
+    """Of the definition; scored rows of `exact_rows` have nothing dropped in dW.
 
-    Scored rows of `exact_rows` have nothing dropped in dW.
+    Those of the mask `whole` have nothing dropped at all.
     """
     wide = [None if t is None else t.detach().double() for t in given[:3]]
     options = {"logit_scale": case.scale, "softcap": case.softcap}
     form = {"eps": EPS, "groups": given.groups, "block": 64, "columns": columns, "looked": looked}
+    form["whole"] = whole
     found = reference.sparse_gradients(
         *wide[:2], tuple(given.labels), tuple(given.a.double()), wide[2], **form, **options
     )
@@ -135,9 +136,7 @@ def truth(case, given, columns=None, exact_rows=slice(0), looked=None):
     is_label = torch.isinf(reference.tile_logits(raw, wide[2], labels, 0, *options.values())[0])
     u = (z.softmax(1) * slope).masked_fill(is_label, 0.0)
     kept = found.softmax.kept
-    by_segment = torch.nn.functional.pad(kept, (0, -V % 64)).view(len(kept), -1, 64)
-    live = (by_segment.amax(2) > EPS).repeat_interleave(64, 1)[:, :V]
-    packed = kept.masked_fill(~live, 0.0)
+    packed = kept.clone()
     packed[exact_rows] = u[exact_rows]
     mass = (u - packed).sum(1)
     group = torch.zeros(len(a), dtype=torch.long) if given.groups is None else given.groups[scored]
@@ -166,8 +165,8 @@ CASES = [
     pytest.param(Case(trains=True), id="trains"),
     pytest.param(Case(torch.float32, trains=True, bias=True, sets=2), id="trains, float32, all"),
     pytest.param(Case(torch.float16, trains=True, softcap=20.0), id="trains, fp16, softcap"),
-    pytest.param(Case(trains=True, workspace=CHUNKS, bias=True), id="trains, chunk by chunk"),
-    pytest.param(Case(trains=True, workspace=BLOCKS), id="trains, no room for a store"),
+    pytest.param(Case(trains=True, workspace=BLOCKS, bias=True, sets=2), id="trains, blocks"),
+    pytest.param(Case(widens=False, trains=True, scale=0.7), id="trains, 16-bit logits"),
 ]  # fmt: skip
 
 
@@ -177,21 +176,13 @@ def test_gradients(case, monkeypatch):
     before = len(launches)
     logps, certificate, found = run(case, given)
     used = set(launches[before:])
-    looks = {"scan", "live_columns", "pack_slots", "gather_slots"} <= used
-    assert looks == (not case.trains)
-    shape = shapes[-1] if looks else None
-    assert not looks or (shape.columns < V) == (case.workspace == BLOCKS)
-    assert bool({"softmax_compact", "softmax_compact_softcap"} & used) == case.trains
-    stores = case.trains and case.workspace != BLOCKS
-    assert ({"pack_segments", "list_tokens"} <= used) == stores
-    assert ("weight_gradient" in used) == (stores and case.workspace is None)
-    assert ("weight_gradient_add" in used) == (case.workspace == CHUNKS)
+    assert {"scan", "live_columns", "pack_slots", "gather_slots"} <= used
+    assert ({"keep_slots", "slot_products", "sum_products", "given_back"} <= used) == case.trains
+    assert "weight_probs" not in used  # nothing was recomputed
+    shape = shapes[-1]
+    assert (shape.columns < V) == (case.workspace == BLOCKS)
 
-    exact_rows = slice(None if case.trains and not stores else 0)
-    if looks:
-        true = truth(case, given, shape.columns, exact_rows, LOOKED)
-    else:
-        true = truth(case, given, 256 if case.workspace == BLOCKS else None, exact_rows)
+    true = truth(case, given, shape.columns, looked=LOOKED)
     # Logits of 16 bits err more than anything here.
     rounding = 0.0 if case.widens else 2e-2
     for name, each in found.items():
@@ -206,7 +197,7 @@ def test_gradients(case, monkeypatch):
         )
     # The certificate of the definition, kept entries in bfloat16; a bound with a softcap.
     mass, residual = true.softmax.mass, certificate.residual_rms
-    unit = slot_loop.KEPT_ROUNDING / (1 - slot_loop.KEPT_ROUNDING)
+    unit = KEPT_ROUNDING / (1 - KEPT_ROUNDING)
     total = case.scale * (1 - torch.exp(logps.double()).sum(0))[true.rows]
     kept_sum = (true.entries.sum(1) if case.softcap is None else total) - mass
     expected = (EPS * (mass + unit * kept_sum).clamp(min=0.0)).sqrt().mean()
@@ -224,8 +215,8 @@ def test_what_is_tested_is_not_the_exact_gradient(monkeypatch):
     # The tolerance above tells the definition from the exact gradient, and from a dropped tail.
     case = Case(torch.float32, trains=True)
     given = problem(case, monkeypatch)
-    true = truth(case, given)
-    exact = truth(case, given, exact_rows=slice(None)).gradients["weight"]
+    true = truth(case, given, V, looked=LOOKED)
+    exact = truth(case, given, V, slice(None), LOOKED).gradients["weight"]
     assert relative(exact, true.gradients["weight"]) > 0.02
     _, _, found = run(case, given)
     wide = [each.detach().double().requires_grad_() for each in given[:2]]
@@ -242,12 +233,12 @@ def test_the_certificate_counts_the_rounding_of_what_is_kept(monkeypatch):
     logps, certificate, _ = run(Case(torch.float32), given)
     assert abs(certificate.tail_mass) < 2e-4
     beside = -torch.expm1(logps[0][given.labels[0] != -100].double())
-    unit = slot_loop.KEPT_ROUNDING / (1 - slot_loop.KEPT_ROUNDING)
+    unit = KEPT_ROUNDING / (1 - KEPT_ROUNDING)
     expected = (eps * unit * beside).sqrt().mean()
     torch.testing.assert_close(certificate.residual_rms.double(), expected, rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(trains=True, workspace=CHUNKS, bias=True)])
+@pytest.mark.parametrize("case", [Case(), Case(trains=True, workspace=BLOCKS, bias=True)])
 def test_same_bits_twice(case, monkeypatch):
     given = problem(case, monkeypatch)
     one, two = run(case, given), run(case, given)  # programs run in another order
@@ -256,28 +247,72 @@ def test_same_bits_twice(case, monkeypatch):
         assert torch.equal(one[2][name], two[2][name])
 
 
-@pytest.mark.parametrize("workspace", [None, CHUNKS], ids=["one chunk", "two chunks"])
-def test_an_overflowing_store(workspace, monkeypatch):
-    # Of two chunks the first fits; a single one does not, and is exact.
+@pytest.mark.parametrize("workspace", [None, BLOCKS], ids=["one chunk", "two chunks"])
+def test_rows_that_find_no_room_in_the_store(workspace, monkeypatch):
+    # Of the first 64 rows, or of none: what is not there is exact, and dhidden does not ask.
     case = Case(torch.float32, trains=True, bias=True, workspace=workspace)
     given = problem(case, monkeypatch)
-    monkeypatch.setattr(plan, "_SEGMENT_ROW_BYTES", 170)
-    tables = []
-    stored_tiles = sparse_weight.stored_tiles
+    everything = run(case, given)
+    shape = shapes[-1]
+    monkeypatch.setattr(plan, "plan_scan", lambda *_: (shape._replace(rows=64), 0))
+    counts, kept_blocks = [], slot_gradient.kept_blocks
 
-    def looked_at(packed, *sizes):
-        found = stored_tiles(packed, *sizes)
-        tables.append(found)
-        return found
+    def noted(table):
+        counts.append(kept_blocks(table))
+        return counts[-1]
 
-    monkeypatch.setattr(sparse_weight, "stored_tiles", looked_at)
-    _, _, found = run(case, given)
-    stored = [each[0] for each in tables[-1]]
-    assert len(stored) == (1 if workspace is None else 2)
-    assert stored == ([False] if workspace is None else [True, False])
-    true = truth(case, given, exact_rows=slice(0 if workspace is None else 64, None))
-    for name, each in found.items():
-        assert relative(each, true.gradients[name]) < 3.5e-3, name
+    monkeypatch.setattr(slot_gradient, "kept_blocks", noted)
+    whole = run(case, given)
+    assert min(counts[-1]) > 0
+    for room, rows in ((counts[-1][0] + 1, 64), (counts[-1][0] - 1, 0)):
+        monkeypatch.setattr(
+            plan, "slot_store_bytes", lambda *_, room=room: plan.aligned(room * SLOT_BYTES)
+        )
+        logps, _, found = run(case, given)
+        assert [each >= 0 for each in counts[-1]] == [rows > 0, False]
+        assert torch.equal(logps, whole[0])
+        assert torch.equal(found["hidden"], whole[2]["hidden"])
+        true = truth(case, given, shape.columns, slice(rows, None), LOOKED)
+        for name, each in found.items():
+            assert relative(each, true.gradients[name]) < 3.5e-3, name
+    assert relative(everything[2]["weight"], true.gradients["weight"]) > 0.015
+
+
+def test_dense_row_blocks_are_exact_in_the_gradient_of_the_head_too(monkeypatch):
+    # The first 64 rows are flat: more than a fifth of their mass would be dropped.
+    case = Case(torch.float32, trains=True, bias=True)
+    given = problem(case, monkeypatch, guarded=True)
+    monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
+    monkeypatch.setattr(scan_loop, "MOST_DENSE", 1.0)
+    scored = (given.labels != -100).any(0).nonzero()[:, 0]
+    flat = given.hidden.detach().clone()
+    flat[scored[:64]] *= 0.01
+    flat[scored[64:]] *= 3.0  # most of whose mass is in few entries
+    given = given._replace(hidden=flat.requires_grad_())
+    before = len(launches)
+    _, certificate, found = run(case, given)
+    assert {"weight_probs", "sum_products"} <= set(launches[before:])
+    assert 0.5 < certificate.kept_share < 1
+    true = truth(case, given, V, looked=LOOKED, whole=torch.arange(len(scored)) < 64)
+    for name in ("weight", "bias"):
+        assert relative(found[name], true.gradients[name]) < 3.5e-3, name
+
+
+def test_flat_logits_are_left_to_the_exact_loop_with_the_head(monkeypatch):
+    case = Case(trains=True, bias=True)
+    given = problem(case, monkeypatch, guarded=True)
+    flat = given.hidden.detach() * 0.01
+    given = given._replace(hidden=flat.requires_grad_())
+    before = len(launches)
+    _, certificate, found = run(case, given)
+    used = launches[before:]
+    assert {"softmax_block", "weight_probs"} <= set(used)
+    assert not {"gather_slots", "keep_slots", "sum_products"} & set(used)
+    assert certificate.kept_share == 1
+    assert certificate.tail_mass == 0
+    true = truth(case, given, V, slice(None), LOOKED)
+    for name in ("weight", "bias"):
+        assert relative(found[name], true.gradients[name]) < 3.5e-3, name
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -307,7 +342,7 @@ def test_orpo_loss(trains, monkeypatch):
     torch.testing.assert_close(out.loss.double(), true.loss, rtol=1e-5, atol=0, check_dtype=False)
     groups = (torch.arange(N) >= 75).long()  # chosen, rejected
     given = given._replace(labels=torch.stack((labels, nll_labels)), a=a, groups=groups)
-    expected = truth(case, given).gradients
+    expected = truth(case, given, V, looked=LOOKED).gradients
     for name, each in zip(("hidden", "weight"), found, strict=False):
         assert relative(each.view(expected[name].shape), expected[name]) < 3.5e-3, name
 
@@ -316,7 +351,7 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
     # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail.
     case = Case(torch.float32, trains=True, groups=False)
     given = problem(case, monkeypatch)
-    for module in (operands, host_copy, sparse_weight):
+    for module in (operands, host_copy, slot_gradient):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     _, _, found = run(case, given)
     # The definition of all rows, with a group of their own for those.
@@ -325,7 +360,7 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
         hidden=given.hidden.detach().masked_fill(silent[:, None], 0.0), groups=silent.long(),
         labels=given.labels.masked_fill(silent, 0), a=given.a.masked_fill(silent, 0.0),
     )  # fmt: skip
-    true = truth(case, everything, exact_rows=slice(None))  # no flag can be read
+    true = truth(case, everything, V, slice(None), LOOKED)  # no count can be read
     for name, each in found.items():
         assert relative(each, true.gradients[name]) < 3.5e-3, name
 

@@ -1,0 +1,209 @@
+"""dW and db of a GPU, from the slots that the forward kept.
+
+    rows that kept nothing      (dense row blocks, no room in the store): the exact way, all of dW
+    once                        lists of slots and labels by column; the tail's rows
+    for a panel of H:
+        slot products           kept slots times rows of hidden states
+        sum products            dW of the panel, written; or added to what the exact way left
+
+    dW_v = sum_t share_t 1[v = y_t] h_t - sum_t softmax_t slot_tv h_t - sum_g q_gv rest_g
+
+Which rows those are the host learns from a table that is copied to it behind the forward; while a
+CUDA graph is captured it cannot be read, and every row is done the exact way. db is the same with a
+column of ones for the hidden states.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.engine.budget import spans
+from orpo_kernels.engine.gpu import backward
+from orpo_kernels.engine.gpu.call import inputs_of, slopes_of
+from orpo_kernels.engine.gpu.card import Card, card_of
+from orpo_kernels.engine.gpu.model import Job
+from orpo_kernels.engine.gpu.plan import plan_backward
+from orpo_kernels.engine.operands import Operands, is_capturing
+from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.sparse.plan import LEAST_PANEL, gradient_bytes
+from orpo_kernels.engine.sparse.tail import Packed, Tail
+from orpo_kernels.engine.weight_gradient import HeadGradients
+from orpo_kernels.kernels import tuning
+from orpo_kernels.kernels.coefficients import Slopes, coefficients, unit_of
+from orpo_kernels.kernels.given_back import given_back
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.order_entries import Order, order_entries
+from orpo_kernels.kernels.slot_products import SlotProducts
+from orpo_kernels.kernels.slot_store import SlotStore
+from orpo_kernels.kernels.sum_products import SumProducts
+
+MOST_PANEL = 1024
+"""Columns of the products, at most: wider ones are no faster."""
+
+
+class Kept(NamedTuple):
+    """What the gradient of the kept rows is made of."""
+
+    store: SlotStore
+    order: Order
+    rows: Tensor  # (5, M) float32: of `coefficients`
+    unit: Tensor | None  # (1,) float32
+    mean: Tensor  # (G, V) float32: q
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a gradient may take: sizes of the scored rows, bytes without the store, the card."""
+
+    job: Job
+    budget: int
+    card: Card
+
+
+def head_gradient(  # noqa: PLR0913 - what `engine/run.py` has of a call
+    problem: Problem,
+    operands: Operands,
+    statistics: Tensor,
+    dlogps: Tensor,
+    tail: Tail,
+    packed: Packed,
+    table: Tensor,
+    sizing: tuple[Job, int],
+    out: HeadGradients,
+) -> None:
+    """Fills the gradients of the head; `table` is that of `packed` where the host can read it."""
+    blocks = -(-operands.sizes.rows // COMPACT_ROWS)
+    counts = kept_blocks(table[:blocks]) if packed.store.shape[0] > 0 else [-1] * blocks
+    weight_gradient(
+        inputs_of(operands), statistics, slopes_of(problem, dlogps), tail,
+        SlotStore.of(packed.store, packed.table), counts,
+        Sizing(*sizing, card_of(statistics.device)), out,
+    )  # fmt: skip
+
+
+def kept_blocks(table: Tensor) -> list[int]:
+    """Slots of every row block, -1 where it has none and is recomputed; of a table on the host."""
+    if is_capturing(table.device):
+        return [-1] * table.shape[0]
+    counts: list[int] = table[:, 1].tolist()
+    return counts
+
+
+def weight_gradient(
+    inputs: Inputs,
+    statistics: Tensor,
+    slopes: Slopes,
+    tail: Tail,
+    store: SlotStore,
+    counts: list[int],
+    sizing: Sizing,
+    out: HeadGradients,
+) -> None:
+    """Fills the gradients of the head.
+
+    Args:
+        inputs: as of the forward.
+        statistics: (8, N) of the forward.
+        slopes: of the loss.
+        tail: of the scored rows.
+        store: what the forward kept.
+        counts: of its row blocks, by `kept_blocks`.
+        sizing: of the call.
+        out: to be filled.
+    """
+    others = [block for block, count in enumerate(counts) if count < 0]
+    with tuning.guard(statistics.device):
+        if others:
+            chosen = inputs if len(others) == len(counts) else _only(inputs, others)
+            job = sizing.job.of_rows(chosen.labels.shape[0], gathers=chosen is not inputs)
+            plan = plan_backward(job, sizing.budget, sizing.card)
+            backward.weight_gradient(chosen, statistics, slopes, plan.sweeps, None, out)
+        if len(others) == len(counts):
+            return
+        kept = _kept(inputs, statistics, slopes, tail.mean(), store, counts)
+        count = kept.order.entries.shape[0]
+        width = _panel(sizing, tail.sums.shape[0], count)
+        products = kept.rows.new_empty((max(1, count), width))
+        for target, hidden in _targets(inputs, out):
+            groups = (tail.groups, tail.sums.shape[0])
+            rest = given_back(hidden, inputs, statistics, kept.rows, *groups, store.table)
+            from_slots(target, hidden, inputs, kept, rest, products, adds=bool(others))
+
+
+def from_slots(
+    target: Tensor,  # (V, H)
+    hidden: Tensor,  # (N, H), or (B, T, H) with N = B T
+    inputs: Inputs,
+    kept: Kept,
+    rest: Tensor,  # (G, H)
+    products: Tensor,  # (S, W) float32: memory
+    *,
+    adds: bool,
+) -> None:
+    """Fills or with `adds` adds to one part of dW, panel by panel."""
+    multiply = SlotProducts(products, kept.store, inputs, hidden, kept.rows, kept.unit)
+    tail = (kept.mean, rest)
+    add = SumProducts(
+        target, products, kept.order, inputs, hidden, kept.rows, tail, kept.unit, adds=adds
+    )
+    for panel in spans(target.shape[1], products.shape[1]):
+        multiply(*panel)
+        add(*panel)
+
+
+def _kept(
+    inputs: Inputs, statistics: Tensor, slopes: Slopes, mean: Tensor, store: SlotStore,
+    counts: list[int],
+) -> Kept:  # fmt: skip
+    labels = inputs.labels[None]
+    if inputs.second is not None:
+        labels = torch.stack((inputs.labels, inputs.second))
+    if min(counts) < 0:  # the labels of what was recomputed are in dW
+        there = (store.table[: len(counts), 1:] >= 0).expand(-1, COMPACT_ROWS).reshape(-1)
+        labels = torch.where(there[: labels.shape[1]], labels, -1)
+    rows = coefficients(statistics, slopes, inputs.positions, inputs.logit_scale)
+    unit = None
+    if inputs.dtype == torch.float16:
+        unit = unit_of(rows[4], None, inputs.positions)
+    count = sum(max(0, each) for each in counts)
+    order = order_entries(store.columns[:count], labels, mean.shape[1])
+    return Kept(store, order, rows, unit, mean)
+
+
+def _targets(inputs: Inputs, out: HeadGradients) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is wanted, and the rows it is made of."""
+    for target, hidden in zip(out.weights, inputs.hidden, strict=True):
+        if target is not None:
+            yield target, hidden
+    if out.bias is not None:
+        rows = inputs.hidden[0].shape[:-1].numel()
+        yield out.bias[:, None], out.bias.new_ones((1, 1)).expand(rows, 1)
+
+
+def _panel(sizing: Sizing, groups: int, count: int) -> int:
+    """Columns of the products that fit, whole vectors of them."""
+    room = sizing.budget - gradient_bytes(sizing.job, groups, count)
+    most = min(MOST_PANEL, -(-sizing.job.columns // LEAST_PANEL) * LEAST_PANEL)
+    fitting = room // (4 * max(1, count)) // LEAST_PANEL * LEAST_PANEL
+    return max(LEAST_PANEL, min(most, fitting))
+
+
+def _only(inputs: Inputs, blocks: list[int]) -> Inputs:
+    """The rows of some row blocks."""
+    M, device = inputs.labels.shape[0], inputs.labels.device
+    first = COMPACT_ROWS * torch.tensor(blocks, device="cpu")
+    rows = (first[:, None] + torch.arange(COMPACT_ROWS, device="cpu")).view(-1)
+    rows = rows[: len(rows) - max(0, COMPACT_ROWS * (blocks[-1] + 1) - M)]  # the last are none
+    if device.type == "cuda" and torch.cuda.is_available():
+        rows = rows.pin_memory()  # or the copy may wait for the stream
+    rows = rows.to(device, non_blocking=True)
+    return inputs._replace(
+        labels=inputs.labels[rows],
+        second=None if inputs.second is None else inputs.second[rows],
+        positions=rows if inputs.positions is None else inputs.positions[rows],
+        scored=None if inputs.scored is None else inputs.scored[rows],
+    )

@@ -1,0 +1,121 @@
+"""Kept slots times the rows of hidden states: what the gradient of the head is the sum of.
+
+    product_k = - sum over rows t of the block of slot k of (softmax_t / unit) slot_k[t] h_t
+
+A row of products for each slot, the columns of a *panel* of H; `sum_products` adds those of one
+vocabulary column. 64 rows meet all slots of their block, which lie one after the other: nothing is
+gathered but hidden states. A program has 64 rows, a part of the panel and every P-th tile of the
+slots. Operands are 16-bit, sums float32. NB row blocks, S slots, M rows among N, W columns of the
+panel. Bytes: the slots once per part of the panel, 4 W per slot written.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.kernels.elementwise import row_place, whole_vectors
+from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, Inputs
+from orpo_kernels.kernels.scan_state import product_dtype
+from orpo_kernels.kernels.slot_store import SlotStore
+from orpo_kernels.kernels.start import Start, in_vectors, places
+from orpo_kernels.kernels.tuning import VECTOR, row_of
+
+_PIECES = 8  # programs that share the slots of a row block
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "H", "first_column", "panel", "stride_products", "period", "stride_slice",
+        "stride_row",
+    ],
+    do_not_specialize_on_alignment=["table_ptr", "coefficients_ptr", "index_ptr", "unit_ptr"],
+)  # fmt: skip
+def _slot_products_kernel(
+    products_ptr,  # (S, W) float32
+    slots_ptr,  # (S, ROWS) bfloat16
+    table_ptr,  # (NB, 2) int64
+    coefficients_ptr,  # (5, M) float32, of which the second is softmax
+    hidden_ptr,  # (N, H)
+    index_ptr,  # (M,) int64
+    unit_ptr,  # (1,) float32
+    M, H, first_column, panel, stride_products, period, stride_slice, stride_row,
+    HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(panel, BLOCK_H)
+    part = tl.program_id(0) % parts
+    piece = tl.program_id(0) // parts % PIECES
+    block = tl.program_id(0) // (parts * PIECES)
+    count = tl.load(table_ptr + 2 * block + 1)
+    if piece * BLOCK_K >= count:
+        return
+    first = tl.load(table_ptr + 2 * block)
+
+    lane = tl.arange(0, ROWS)
+    row = block * ROWS + lane
+    exists = row < M
+    softmax = tl.load(coefficients_ptr + M + row, mask=exists, other=0.0)
+    if HAS_UNIT:
+        softmax = softmax / tl.load(unit_ptr)
+    position = row.to(tl.int64)
+    if HAS_INDEX:
+        position = tl.load(index_ptr + row, mask=exists, other=0)
+    place = row_place(position, period, stride_slice, stride_row, ALIGNED, VECTOR)
+    column = part * BLOCK_H + tl.arange(0, BLOCK_H)
+    wide = whole_vectors(first_column, ALIGNED, VECTOR) + column
+    mask = exists[:, None] & (wide < whole_vectors(H, ALIGNED, VECTOR))[None, :]
+    h = tl.load(hidden_ptr + place[:, None] + wide[None, :], mask=mask, other=0.0).to(DTYPE)
+
+    out_column = (column < whole_vectors(panel, ALIGNED, VECTOR))[None, :]
+    stride = whole_vectors(stride_products, True, VECTOR)
+    for start in range(piece * BLOCK_K, count, PIECES * BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (k < count)[:, None]
+        slot = slots_ptr + (first + k)[:, None] * ROWS + lane[None, :]
+        a = tl.load(slot, mask=inside, other=0.0).to(tl.float32) * -softmax[None, :]
+        product = tl.dot(a.to(DTYPE), h)
+        out = products_ptr + (first + k)[:, None] * stride + column[None, :]
+        tl.store(out, product, mask=inside & out_column)
+
+
+class SlotProducts:
+    """Panels of the products with one matrix of rows."""
+
+    def __init__(
+        self,
+        products: Tensor,  # (S, W) float32, rows on 16 bytes
+        store: SlotStore,
+        inputs: Inputs,
+        hidden: Tensor,  # (N, H), or (B, T, H) with N = B T
+        coefficients: Tensor,  # (5, M) float32
+        unit: Tensor | None,  # (1,) float32
+    ) -> None:
+        """Takes what stays the same from panel to panel."""
+        row = row_of("slot_products", hidden.dtype, hidden.device)
+        self.blocks = triton.cdiv(inputs.labels.shape[0], COMPACT_ROWS)
+        self.row, self.width = row, hidden.shape[-1]
+        self.start = Start(
+            _slot_products_kernel,
+            (
+                products, store.slots, store.table, coefficients, hidden, inputs.positions, unit,
+            ),
+            row,
+            {
+                "HAS_INDEX": inputs.positions is not None, "HAS_UNIT": unit is not None,
+                "DTYPE": LANGUAGE_DTYPE[product_dtype(inputs)],
+                "ALIGNED": in_vectors(hidden, products), "ROWS": COMPACT_ROWS, "PIECES": _PIECES,
+                "BLOCK_K": row.depth, "BLOCK_H": row.block, "VECTOR": VECTOR,
+            },
+        )  # fmt: skip
+        self.numbers = (products.stride(0), *places(hidden))
+        self.rows = inputs.labels.shape[0]
+
+    def __call__(self, first: int, last: int) -> None:
+        """Launches columns `first` to `last` of H, to the start of the products' rows."""
+        parts = triton.cdiv(last - first, self.row.block)
+        self.start(
+            self.blocks * _PIECES * parts, self.rows, self.width, first, last - first,
+            *self.numbers,
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""The gradient of the head, column by column of the vocabulary, written once.
+
+    dW_v = unit sum over slots k of column v of product_k
+           + sum over rows t whose label v is of share_t h_t - sum_g q_gv rest_g
+
+Products and rows are added one after the other in the order of their lists, float32; heavy columns
+come first. With ADDS the result is added to what other rows left in dW. A program has one column
+and a part of a panel of H. S slots, M rows among N, K label sets, G groups. No atomics. Bytes: 4 per
+product and 2 (4) per label and column of H read, dW written.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orpo_kernels.kernels.elementwise import row_place, whole_vectors
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.order_entries import Order
+from orpo_kernels.kernels.start import Start, in_vectors, places
+from orpo_kernels.kernels.tuning import VECTOR, row_of
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "V", "H", "first_column", "panel", "stride_out", "stride_products", "stride_rest",
+        "period", "stride_slice", "stride_row",
+    ],
+    do_not_specialize_on_alignment=[
+        "columns_ptr", "entries_ptr", "ends_ptr", "targets_ptr", "label_ends_ptr",
+        "coefficients_ptr", "index_ptr", "mean_ptr", "rest_ptr", "unit_ptr",
+    ],
+)  # fmt: skip
+def _sum_products_kernel(
+    out_ptr,  # (V, H)
+    products_ptr,  # (S, W) float32
+    columns_ptr,  # (V,) int64: the heavy ones first
+    entries_ptr, ends_ptr,  # (S,) int64, (V + 1,) int32
+    targets_ptr, label_ends_ptr,  # (K M,) int64, (V + 1,) int32
+    coefficients_ptr,  # (5, M) float32, of which the third and fourth are shares
+    hidden_ptr,  # (N, H)
+    index_ptr,  # (M,) int64
+    mean_ptr, rest_ptr,  # (G, V), (G, H) float32
+    unit_ptr,  # (1,) float32
+    M, V, H, first_column, panel, stride_out, stride_products, stride_rest, period, stride_slice,
+    stride_row,
+    GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr, ADDS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(panel, BLOCK)
+    v = tl.load(columns_ptr + tl.program_id(0) // parts)
+    column = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
+    in_panel = column < whole_vectors(panel, ALIGNED, VECTOR)
+    wide = whole_vectors(first_column, ALIGNED, VECTOR) + column
+    lane = tl.arange(0, ROWS)
+
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    end = tl.load(ends_ptr + v + 1)
+    stride = whole_vectors(stride_products, True, VECTOR)
+    for start in range(tl.load(ends_ptr + v), end, ROWS):
+        each = start + lane
+        entry = tl.load(entries_ptr + each, mask=each < end, other=0)
+        product = products_ptr + entry[:, None] * stride + column[None, :]
+        acc += tl.load(product, mask=(each < end)[:, None] & in_panel[None, :], other=0.0)
+    total = tl.sum(acc, 0)
+    if HAS_UNIT:
+        total *= tl.load(unit_ptr)
+
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    end = tl.load(label_ends_ptr + v + 1)
+    for start in range(tl.load(label_ends_ptr + v), end, ROWS):
+        each = start + lane
+        target = tl.load(targets_ptr + each, mask=each < end, other=0)
+        row = target % M
+        share = coefficients_ptr + (2 + target // M) * M + row
+        share = tl.load(share, mask=each < end, other=0.0)
+        position = row
+        if HAS_INDEX:
+            position = tl.load(index_ptr + row, mask=each < end, other=0)
+        place = row_place(position, period, stride_slice, stride_row, ALIGNED, VECTOR)
+        h = hidden_ptr + place[:, None] + wide[None, :]
+        h = tl.load(h, mask=(each < end)[:, None] & in_panel[None, :], other=0.0)
+        acc += share[:, None] * h.to(tl.float32)
+    total += tl.sum(acc, 0)
+
+    for group in tl.static_range(GROUPS):
+        q = tl.load(mean_ptr + group * V + v)
+        rest = tl.load(rest_ptr + group * stride_rest + wide, mask=in_panel, other=0.0)
+        total -= q * rest
+    out = out_ptr + v * whole_vectors(stride_out, ALIGNED, VECTOR) + wide
+    if ADDS:
+        total += tl.load(out, mask=in_panel, other=0.0).to(tl.float32)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_panel)
+
+
+class SumProducts:
+    """Panels of one part of the gradient of the head."""
+
+    def __init__(
+        self,
+        out: Tensor,  # (V, H)
+        products: Tensor,  # (S, W) float32
+        order: Order,
+        inputs: Inputs,
+        hidden: Tensor,  # (N, H), or (B, T, H) with N = B T
+        coefficients: Tensor,  # (5, M) float32
+        tail: tuple[Tensor, Tensor],  # q (G, V), and of `given_back` (G, H) float32
+        unit: Tensor | None,  # (1,) float32
+        *,
+        adds: bool,
+    ) -> None:
+        """Takes what stays the same from panel to panel."""
+        row = row_of("sum_products", hidden.dtype, hidden.device)
+        self.row = row
+        self.start = Start(
+            _sum_products_kernel,
+            (
+                out, products, order.columns, order.entries, order.ends, order.targets,
+                order.label_ends, coefficients, hidden, inputs.positions, *tail, unit,
+            ),
+            row,
+            {
+                "GROUPS": tail[0].shape[0], "HAS_INDEX": inputs.positions is not None,
+                "HAS_UNIT": unit is not None, "ADDS": adds,
+                "ALIGNED": in_vectors(out, hidden, products), "ROWS": row.depth,
+                "BLOCK": row.block, "VECTOR": VECTOR,
+            },
+        )  # fmt: skip
+        self.first = (inputs.labels.shape[0], out.shape[0], hidden.shape[-1])
+        self.last = (
+            out.stride(0), products.stride(0), tail[1].stride(0), *places(hidden)
+        )  # fmt: skip
+
+    def __call__(self, first: int, last: int) -> None:
+        """Launches columns `first` to `last` of H, whose products are there."""
+        parts = triton.cdiv(last - first, self.row.block)
+        self.start(self.first[1] * parts, *self.first, first, last - first, *self.last)

@@ -1,0 +1,178 @@
+"""What a trainable head keeps of the sparse gradient, and dW from it, in the strict interpreter.
+
+Programs run in a random order; no two of them may touch one byte. What is not written is NaN.
+"""
+
+import pytest
+import torch
+
+from orpo_kernels.engine.sparse import slot_gradient
+from orpo_kernels.engine.sparse.slot_gradient import Kept, from_slots
+from orpo_kernels.kernels.given_back import given_back
+from orpo_kernels.kernels.inputs import Inputs
+from orpo_kernels.kernels.keep_slots import KeepSlots
+from orpo_kernels.kernels.order_entries import order_entries
+from orpo_kernels.kernels.scan_state import scan_state
+from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, SlotStore
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(hidden, labels, second=None, positions=None, weight=()):
+    """Of a call without a bias, a scale or a softcap."""
+    given = ((hidden,), weight, None, labels, second, positions, None, 1.0, None)
+    return Inputs(*given, hidden.dtype, torch.float32)
+
+
+def state_of(slots, blocks, columns, listed):
+    weight = (torch.zeros(columns, 8),)
+    given = inputs(torch.zeros(64 * blocks, 8), torch.zeros(64 * blocks).long())
+    shape = ScanShape(64 * blocks, columns, slots, listed, 1)
+    return scan_state(given._replace(weight=weight), shape, None, torch.zeros(1, columns), 8, 64)
+
+
+def fill(state, counts, dense):
+    """As a forward leaves it: so many slots of every row block, of some columns, anywhere."""
+    state.slots.normal_()
+    state.heads.zero_()
+    order, first = torch.randperm(len(state.slots)), 0
+    for block, count in enumerate(counts):
+        columns = torch.randperm(state.tail.shape[1])[:count]
+        state.columns[block, :count] = columns.sort().values.int()
+        state.addresses[block, :count] = 8 * order[first : first + count].int()
+        state.ends[1, block] = count
+        state.heads[0 if block % 2 else 3, block] = dense[block]  # now, or before
+        first += count
+
+
+def store_of(capacity, blocks):
+    buffer = torch.empty(capacity * SLOT_BYTES, dtype=torch.uint8).fill_(255)
+    return SlotStore.of(buffer, torch.full((blocks, 2), -1))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "kept"),
+    [
+        pytest.param(400, [0, 1, 3, 4, 5], id="room for all but the dense one"),
+        pytest.param(190, [0, 1, 3], id="the second chunk does not fit"),
+        pytest.param(130, [0, 1], id="nor does the end of the first: none after it"),
+    ],
+)
+def test_what_is_kept(capacity, kept):
+    # Two chunks of three row blocks: more slots than a program copies at once, none, a dense one.
+    counts, dense = ([130, 0, 50], [40, 60, 1]), ([0, 0, 1], [0, 0, 0])
+    store, state, first = store_of(capacity, 6), state_of(200, 3, 300, 140), 0
+    keep = KeepSlots(state, store, 1)
+    for index in range(2):
+        fill(state, counts[index], dense[index])
+        keep(192 * index, 192 * index + 150, index)  # the last row block is ragged
+        for block in range(3):
+            table, count = store.table[3 * index + block].tolist(), counts[index][block]
+            if 3 * index + block not in kept:
+                assert table == [-1, -1]
+                continue
+            assert table == [first, count]
+            mine, here = slice(first, first + count), state.addresses[block, :count].long() // 8
+            assert torch.equal(store.columns[mine], state.columns[block, :count])
+            assert torch.equal(store.slots[mine], state.slots[here])
+            first += count
+    assert (store.columns[first:] == -1).all()
+
+
+# Rows, columns, H, columns of a panel, memory of hidden.
+SHAPES = [
+    pytest.param(64, 40, 32, 64, id="one row block, one panel"),
+    pytest.param(150, 300, 200, 128, id="ragged rows, two panels"),
+    pytest.param(70, 130, 33, 64, id="H that no vector divides"),
+]
+
+
+@pytest.mark.parametrize(("rows", "V", "H", "panel"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_slots(dtype, rows, V, H, panel):
+    N, blocks = rows + 9, -(-rows // 64)
+    everything = torch.randn(2, N, H + H % 2).to(dtype)[:, :, :H]  # rows at two strides
+    positions = torch.randperm(2 * N)[:rows]
+    labels, second = (torch.randint(-1, V, (rows,)) for _ in range(2))
+    labels[::3] = 5  # a token that comes often
+    counts = [90, 0, 17][:blocks]
+    store = store_of(sum(counts), blocks)
+    store.slots.copy_(torch.rand(store.slots.shape))
+    store.columns.copy_(torch.randint(0, V, store.columns.shape))
+    matrix, first = torch.zeros(blocks * 64, V, dtype=torch.float64), 0
+    for block, count in enumerate(counts):
+        store.table[block] = torch.tensor([first, count])
+        mine = slice(first, first + count)
+        matrix[64 * block : 64 * block + 64].index_add_(
+            1, store.columns[mine].long(), store.slots[mine].double().t()
+        )
+        first += count
+    figures, unit = torch.rand(5, rows) + 0.5, torch.tensor([0.25])
+    mean, rest = torch.rand(2, V), torch.randn(2, H)
+    matrix = -figures[1].double()[:, None] * matrix[:rows]
+    for of_set, share in ((labels, figures[2]), (second, figures[3])):
+        some = of_set >= 0
+        matrix[some, of_set[some]] += share[some].double()
+    hidden = everything.reshape(2 * N, H)[positions].double()
+    tail = mean.double().t() @ rest.double()
+    true, size = matrix.t() @ hidden - tail, matrix.abs().t() @ hidden.abs() + tail.abs()
+
+    given = inputs(everything, labels, second, positions)
+    order = order_entries(store.columns, torch.stack((labels, second)), V)
+    kept = Kept(store, order, figures, unit if dtype == torch.float16 else None, mean)
+    for adds in (False, True):
+        for out_dtype in {dtype, torch.float32}:
+            out = torch.full((V, H), torch.nan, dtype=out_dtype)
+            if adds:
+                out.fill_(0.5)
+            products = torch.full((sum(counts), panel), torch.nan)
+            from_slots(out, everything, given, kept, rest, products, adds=adds)
+            expected = true + 0.5 * adds
+            step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
+            # Two operands rounded, the interpreter truncates; the result rounded once.
+            limit = 2 * step * size + torch.finfo(out_dtype).eps * expected.abs() + 1e-5 * size
+            assert ((out.double() - expected).abs() <= limit + 1e-6).all()
+
+
+def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():
+    columns = torch.tensor([7, 2, 7, 0, 7], dtype=torch.int32)
+    labels = torch.tensor([[2, -1, 9], [7, 2, -1]])
+    order = order_entries(columns, labels, 10)
+    assert order.entries.tolist() == [3, 1, 0, 2, 4]
+    assert order.ends.tolist() == [0, 1, 1, 2, 2, 2, 2, 2, 5, 5, 5]
+    assert order.targets[order.label_ends[0] :].tolist() == [0, 4, 3, 2]
+    assert order.columns[:2].tolist() == [7, 2]
+    assert order.columns.sort().values.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_given_back(groups):
+    # Row blocks that are recomputed, rows of no group, a row that is nothing but its label.
+    rows, H, N = 150, 40, 200
+    hidden, positions = torch.randn(N, H).bfloat16(), torch.randperm(N)[:rows]
+    statistics, figures = torch.rand(8, N), torch.rand(5, rows)
+    statistics[1:3, positions[3]] = 0.0
+    group = torch.randint(-1, groups, (rows,))
+    table = torch.tensor([[0, 4], [-1, -1], [4, 0]])
+    given = inputs(hidden, torch.zeros(rows).long(), positions=positions)
+    found = given_back(hidden, given, statistics, figures, group, groups, table)
+    of_rows = statistics[:, positions].double()
+    mass = figures[1].double() * (of_rows[2] / of_rows[1]).nan_to_num(0.0) * of_rows[7]
+    mass[64:128] = 0.0
+    for index in range(groups):
+        weights = torch.where(group == index, mass, 0.0)
+        true = weights @ hidden[positions].double()
+        scale = float(weights.abs() @ hidden[positions].double().abs().amax(1))
+        torch.testing.assert_close(found[index].double(), true, rtol=0, atol=1e-6 * scale)
+
+
+def test_panels_fit():
+    # Few slots take the widest panel; as many as the store holds, the narrowest.
+    job = slot_gradient.Job(8192, 128256, 4096)
+    for budget, count, columns in (
+        (2**30, 1000, 1024),
+        (2**30, 500_000, 512),
+        (2**26, 90_000, 128),
+    ):
+        sizing = slot_gradient.Sizing(job, budget, None)
+        assert slot_gradient._panel(sizing, 2, count) == columns
