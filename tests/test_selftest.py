@@ -27,7 +27,7 @@ MonkeyPatch = pytest.MonkeyPatch
 
 def run(*ops: str, model: bool = False) -> list[Check]:
     """The checks of these ops that fail."""
-    cases = selftest.all_cases(CPU, torch.get_num_threads(), with_model=model)
+    cases = selftest._cases(CPU, torch.get_num_threads(), with_model=model)
     checks, _ = schedule.run([case for case in cases if case.op in ops], CPU, 1, None)
     assert checks, f"no check of {ops}"
     return [check for check in checks if not check.passed]
@@ -87,7 +87,7 @@ def test_text_has_every_figure_in_a_column_of_its_own(passed: SelfTestReport) ->
 def test_json_parses_and_has_no_nan(
     capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "all_cases", only("column_sums"))
+    monkeypatch.setattr(selftest, "_cases", only("column_sums"))
     with kernel("column_sums", lambda tile, a: a.new_full(tile.shape[1:], torch.nan)):
         assert selftest.main(["--json", "--device", "cpu"]) == 1
     content = json.loads(capsys.readouterr().out, parse_constant=_refuse)
@@ -104,7 +104,7 @@ def _refuse(constant: str) -> None:
 
 def only(op: str) -> Callable[..., Iterator[Any]]:
     """The cases of this op."""
-    cases = selftest.all_cases
+    cases = selftest._cases
     return lambda *args, **options: (each for each in cases(*args, **options) if each.op == op)
 
 

@@ -15,7 +15,7 @@ def test_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: Monkey
     def wrong_in_bf16(tile: Tensor, coefficients: Tensor) -> Tensor:
         return coefficients @ tile.float() * (1.1 if tile.dtype == torch.bfloat16 else 1)
 
-    monkeypatch.setattr(selftest, "all_cases", only("column_sums"))
+    monkeypatch.setattr(selftest, "_cases", only("column_sums"))
     monkeypatch.setattr(report.native, "cpu_backend", lambda: "c++")
     with kernel("column_sums", wrong_in_bf16):
         assert cli.main(["selftest", "--device", "cpu"]) == 1
@@ -28,7 +28,7 @@ def test_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: Monkey
 
 
 def test_exit_status_without_a_failure(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "all_cases", only("column_sums"))
+    monkeypatch.setattr(selftest, "_cases", only("column_sums"))
     assert cli.main(["selftest", "--device", "cpu"]) == 0
 
 
@@ -44,6 +44,6 @@ def test_says_that_transformers_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selftest, "find_spec", lambda name: None)
-    monkeypatch.setattr(selftest, "all_cases", lambda *_, with_model: iter([][with_model:]))
+    monkeypatch.setattr(selftest, "_cases", lambda *_, with_model: iter([][with_model:]))
     assert selftest.self_test("cpu").skipped == ("fuse_head: transformers is not installed",)
     assert "skipped: fuse_head" in capsys.readouterr().out

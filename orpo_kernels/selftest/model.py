@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.selftest.figures import EPS32, Case, Figure, Setting, exact, relative_errors
 
 STEPS = 8
+_seeding = Lock()  # torch's random state is one for all threads
 VOCABULARY = 97
 
 
@@ -28,13 +30,13 @@ def _trains(setting: Setting) -> Iterator[Figure]:
         attn_implementation="eager",
     )  # fmt: skip
     devices = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with _seeding, torch.random.fork_rng(devices):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).to(setting.device)
     ids = torch.randint(3, VOCABULARY, (4, 24), generator=setting.generator()).to(setting.device)
     labels = ids.clone()
     labels[:, :6] = -100
-    # Without its cache, which outlives a nested context: casts of a first look would be kept.
+    # Without its cache, which all threads share and which outlives a nested context.
     autocast = torch.autocast(
         setting.device.type, torch.bfloat16, setting.dtype == torch.bfloat16, cache_enabled=False
     )

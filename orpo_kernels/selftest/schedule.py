@@ -1,44 +1,33 @@
-"""Runs the checks: one after another, or in processes side by side where each compiles its kernels.
+"""Runs the checks: one after another, or side by side where each first compiles its kernels.
 
-Processes, as threads would wait for Python's lock: on an H200's host 16 of them took 39 s. And a
-kernel that kills its process, or leaves its device in an error, fails its own check and no other.
+A compiler leaves Python's lock alone for most of its time, so that threads are enough. Results do
+not depend on how many there are: a check draws from generators of its own.
 """
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from time import perf_counter
 
 import torch
 
 from orpo_kernels.kernels import runs_triton
-from orpo_kernels.selftest.checking import checked, failed, labels_of
 from orpo_kernels.selftest.figures import Case
-from orpo_kernels.selftest.report import Check
+from orpo_kernels.selftest.report import Check, dtype_name
 
-MOST_WORKERS = 12
-_WORKER_BYTES = 2**30  # of the device: a context, the kernels, and small tensors
+MOST_WORKERS = 8  # 16 were slower: what is left of Python waits for its lock
 # What takes longest comes first, so that none of it is what is waited for in the end: transformers
 # is imported, and the larger kernels are compiled.
 _SLOW = ("fuse_head", "linear_lse", "sparse_linear_logps", "linear_logps", "slot_gradient")
 
 
 def workers_of(device: torch.device) -> int:
-    """Processes: as many as the host has processors and the device room for, where Triton compiles.
-
-    Elsewhere one, which is the caller's own.
-    """
+    """Checks at a time: as many as the host has processors where Triton compiles, else one."""
     if not runs_triton(device, torch.float32):
         return 1
-    room = MOST_WORKERS
-    if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0] // _WORKER_BYTES
-    return max(1, min(MOST_WORKERS, os.cpu_count() or 1, room))
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def run(
@@ -49,29 +38,23 @@ def run(
     Args:
         cases: what to check.
         device: where they compute.
-        workers: processes; 1: this one.
+        workers: how many at a time.
         seconds: none is begun after so many; None: all are.
 
     Returns:
         The checks, and the cases left out.
     """
     until = None if seconds is None else perf_counter() + seconds
-    found: dict[int, Check] = {}
-    if workers == 1:
-        for i, case in enumerate(cases):
-            if until is None or perf_counter() <= until:
-                found[i] = checked(case)
-    else:
-        waiting: SimpleQueue[int] = SimpleQueue()
-        for i in sorted(range(len(cases)), key=lambda i: _urgency(cases[i])):
-            waiting.put(i)
-        with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(
-                lambda _: _serve(waiting, cases, device, until, found), range(workers)
-            ):
-                pass
-    checks = [found[i] for i in range(len(cases)) if i in found]
-    return checks, [case for i, case in enumerate(cases) if i not in found]
+    order = list(range(len(cases)))
+    if workers > 1:
+        order = sorted(order, key=lambda i: _urgency(cases[i]))
+    check = partial(_unless_late, device=device, until=until)
+    # One thread of torch's each: problems this small gain nothing from more.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        take = pool.map if workers > 1 else map
+        found = dict(zip(order, take(check, [cases[i] for i in order]), strict=True))
+    checks = [each for i in range(len(cases)) if (each := found[i]) is not None]
+    return checks, [case for i, case in enumerate(cases) if found[i] is None]
 
 
 def _urgency(case: Case) -> tuple[bool, int]:
@@ -80,65 +63,36 @@ def _urgency(case: Case) -> tuple[bool, int]:
     return case.setting.dtype != torch.bfloat16, slow
 
 
-def _serve(
-    waiting: SimpleQueue[int],
-    cases: Sequence[Case],
-    device: torch.device,
-    until: float | None,
-    found: dict[int, Check],
-) -> None:
-    """Lets a process check what is waiting; one that dies is replaced."""
-    worker = None
-    while until is None or perf_counter() <= until:
-        try:
-            i = waiting.get_nowait()
-        except Empty:
-            break
-        if worker is None:
-            worker = _Worker(device, with_model=any(case.op == "fuse_head" for case in cases))
-        found[i] = worker.check(cases[i])
-        if not worker.is_alive:
-            worker = None
-    if worker is not None:
-        worker.close()
+def _unless_late(case: Case, *, device: torch.device, until: float | None) -> Check | None:
+    if until is not None and perf_counter() > until:
+        return None
+    with _surroundings(device):
+        return _checked(case)
 
 
-class _Worker:
-    """A process of `worker.py`."""
+@contextmanager
+def _surroundings(device: torch.device) -> Iterator[None]:
+    """What a check finds, whatever its caller has set: these belong to each thread."""
+    with ExitStack() as stack:
+        # Inputs and truths are made on the CPU, whatever the caller's default device.
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
-    def __init__(self, device: torch.device, *, with_model: bool) -> None:
-        # It finds the same package as this process, wherever that was found.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` does
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker", str(device), str(int(with_model))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment,
-            text=True, bufsize=1,
-        )  # fmt: skip
 
-    @property
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def check(self, case: Case) -> Check:
-        """What the process finds; that it died, if it does."""
-        labels = labels_of(case)
-        asked, answers = self.process.stdin, self.process.stdout
-        if asked is None or answers is None:
-            raise RuntimeError("a worker without pipes")
-        try:
-            asked.write(json.dumps(labels) + "\n")
-            answer = answers.readline()
-        except BrokenPipeError:
-            answer = ""
-        if answer:
-            return Check(**json.loads(answer))
-        code = self.process.wait()
-        self.errors.seek(0)
-        last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
-        return failed(labels, f"its process ended with exit status {code}: {last}")
-
-    def close(self) -> None:
-        """Lets the process end."""
-        self.process.communicate()
-        self.errors.close()
+def _checked(case: Case) -> Check:
+    labels = (case.op, case.name, dtype_name(case.setting.dtype))
+    try:
+        figures = case.run()
+    except Exception as error:  # whatever a broken kernel raises is a finding; the rest still runs
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Check(*labels, False, "", float("nan"), 0.0, f"raised {reason}")
+    worst = max(figures, key=lambda figure: figure.used)
+    wrong = [
+        f"{each.what} is off by {each.error:.1e}, at most {each.limit:.1e} is right"
+        for each in figures
+        if not each.passed
+    ]
+    return Check(*labels, not wrong, worst.what, worst.error, worst.limit, "; ".join(wrong))
