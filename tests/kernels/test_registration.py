@@ -40,9 +40,11 @@ def chooser(monkeypatch):
     module = types.ModuleType("orpo_kernels.kernels.softmax_stats")
     module.softmax_stats = lambda *args: "kernel"
     monkeypatch.setitem(sys.modules, "orpo_kernels.kernels.softmax_stats", module)
-    kernels._installed_backend.cache_clear()
+    for remembered in (kernels._installed_backend, kernels.launcher):
+        remembered.cache_clear()
     yield kernels._chooser("softmax_stats", lambda *args: "plain")
-    kernels._installed_backend.cache_clear()
+    for remembered in (kernels._installed_backend, kernels.launcher):
+        remembered.cache_clear()
 
 
 def test_the_kernel_when_there_is_one(chooser, monkeypatch):
