@@ -83,4 +83,4 @@ def test_finds_one_tail_for_both_groups(monkeypatch: pytest.MonkeyPatch) -> None
     right = sparse_weight.tail_rows
     monkeypatch.setattr(sparse_weight, "tail_rows", together)
     failed = run("sparse_linear_logps")
-    assert {check.case for check in failed} == {"trainable head", "all of it"}
+    assert {check.case for check in failed} == {"trainable head, peaked", "all of it"}
