@@ -36,6 +36,6 @@ def test_interpreted(path):
         str(path),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
