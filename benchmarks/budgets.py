@@ -9,7 +9,6 @@ loss and dhidden. Where the wall time is far over the kernels' sum, launches are
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -177,9 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(measured(line, works[line.mode], options.device))
         print(text(rows[-1]), flush=True)
     if options.json:
-        about = {"machine": machine.describe(options.device), "versions": machine.versions()}
-        about |= {"head": options.head, "command": machine.command(), "results": rows}
-        options.json.write_text(json.dumps(about, indent=1))
+        machine.write_results(options.json, options.device, rows, head=options.head)
     return 0
 
 

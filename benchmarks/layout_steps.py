@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks import machine, settings
 from benchmarks.lengths import natural_lengths
-from benchmarks.model_step import BETA, LLAMA_1B, TINY, Model, build
+from benchmarks.model_step import LLAMA_1B, TINY, Model, build
+from benchmarks.peers import BETA, trl_trainer
 from benchmarks.results import FOLDER
 from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.layout import BatchLayout, lay_out
@@ -122,15 +122,7 @@ def loss_of(model: nn.Module, name: str, device: str) -> Callable[[Batch], Tenso
 
 
 def _trl_loss(model: nn.Module, device: str) -> Callable[[Batch], Tensor]:
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from trl.experimental.orpo import ORPOTrainer
-
-    trainer = object.__new__(ORPOTrainer)
-    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
-    trainer.padding_value, trainer.beta = 0, BETA
-    trainer.accelerator = SimpleNamespace(
-        device=torch.device(device), gather_for_metrics=lambda values: values
-    )
+    trainer = trl_trainer(device)
 
     def loss(batch: Batch) -> Tensor:
         columns = {}

@@ -1,6 +1,7 @@
 """Which machine, versions and command: what every figure is printed beside. No host names."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -38,8 +39,19 @@ def command() -> str:
     """The command line that reproduces this run."""
     if os.environ.get(COMMAND):
         return os.environ[COMMAND]
-    program = Path(sys.argv[0]).name
-    return shlex.join(["python -m pytest" if "pytest" in program else program, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.name
+    if "pytest" in name:
+        name = "python -m pytest"
+    elif program.parent.name == Path(__file__).parent.name:
+        name = f"python -m {program.parent.name}.{program.stem}"
+    return f"{name} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def write_results(path: Path, device: str, results: list[dict[str, Any]], **more: Any) -> None:
+    """Writes rows as JSON, with the machine, versions and command that made them."""
+    about = {"machine": describe(device), "versions": versions(), "command": command()}
+    path.write_text(json.dumps({**about, **more, "results": results}, indent=1))
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -10,8 +10,6 @@ are random, made from the config: what a step takes does not depend on them.
 
 import argparse
 import gc
-import json
-import os
 import statistics
 import sys
 import time
@@ -19,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks import machine
 from benchmarks.measure import Stopwatch
+from benchmarks.peers import BETA, trl_trainer
 from orpo_kernels import ORPOLoss, fuse_head
 
 MIB, GIB = 2**20, 2**30
 PROMPT_SHARE = 0.3
-BETA = 0.1
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA_1B = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
@@ -134,15 +131,7 @@ def batch(T: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor, Tensor]
 
 def trl_loss(model: nn.Module, T: int, vocabulary: int, device: str) -> Loss:
     """The loss of TRL's ORPOTrainer, on the logits."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from trl.experimental.orpo import ORPOTrainer
-
-    trainer = object.__new__(ORPOTrainer)
-    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
-    trainer.padding_value, trainer.beta = 0, BETA
-    trainer.accelerator = SimpleNamespace(
-        device=torch.device(device), gather_for_metrics=lambda values: values
-    )
+    trainer = trl_trainer(device)
     ids, labels, _ = batch(T, vocabulary, device)
     columns = {}
     for row, side in enumerate(("chosen", "rejected")):
@@ -267,9 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(text(row), flush=True)
             gc.collect()
     if options.json:
-        about = {"machine": machine.describe(options.device), "versions": machine.versions()}
-        about |= {"command": machine.command(), "results": rows}
-        options.json.write_text(json.dumps(about, indent=1))
+        machine.write_results(options.json, options.device, rows)
     return 0
 
 

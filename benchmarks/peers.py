@@ -173,23 +173,26 @@ def liger(*, compiled: bool) -> Callable[[Workload], Forward]:
     return prepare
 
 
-def trl_orpo(workload: Workload) -> Forward:
-    """The loss of TRL's `ORPOTrainer` itself, on the full logits its model returns.
+def trl_trainer(device: torch.device | str) -> Any:
+    """TRL's `ORPOTrainer`, for its `get_batch_loss_metrics(model, batch)`, metrics included.
 
-    The trainer is made without its constructor (which wants a model and a dataset); its own
-    `get_batch_loss_metrics` runs unchanged, metrics included, with a model that is only a head.
+    Made without its constructor, which wants a model and a dataset.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.orpo import ORPOTrainer
 
     trainer: Any = object.__new__(ORPOTrainer)
-    trainer.is_encoder_decoder = False
-    trainer.aux_loss_enabled = False
-    trainer.padding_value = 0
-    trainer.beta = BETA
+    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
+    trainer.padding_value, trainer.beta = 0, BETA
     trainer.accelerator = SimpleNamespace(
-        device=workload.hidden.device, gather_for_metrics=lambda value: value
+        device=torch.device(device), gather_for_metrics=lambda value: value
     )
+    return trainer
+
+
+def trl_orpo(workload: Workload) -> Forward:
+    """The loss of TRL's `ORPOTrainer` itself, on the full logits of a model that is only a head."""
+    trainer = trl_trainer(workload.hidden.device)
 
     def model(input_ids: Tensor, **kwargs: Any) -> SimpleNamespace:
         del input_ids, kwargs

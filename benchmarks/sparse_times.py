@@ -12,7 +12,6 @@ logits, where the sparse gradient should cost what the exact one does, and block
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -197,9 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print(text(rows[-1], job.kernel), flush=True)
     if options.json:
-        about = {"machine": machine.describe(options.device), "versions": machine.versions()}
-        about |= {"head": options.head, "command": machine.command(), "results": rows}
-        options.json.write_text(json.dumps(about, indent=1))
+        machine.write_results(options.json, options.device, rows, head=options.head)
     return 0
 
 

@@ -105,3 +105,20 @@ def mean_logps(token_logps: Tensor, labels: Tensor) -> Tensor:
             "answers; orpo_kernels.ORPOTrainer skips such pairs and counts them"
         )
     return token_logps.sum(1) / counts
+
+
+def logits_of(output: Any, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for the logits of both sides where a trainer only takes their mean.
+
+    Args:
+        output: of a fused call.
+        logps: (2P,), of its rows.
+
+    Returns:
+        Two (P, 1, 1) float32 without graph, whose mean is that of the logits; NaN where the fusing
+        was not asked for mean logits.
+    """
+    means = output.mean_logits
+    means = torch.full_like(logps.detach(), torch.nan) if means is None else means
+    chosen, rejected = means[:, None, None].chunk(2)
+    return chosen, rejected

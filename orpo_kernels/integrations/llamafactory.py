@@ -10,16 +10,14 @@ replaced by the one of this package. Importing this imports LLaMA-Factory; 0.9.5
 
 from __future__ import annotations
 
-import inspect
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor, nn
 
-from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords, mean_logps
-from orpo_kernels.integrations.patch import Patch
+from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords, logits_of, mean_logps
+from orpo_kernels.integrations.patch import Patch, refuse_unless_known
 from orpo_kernels.odds_ratio import odds_ratio_loss
 
 if TYPE_CHECKING:
@@ -45,14 +43,11 @@ def patch_llamafactory(**options: Unpack[FuseKeywords]) -> None:
     """
     global _patch
     unpatch_llamafactory()
-    for name, expected in _KNOWN.items():
-        method = getattr(CustomDPOTrainer, name, None)
-        given = None if method is None else tuple(inspect.signature(method).parameters)
-        if given != expected:
-            raise NotImplementedError(
-                f"LLaMA-Factory {version('llamafactory')} has another trainer than the ones this "
-                f"patch knows (0.9.5): {name} takes {given}, expected {expected}"
-            )
+    refuse_unless_known(
+        CustomDPOTrainer, _KNOWN,
+        f"LLaMA-Factory {version('llamafactory')} has another trainer than the ones this patch "
+        "knows (0.9.5)",
+    )  # fmt: skip
     own = CustomDPOTrainer.concatenated_forward
     settings: FuseKeywords = {"mean_logits": "all"}  # LLaMA-Factory counts the last position
     settings.update(options)
@@ -103,10 +98,8 @@ def concatenated_forward(
     labels = batch.pop("labels")
     output = calls(model, **batch, labels=labels, use_cache=False)
     logps = mean_logps(output.token_logps, labels)
-    means = output.mean_logits
-    means = torch.full_like(logps, torch.nan) if means is None else means
     chosen, rejected = logps.chunk(2)
-    chosen_logits, rejected_logits = means[:, None, None].chunk(2)
+    chosen_logits, rejected_logits = logits_of(output, logps)
     return {
         "chosen_logps": chosen,
         "rejected_logps": rejected,

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 _ABSENT = object()
+
+
+def refuse_unless_known(
+    owner: type, known: dict[str, tuple[str, ...]], what: str, remedy: str = ""
+) -> None:
+    """Refuse a class whose methods are not called as the replacements of some are.
+
+    Args:
+        owner: the class.
+        known: methods, and the names of their arguments.
+        what: what it is instead, for the message.
+        remedy: what to do about it, likewise.
+
+    Raises:
+        NotImplementedError: naming the method, what it takes and what was expected.
+    """
+    for name, expected in known.items():
+        method = getattr(owner, name, None)
+        given = None if method is None else tuple(inspect.signature(method).parameters)
+        if given != expected:
+            raise NotImplementedError(f"{what}: {name} takes {given}, expected {expected}{remedy}")
 
 
 class Patch:

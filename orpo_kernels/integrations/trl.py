@@ -15,7 +15,6 @@ NaN for answers the model is certain of: `orpo_kernels.ORPOTrainer` has one that
 
 from __future__ import annotations
 
-import inspect
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords, mean_logps, scored
-from orpo_kernels.integrations.patch import Patch
+from orpo_kernels.integrations.calls import FusedCalls, FuseKeywords, logits_of, mean_logps, scored
+from orpo_kernels.integrations.patch import Patch, refuse_unless_known
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -143,9 +142,7 @@ def concatenated_forward(
     )  # fmt: skip
     logps = mean_logps(output.token_logps, labels)
     nll_loss = -output.nll_token_logps.sum() / scored(nll_labels).sum()
-    means = output.mean_logits
-    means = torch.full_like(logps, torch.nan) if means is None else means
-    results = (*logps.chunk(2), *means[:, None, None].chunk(2), nll_loss)
+    results = (*logps.chunk(2), *logits_of(output, logps), nll_loss)
     return (*results, output.aux_loss) if trainer.aux_loss_enabled else results
 
 
@@ -155,12 +152,9 @@ def refuse_unknown_trl() -> None:
     Raises:
         NotImplementedError: naming the method, what it takes and what was expected.
     """
-    for name, expected in _KNOWN.items():
-        method = getattr(TRLTrainer, name, None)
-        given = None if method is None else tuple(inspect.signature(method).parameters)
-        if given != expected:
-            raise NotImplementedError(
-                f"TRL {version('trl')} has another ORPOTrainer than the ones this patch knows (1.9 "
-                f"to 1.16): {name} takes {given}, expected {expected}; train with "
-                "orpo_kernels.ORPOTrainer, which does not need TRL"
-            )
+    refuse_unless_known(
+        TRLTrainer, _KNOWN,
+        f"TRL {version('trl')} has another ORPOTrainer than the ones this patch knows (1.9 to "
+        "1.16)",
+        "; train with orpo_kernels.ORPOTrainer, which does not need TRL",
+    )  # fmt: skip
