@@ -1,8 +1,8 @@
 """What the rows of each group give back for what they dropped: the other side of the tail in dW.
 
-    rest_g = sum over the kept rows t of group g of a_t m_t h_t
+    rest_g = sum over the rows t of group g of a_t m_t h_t
 
-a_t m_t is softmax_t s_t dropped_t, of the statistics; 0 for rows that are recomputed. Float32 sums of
+a_t m_t is softmax_t s_t dropped_t, of the statistics. Float32 sums of
 splits of the rows, added in one order. M rows among N, G groups, P splits. Bytes: hidden once.
 """
 
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.elementwise import row_place, whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
@@ -24,7 +23,7 @@ from orpo_kernels.kernels.tuning import VECTOR, row_of
         "stride_row",
     ],
     do_not_specialize_on_alignment=[
-        "out_ptr", "coefficients_ptr", "statistics_ptr", "groups_ptr", "table_ptr", "index_ptr",
+        "out_ptr", "coefficients_ptr", "statistics_ptr", "groups_ptr", "index_ptr",
     ],
 )  # fmt: skip
 def _given_back_kernel(
@@ -32,9 +31,8 @@ def _given_back_kernel(
     hidden_ptr,  # (N, H)
     coefficients_ptr, statistics_ptr,  # (5, M), (8, N) float32
     groups_ptr, index_ptr,  # (M,) int64
-    table_ptr,  # (NB, 2) int64
     M, N, H, each, stride_group, stride_split, period, stride_slice, stride_row,
-    GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, ALIGNED: tl.constexpr, SLOT: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     width = whole_vectors(H, ALIGNED, VECTOR)
@@ -56,8 +54,7 @@ def _given_back_kernel(
         dropped = tl.load(statistics + 7 * N, mask=exists, other=0.0)
         softmax = tl.load(coefficients_ptr + M + row, mask=exists, other=0.0)
         total = tl.where(scale > 0, beside / tl.where(scale > 0, scale, 1.0), 0.0)
-        kept = tl.load(table_ptr + 2 * (row // SLOT), mask=exists, other=-1) >= 0
-        mass = tl.where(kept, softmax * total * dropped, 0.0)
+        mass = softmax * total * dropped
         place = row_place(position, period, stride_slice, stride_row, ALIGNED, VECTOR)
         h = hidden_ptr + place[:, None] + column[None, :]
         h = tl.load(h, mask=exists[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
@@ -78,7 +75,6 @@ def given_back(
     coefficients: Tensor,  # (5, M) float32
     groups: Tensor,  # (M,) int64, -1 for none
     group_count: int,
-    table: Tensor,  # (NB, 2) int64
 ) -> Tensor:
     """Launches the rows (G, H) float32 that the tail is multiplied with."""
     M, G, H = inputs.labels.shape[0], group_count, hidden.shape[-1]
@@ -90,11 +86,11 @@ def given_back(
     out = coefficients.new_empty((splits, G, H))
     start = Start(
         _given_back_kernel,
-        (out, hidden, coefficients, statistics, groups, inputs.positions, table), row,
+        (out, hidden, coefficients, statistics, groups, inputs.positions), row,
         {
             "GROUPS": G, "HAS_INDEX": inputs.positions is not None,
-            "ALIGNED": in_vectors(hidden), "SLOT": COMPACT_ROWS, "ROWS": row.depth,
-            "BLOCK": row.block, "VECTOR": VECTOR,
+            "ALIGNED": in_vectors(hidden), "ROWS": row.depth, "BLOCK": row.block,
+            "VECTOR": VECTOR,
         },
     )  # fmt: skip
     start(

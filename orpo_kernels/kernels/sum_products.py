@@ -4,8 +4,7 @@
            + sum over rows t whose label v is of share_t h_t - sum_g q_gv rest_g
 
 Products and rows are added one after the other in the order of their lists, float32; heavy columns
-come first. With ADDS the result is added to what other rows left in dW. A program has one column
-and a part of a panel of H. S slots, M rows among N, K label sets, G groups. No atomics. Bytes: 4 per
+come first. A program has one column and a part of a panel of H. S slots, M rows among N, K label sets, G groups. No atomics. Bytes: 4 per
 product and 2 (4) per label and column of H read, dW written.
 """
 
@@ -43,7 +42,7 @@ def _sum_products_kernel(
     unit_ptr,  # (1,) float32
     M, V, H, first_column, panel, stride_out, stride_products, stride_rest, period, stride_slice,
     stride_row,
-    GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr, ADDS: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(panel, BLOCK)
@@ -87,8 +86,6 @@ def _sum_products_kernel(
         rest = tl.load(rest_ptr + group * stride_rest + wide, mask=in_panel, other=0.0)
         total -= q * rest
     out = out_ptr + v * whole_vectors(stride_out, ALIGNED, VECTOR) + wide
-    if ADDS:
-        total += tl.load(out, mask=in_panel, other=0.0).to(tl.float32)
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_panel)
 
 
@@ -105,8 +102,6 @@ class SumProducts:
         coefficients: Tensor,  # (5, M) float32
         tail: tuple[Tensor, Tensor],  # q (G, V), and of `given_back` (G, H) float32
         unit: Tensor | None,  # (1,) float32
-        *,
-        adds: bool,
     ) -> None:
         """Takes what stays the same from panel to panel."""
         row = row_of("sum_products", hidden.dtype, hidden.device)
@@ -120,7 +115,7 @@ class SumProducts:
             row,
             {
                 "GROUPS": tail[0].shape[0], "HAS_INDEX": inputs.positions is not None,
-                "HAS_UNIT": unit is not None, "ADDS": adds,
+                "HAS_UNIT": unit is not None,
                 "ALIGNED": in_vectors(out, hidden, products), "ROWS": row.depth,
                 "BLOCK": row.block, "VECTOR": VECTOR,
             },

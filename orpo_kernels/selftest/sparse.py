@@ -150,7 +150,7 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     order = gradient.order_entries(store.columns, on_device[0][None], COLUMNS)
     kept = gradient.Kept(store, order, on_device[1], None, on_device[2])
     products = torch.empty(SLOTS, 24, device=setting.device)  # a panel of three vectors
-    gradient.from_slots(out, hidden, inputs, kept, rest.to(setting.device), products, adds=False)
+    gradient.from_slots(out, hidden, inputs, kept, rest.to(setting.device), products)
 
     dense = torch.zeros(2, COMPACT_ROWS, COLUMNS, dtype=torch.float64)
     for block, (first, count) in enumerate(table.tolist()):

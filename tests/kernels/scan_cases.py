@@ -123,11 +123,11 @@ def gradient_launches() -> Yielded:
                 tail = (_cuda(2, V), _cuda(2, hidden.shape[1]))
                 out, products = _cuda(V, hidden.shape[1], dtype=dtype), _cuda(SLOTS, 256)
                 rows = (given, hidden, _cuda(5, M), tail, _cuda(1))
-                SumProducts(out, products, order, *rows, adds=odd)(256, 512)
+                SumProducts(out, products, order, *rows)(256, 512)
 
             def rest(dtype=dtype, odd=odd):
                 given, hidden = _rows(dtype, odd)
-                rows = (_cuda(8, N), _cuda(5, M), given.labels, 2, _store().table)
+                rows = (_cuda(8, N), _cuda(5, M), given.labels, 2)
                 given_back(hidden, given, *rows)
 
             meant = {

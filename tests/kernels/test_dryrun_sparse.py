@@ -67,9 +67,7 @@ def test_the_whole_sparse_loss(engine, architecture):
         for H, V in itertools.product((4096, 4097), (128256, 151936, 262144, 32003)):
             whole_loss(300, H, V, trains=False)
             assert whole_loss(300, H, V, bias=True, sets=2)
-        engine(-1)
-        whole_loss(300, 4096, 32768)
-        engine(500, -1)  # dense, or without room in the store
+        engine(500, -1)  # one that is dense, or without room in the store
         assert whole_loss(700, 4096, 32768, bias=True)
     names = {launch.name for launch in log}
     assert {
@@ -80,8 +78,8 @@ def test_the_whole_sparse_loss(engine, architecture):
         "_weight_probs_kernel",
     } <= names  # fmt: skip
     compiled = {id(launch.compiled): launch for launch in log}
-    # Written, and added to; with H of whole vectors and without; a bias.
-    assert [each.name for each in compiled.values()].count("_sum_products_kernel") >= 4
+    # With H of whole vectors, and without: a bias is one column.
+    assert [each.name for each in compiled.values()].count("_sum_products_kernel") == 2
     for each in compiled.values():
         figures = resources(each.compiled)
         assert figures.spills == 0, each.name
@@ -93,7 +91,7 @@ def test_the_whole_sparse_loss(engine, architecture):
 )
 @pytest.mark.parametrize("trains", [False, True])
 def test_memory_is_within_the_budget(engine, trains, N, budget):
-    # What is alive at once, by storages: all kept, as many as there is room for, and some rows not.
+    # What is alive at once, by storages: all kept, as many as there is room for; and some rows not.
     H, V = 1024, 128256
     for counts in ((1700,), (1700, -1)):
         engine(*counts)

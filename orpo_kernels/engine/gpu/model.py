@@ -12,7 +12,7 @@ the mean over 46 shapes, 12 % at most.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -73,10 +73,6 @@ class Job:
     result_item: int = 2
     scaled: bool = False
     in_result: bool = True
-
-    def of_rows(self, rows: int, *, gathers: bool) -> "Job":
-        """The same of so many of its rows, copied where `gathers`."""
-        return replace(self, rows=rows, gathers=self.gathers or gathers)
 
     @property
     def row_bytes(self) -> int:

@@ -5,8 +5,9 @@ and plain torch keep. Slots are what a GPU keeps whose tensor cores multiply the
 kernels (`kernels/scan.py`): a column is kept for 64 rows.
 
 A trainable head keeps its entries from forward to backward: lists in an eighth of the budget, slots
-in a quarter, or less, so that the backward has room for their products. What does not fit is
-recomputed.
+in a quarter, or less, so that the backward has room for their products. Lists that do not fit are
+recomputed. Where any slots do not fit dW is the exact loop's; where they are likely not to, there
+is no store.
 """
 
 import contextlib
@@ -34,11 +35,13 @@ from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, aligned
 
 _LIST_SHARE, _SLOT_SHARE = 8, 4  # a store is at most this part of the budget
 _LIST_ROW_BYTES = 2**11  # a row of a list keeps about 50 entries, 400 bytes
-_MOST_KEPT = 8  # one in so many columns of 64 rows has room in the store; text keeps one in 75
+# So many columns of 64 rows for each that has room in the store, least and most: text keeps one in
+# 75.
+_MOST_KEPT, _LEAST_KEPT = 8, 64
 _MANY_ROWS = 8192  # more than any chunk has
 
-LEAST_PANEL = 64
-"""Columns of the products of slots, at least: a store is no larger than leaves room for them."""
+LEAST_PANEL = 256
+"""Columns of the products of slots, at least: with narrower panels the exact loop is faster."""
 
 _ORDER_BYTES = 28  # of a slot in the backward: its place in the lists, and what sorts them
 
@@ -116,15 +119,16 @@ def _slots_planned(
 
 
 def slot_store_bytes(sizes: Sizes, groups: int, budget: int) -> int:
-    """Bytes of the store of a trainable head, 0 for no room.
+    """Bytes of the store of a trainable head, 0 where text would not have room in it.
 
     The backward takes it, lists of its slots and a panel of their products, at least.
     """
     each = SLOT_BYTES + _ORDER_BYTES + 4 * LEAST_PANEL
     room = budget - gradient_bytes(job_of(sizes, sizes.wide_bytes), groups, 0)
-    most = -(-sizes.rows // COMPACT_ROWS) * -(-sizes.vocabulary // _MOST_KEPT)
+    blocks = -(-sizes.rows // COMPACT_ROWS)
+    most, least = (blocks * -(-sizes.vocabulary // k) for k in (_MOST_KEPT, _LEAST_KEPT))
     count = min(most, budget // _SLOT_SHARE // SLOT_BYTES, room // each)
-    return aligned(count * SLOT_BYTES) if count > 0 else 0
+    return aligned(count * SLOT_BYTES) if count >= least else 0
 
 
 def gradient_bytes(job: Job, groups: int, slots: int) -> int:

@@ -1,16 +1,17 @@
 """dW and db of a GPU, from the slots that the forward kept.
 
-    rows that kept nothing      (dense row blocks, no room in the store): the exact way, all of dW
     once                        lists of slots and labels by column; the tail's rows
     for a panel of H:
         slot products           kept slots times rows of hidden states
-        sum products            dW of the panel, written; or added to what the exact way left
+        sum products            dW of the panel, written
 
     dW_v = sum_t share_t 1[v = y_t] h_t - sum_t softmax_t slot_tv h_t - sum_g q_gv rest_g
 
-Which rows those are the host learns from a table that is copied to it behind the forward; while a
-CUDA graph is captured it cannot be read, and every row is done the exact way. db is the same with a
-column of ones for the hidden states.
+All rows or none: where a row block kept nothing (it is dense, or found no room in the store), dW is
+the exact loop's. Parts of it made in two ways would have to be rounded one by one, and they cancel:
+chosen answers against rejected ones. Which it is the host learns from a table that is copied to it
+behind the forward; while a CUDA graph is captured it cannot be read, and dW is exact. db is the
+same with a column of ones for the hidden states.
 """
 
 from collections.abc import Iterator
@@ -115,23 +116,19 @@ def weight_gradient(
         sizing: of the call.
         out: to be filled.
     """
-    others = [block for block, count in enumerate(counts) if count < 0]
     with tuning.guard(statistics.device):
-        if others:
-            chosen = inputs if len(others) == len(counts) else _only(inputs, others)
-            job = sizing.job.of_rows(chosen.labels.shape[0], gathers=chosen is not inputs)
-            plan = plan_backward(job, sizing.budget, sizing.card)
-            backward.weight_gradient(chosen, statistics, slopes, plan.sweeps, None, out)
-        if len(others) == len(counts):
+        if min(counts) < 0:
+            plan = plan_backward(sizing.job, sizing.budget, sizing.card)
+            backward.weight_gradient(inputs, statistics, slopes, plan.sweeps, None, out)
             return
-        kept = _kept(inputs, statistics, slopes, tail.mean(), store, counts)
-        count = kept.order.entries.shape[0]
+        count = sum(counts)
+        kept = _kept(inputs, statistics, slopes, tail.mean(), store, count)
         width = _panel(sizing, tail.sums.shape[0], count)
         products = kept.rows.new_empty((max(1, count), width))
         for target, hidden in _targets(inputs, out):
             groups = (tail.groups, tail.sums.shape[0])
-            rest = given_back(hidden, inputs, statistics, kept.rows, *groups, store.table)
-            from_slots(target, hidden, inputs, kept, rest, products, adds=bool(others))
+            rest = given_back(hidden, inputs, statistics, kept.rows, *groups)
+            from_slots(target, hidden, inputs, kept, rest, products)
 
 
 def from_slots(
@@ -141,15 +138,11 @@ def from_slots(
     kept: Kept,
     rest: Tensor,  # (G, H)
     products: Tensor,  # (S, W) float32: memory
-    *,
-    adds: bool,
 ) -> None:
-    """Fills or with `adds` adds to one part of dW, panel by panel."""
+    """Fills one part of dW, panel by panel."""
     multiply = SlotProducts(products, kept.store, inputs, hidden, kept.rows, kept.unit)
     tail = (kept.mean, rest)
-    add = SumProducts(
-        target, products, kept.order, inputs, hidden, kept.rows, tail, kept.unit, adds=adds
-    )
+    add = SumProducts(target, products, kept.order, inputs, hidden, kept.rows, tail, kept.unit)
     for panel in spans(target.shape[1], products.shape[1]):
         multiply(*panel)
         add(*panel)
@@ -157,19 +150,15 @@ def from_slots(
 
 def _kept(
     inputs: Inputs, statistics: Tensor, slopes: Slopes, mean: Tensor, store: SlotStore,
-    counts: list[int],
+    count: int,
 ) -> Kept:  # fmt: skip
     labels = inputs.labels[None]
     if inputs.second is not None:
         labels = torch.stack((inputs.labels, inputs.second))
-    if min(counts) < 0:  # the labels of what was recomputed are in dW
-        there = (store.table[: len(counts), 1:] >= 0).expand(-1, COMPACT_ROWS).reshape(-1)
-        labels = torch.where(there[: labels.shape[1]], labels, -1)
     rows = coefficients(statistics, slopes, inputs.positions, inputs.logit_scale)
     unit = None
     if inputs.dtype == torch.float16:
         unit = unit_of(rows[4], None, inputs.positions)
-    count = sum(max(0, each) for each in counts)
     order = order_entries(store.columns[:count], labels, mean.shape[1])
     return Kept(store, order, rows, unit, mean)
 
@@ -190,20 +179,3 @@ def _panel(sizing: Sizing, groups: int, count: int) -> int:
     most = min(MOST_PANEL, -(-sizing.job.columns // LEAST_PANEL) * LEAST_PANEL)
     fitting = room // (4 * max(1, count)) // LEAST_PANEL * LEAST_PANEL
     return max(LEAST_PANEL, min(most, fitting))
-
-
-def _only(inputs: Inputs, blocks: list[int]) -> Inputs:
-    """The rows of some row blocks."""
-    M, device = inputs.labels.shape[0], inputs.labels.device
-    first = COMPACT_ROWS * torch.tensor(blocks, device="cpu")
-    rows = (first[:, None] + torch.arange(COMPACT_ROWS, device="cpu")).view(-1)
-    rows = rows[: len(rows) - max(0, COMPACT_ROWS * (blocks[-1] + 1) - M)]  # the last are none
-    if device.type == "cuda" and torch.cuda.is_available():
-        rows = rows.pin_memory()  # or the copy may wait for the stream
-    rows = rows.to(device, non_blocking=True)
-    return inputs._replace(
-        labels=inputs.labels[rows],
-        second=None if inputs.second is None else inputs.second[rows],
-        positions=rows if inputs.positions is None else inputs.positions[rows],
-        scored=None if inputs.scored is None else inputs.scored[rows],
-    )

@@ -120,18 +120,14 @@ def test_gradient_of_slots(dtype, rows, V, H, panel):
     given = inputs(everything, labels, second, positions)
     order = order_entries(store.columns, torch.stack((labels, second)), V)
     kept = Kept(store, order, figures, unit if dtype == torch.float16 else None, mean)
-    for adds in (False, True):
-        for out_dtype in {dtype, torch.float32}:
-            out = torch.full((V, H), torch.nan, dtype=out_dtype)
-            if adds:
-                out.fill_(0.5)
-            products = torch.full((sum(counts), panel), torch.nan)
-            from_slots(out, everything, given, kept, rest, products, adds=adds)
-            expected = true + 0.5 * adds
-            step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
-            # Two operands rounded, the interpreter truncates; the result rounded once.
-            limit = 2 * step * size + torch.finfo(out_dtype).eps * expected.abs() + 1e-5 * size
-            assert ((out.double() - expected).abs() <= limit + 1e-6).all()
+    for out_dtype in {dtype, torch.float32}:
+        out = torch.full((V, H), torch.nan, dtype=out_dtype)
+        products = torch.full((sum(counts), panel), torch.nan)
+        from_slots(out, everything, given, kept, rest, products)
+        step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
+        # Two operands rounded, the interpreter truncates; the result rounded once.
+        limit = 2 * step * size + torch.finfo(out_dtype).eps * true.abs() + 1e-5 * size
+        assert ((out.double() - true).abs() <= limit + 1e-6).all()
 
 
 def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():
@@ -147,18 +143,16 @@ def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_is_given_back(groups):
-    # Row blocks that are recomputed, rows of no group, a row that is nothing but its label.
+    # Rows of no group, and a row that is nothing but its label.
     rows, H, N = 150, 40, 200
     hidden, positions = torch.randn(N, H).bfloat16(), torch.randperm(N)[:rows]
     statistics, figures = torch.rand(8, N), torch.rand(5, rows)
     statistics[1:3, positions[3]] = 0.0
     group = torch.randint(-1, groups, (rows,))
-    table = torch.tensor([[0, 4], [-1, -1], [4, 0]])
     given = inputs(hidden, torch.zeros(rows).long(), positions=positions)
-    found = given_back(hidden, given, statistics, figures, group, groups, table)
+    found = given_back(hidden, given, statistics, figures, group, groups)
     of_rows = statistics[:, positions].double()
     mass = figures[1].double() * (of_rows[2] / of_rows[1]).nan_to_num(0.0) * of_rows[7]
-    mass[64:128] = 0.0
     for index in range(groups):
         weights = torch.where(group == index, mass, 0.0)
         true = weights @ hidden[positions].double()
@@ -172,7 +166,7 @@ def test_panels_fit():
     for budget, count, columns in (
         (2**30, 1000, 1024),
         (2**30, 500_000, 512),
-        (2**26, 90_000, 128),
+        (2**28, 190_000, 256),
     ):
         sizing = slot_gradient.Sizing(job, budget, None)
         assert slot_gradient._panel(sizing, 2, count) == columns
