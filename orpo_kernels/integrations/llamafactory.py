@@ -44,9 +44,8 @@ def patch_llamafactory(**options: Unpack[FuseKeywords]) -> None:
     global _patch
     unpatch_llamafactory()
     refuse_unless_known(
-        CustomDPOTrainer, _KNOWN,
-        f"LLaMA-Factory {version('llamafactory')} has another trainer than the ones this patch "
-        "knows (0.9.5)",
+        CustomDPOTrainer, _KNOWN, f"the trainer of LLaMA-Factory {version('llamafactory')}",
+        "0.9.5",
     )  # fmt: skip
     own = CustomDPOTrainer.concatenated_forward
     settings: FuseKeywords = {"mean_logits": "all"}  # LLaMA-Factory counts the last position

@@ -9,14 +9,15 @@ _ABSENT = object()
 
 
 def refuse_unless_known(
-    owner: type, known: dict[str, tuple[str, ...]], what: str, remedy: str = ""
+    owner: type, known: dict[str, tuple[str, ...]], what: str, versions: str, remedy: str = ""
 ) -> None:
     """Refuse a class whose methods are not called as the replacements of some are.
 
     Args:
         owner: the class.
         known: methods, and the names of their arguments.
-        what: what it is instead, for the message.
+        what: the class and its version, for the message.
+        versions: the ones that are known, likewise.
         remedy: what to do about it, likewise.
 
     Raises:
@@ -26,7 +27,10 @@ def refuse_unless_known(
         method = getattr(owner, name, None)
         given = None if method is None else tuple(inspect.signature(method).parameters)
         if given != expected:
-            raise NotImplementedError(f"{what}: {name} takes {given}, expected {expected}{remedy}")
+            raise NotImplementedError(
+                f"{what} is another than the ones this patch knows ({versions}): {name} takes "
+                f"{given}, expected {expected}{remedy}"
+            )
 
 
 class Patch:

@@ -153,8 +153,6 @@ def refuse_unknown_trl() -> None:
         NotImplementedError: naming the method, what it takes and what was expected.
     """
     refuse_unless_known(
-        TRLTrainer, _KNOWN,
-        f"TRL {version('trl')} has another ORPOTrainer than the ones this patch knows (1.9 to "
-        "1.16)",
+        TRLTrainer, _KNOWN, f"the ORPOTrainer of TRL {version('trl')}", "1.9 to 1.16",
         "; train with orpo_kernels.ORPOTrainer, which does not need TRL",
     )  # fmt: skip
