@@ -6,6 +6,8 @@ EXTRAS := hf,qlora,triton,plot,bench,peers,dev,dist,docs
 TORCH ?= torch==2.13.0
 TORCH_VERSION ?= 2.13.0
 FILES ?= $(wildcard dist/*.whl dist/*.tar.gz)
+# Where others use the processor: `make bench BENCH='--threads 1 --clock cpu'`
+BENCH ?=
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 # Other trainers, each in an environment over .venv: what is tested there.
@@ -35,7 +37,7 @@ setup: .venv/.ready  ## the environment, from pinned versions
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
-setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth, trackers
+setup-%: .venv-%/.ready ;  ## an environment of its own: trl19, axolotl, llamafactory, unsloth, trackers, race
 
 .PRECIOUS: .venv-%/.ready
 .venv-%/.ready: constraints/%.txt .venv/.ready
@@ -101,8 +103,8 @@ gpu-session: setup  ## all there is to do on a rented GPU, in nine minutes
 demo: setup  ## ORPO on nf4 + LoRA next to plain SFT, in minutes on a CPU
 	$(BIN)/python -m examples.demo
 
-bench: setup  ## CPU race against every peer, 15 minutes of it; again: goes on. Writes docs/benchmarks.md
-	$(BIN)/python -m benchmarks.run --device cpu --minutes 15
+bench: setup-race  ## CPU race against every peer, 15 minutes of it; again: goes on. Writes docs/benchmarks.md
+	.venv-race/bin/python -m benchmarks.run --device cpu --minutes 15 $(BENCH)
 	$(BIN)/python -m benchmarks.report --readme
 
 bench-gpu: setup

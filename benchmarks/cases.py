@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from benchmarks.heads import HEADS, Case, Sizes
 from benchmarks.implementations import IMPLEMENTATIONS
 
-# One per idea: all logits, chunks that are recomputed, tiles that are recomputed, and ours.
-IDEAS = ("ours-exact", "ours-sparse", "eager", "trl-chunked", "cce")
+# One per idea: all logits, chunks that are recomputed (of the vocabulary, of rows), tiles that are
+# recomputed, and ours.
+IDEAS = ("ours-exact", "ours-sparse", "eager", "trl-chunked", "unsloth", "cce")
 # 27 g on a CPU for a frozen head (it widens the whole head for every 32 rows): once is enough.
 SLOW_ON_CPU = ("torch-lce",)
 # Measured on the main head only: 5 to 20 s of compilation per shape; not what anybody should use.

@@ -106,15 +106,13 @@ IMPLEMENTATIONS = {
         Implementation("eager", "plain torch, all logits", peers.eager, peers.always_there),
         Implementation("trl-orpo", "TRL ORPO", peers.trl_orpo, peers.needs("trl")),
         Implementation(
-            "trl-chunked", "TRL ChunkedLogProbFunction", peers.trl_chunked(), peers.needs("trl"),
+            "trl-chunked", "TRL ChunkedLogProbFunction", peers.trl_chunked, peers.needs("trl"),
         ),
         Implementation(
-            "trl-fused", "TRL fused head with mean logits",
-            peers.trl_chunked("log_probs", "mean_logits"), peers.needs("trl"),
+            "trl-fused", "TRL add_fused_lm_head", peers.trl_fused, peers.needs("trl"),
         ),
         Implementation(
-            "unsloth", "Unsloth masked log-probs", peers.unsloth,
-            peers.needs("unsloth_zoo", softcap=False),
+            "unsloth", "Unsloth masked log-probs", peers.unsloth, peers.needs("unsloth_zoo"),
         ),
         Implementation(
             "liger", "Liger ORPO", peers.liger(compiled=False),

@@ -15,6 +15,7 @@ import torch
 
 PACKAGES = (
     "orpo_kernels", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy",
+    "unsloth_zoo",
 )  # fmt: skip
 COMMAND = "ORPO_BENCH_COMMAND"  # what the user typed, when it was not this process's own line
 

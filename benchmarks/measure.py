@@ -6,7 +6,6 @@ that a machine that slows down for a while slows both. On a GPU times come from 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import settings
 from benchmarks.workloads import Workload
 from orpo_kernels.constants import IGNORE_INDEX
 
@@ -45,17 +45,18 @@ def bare_gemm(workload: Workload) -> Callable[[], None]:
 
 
 class Stopwatch:
-    """Seconds of one call: CUDA events on a GPU, the wall clock elsewhere."""
+    """Seconds of one call: CUDA events on a GPU, the clock of the settings elsewhere."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
+        self.clock = settings.clock()
 
     def __call__(self, work: Callable[[], Any]) -> float:
         """Run `work` and return the seconds it took."""
         if not self.cuda:
-            start = time.perf_counter()
+            start = self.clock()
             work()
-            return time.perf_counter() - start
+            return self.clock() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()

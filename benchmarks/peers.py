@@ -35,7 +35,7 @@ def needs(module: str, *, softcap: bool = True) -> Callable[[Workload, str], str
     def missing(workload: Workload, device: str) -> str | None:
         del device
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed; pip install 'orpo_kernels[peers]'"
+            return f"{module} is not installed; `make setup-race` makes an environment that has it"
         if workload.softcap is not None and not softcap:
             return f"{module} has no softcap in this loss"
         return None
@@ -85,29 +85,57 @@ def eager(workload: Workload) -> Forward:
     return _compact(workload, token_logps)
 
 
-def trl_chunked(*outputs: str) -> Callable[[Workload], Forward]:
-    """TRL's fused primitive (trl/kernels/chunked_logprob.py) with TRL's own chunk size.
+def trl_chunked(workload: Workload) -> Forward:
+    """TRL's fused primitive (trl/kernels/chunked_logprob.py) with TRL's own chunk size."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK_SIZE
 
-    `outputs`: what else it computes, as `add_fused_lm_head(model, outputs=...)` asks it to.
+    def token_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return ChunkedLogProbFunction.apply(
+            hidden, workload.weight, None, targets, 1.0, CHUNK_SIZE, workload.softcap, 1.0,
+            ("log_probs",),
+        )[0]  # fmt: skip
+
+    return _compact(workload, token_logps)
+
+
+class _OnlyHead(torch.nn.Module):
+    """As much of a causal LM as `add_fused_lm_head` asks for; its backbone is a tensor."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        text = SimpleNamespace(final_logit_softcapping=workload.softcap)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self._head = SimpleNamespace(weight=workload.weight, bias=None)
+        self._hidden = workload.hidden
+
+    def base_model(self, **kwargs: Any) -> SimpleNamespace:
+        del kwargs
+        return SimpleNamespace(last_hidden_state=self._hidden)
+
+    def get_output_embeddings(self) -> SimpleNamespace:
+        return self._head
+
+
+def trl_fused(workload: Workload) -> Forward:
+    """The head that TRL gives a model, log-probs and mean logits, which its ORPO metrics take.
+
+    It reads the scored rows on a device with Triton, every row of the padded batch elsewhere.
     """
+    from trl.trainer import add_fused_lm_head
 
-    def prepare(workload: Workload) -> Forward:
-        from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK_SIZE
+    model: Any = _OnlyHead(workload)
+    add_fused_lm_head(model, outputs=("log_probs", "mean_logits"))
 
-        def token_logps(hidden: Tensor, targets: Tensor) -> Tensor:
-            return ChunkedLogProbFunction.apply(
-                hidden, workload.weight, None, targets, 1.0, CHUNK_SIZE, workload.softcap, 1.0,
-                outputs,
-            )[0]  # fmt: skip
+    def forward() -> Tensor:
+        output = model.forward(shift_labels=workload.union_labels, fused_lm_head=True)
+        return orpo_math(output.log_probs, workload)
 
-        return _compact(workload, token_logps)
-
-    return prepare
+    return forward
 
 
 def unsloth(workload: Workload) -> Forward:
-    """Unsloth's masked log-probs, which its ORPO trainer takes: in `make setup-unsloth` only."""
+    """Unsloth's masked log-probs, which its ORPO trainer takes."""
     os.environ["UNSLOTH_IS_PRESENT"] = "1"  # without its main package it does not import
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())  # it writes on import
     if not workload.hidden.is_cuda:
@@ -118,8 +146,11 @@ def unsloth(workload: Workload) -> Forward:
     mask = labels != IGNORE_INDEX
 
     def forward() -> Tensor:
-        logps = unsloth_masked_logprobs(workload.hidden, workload.weight, labels, mask=mask)
-        return orpo_math(logps.float(), workload)
+        logps = unsloth_masked_logprobs(
+            workload.hidden, workload.weight, labels, mask=mask,
+            logit_softcapping=workload.softcap or 0.0,
+        )  # fmt: skip
+        return orpo_math(logps, workload)
 
     return forward
 

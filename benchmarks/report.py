@@ -11,6 +11,7 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plots
 from benchmarks.cases import SWEEP
@@ -86,7 +87,7 @@ def render_page(runs: list[Run], pictures: dict[str, list[tuple[str, Path]]], fo
 
 def _machine(run: Run) -> str:
     about = run.header["machine"]
-    name = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
+    name = _name(about)
     versions = ", ".join(f"{key} {value}" for key, value in run.header["versions"].items())
     missing = run.header.get("missing", [])
     lines = [
@@ -100,6 +101,8 @@ def _machine(run: Run) -> str:
     commits = [each["commit"] for each in run.results if "commit" in each]
     for commit in dict.fromkeys(commits):
         lines.append(f"{commits.count(commit)} rows were measured at commit `{commit}`.")
+    if run.header.get("clock") == "cpu":
+        lines.append("Times are processor time: others used the machine meanwhile.")
     if missing:
         lines.append(f"Not run, for lack of time: {len(missing)} rows.")
     return "\n\n".join(lines)
@@ -220,9 +223,13 @@ def _overview(run: Run) -> str:
 
 
 def _where(run: Run) -> str:
-    about = run.header["machine"]
-    name = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
-    return f"{name}; {_source(run)}"
+    clock = ", processor time" if run.header.get("clock") == "cpu" else ""
+    return f"{_name(run.header['machine'])}{clock}; {_source(run)}"
+
+
+def _name(about: dict[str, Any]) -> str:
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+    return about.get("gpu") or f"{about['cpu']}, {threads}"
 
 
 def _source(run: Run) -> str:
@@ -265,9 +272,9 @@ def render_block(name: str, runs: list[Run]) -> str:
     if name not in BLOCKS:
         raise ValueError(f"bench block must be one of {sorted(BLOCKS)}, got {name!r}")
     device, render = BLOCKS[name]
-    for run in runs:
-        if run.device == device and run.timed():
-            return render(run)
+    found = [run for run in runs if run.device == device and run.timed()]
+    if found:
+        return render(max(found, key=lambda run: str(run.header["date"])))
     return f"Not measured on a {'GPU' if device == 'cuda' else 'CPU'} yet."
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.run                              # this machine, within 15 minutes
     python -m benchmarks.run --device cuda --minutes 9    # make bench-gpu
     python -m benchmarks.run --again ours-sparse          # the peers stay as they were measured
+    python -m benchmarks.run --threads 1 --clock cpu      # where others use the processor too
     python -m benchmarks.run --plan cuda --device cpu --tiny --results DIR    # a dry run of it
 
 Every result is written to a record as it comes. A run that is stopped, by its own deadline or by
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import machine, settings
 from benchmarks.cases import label, memory_sweep, planned
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -41,6 +44,8 @@ RESERVE_S = 20  # the last test that is started must also end
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0: everything that ran is right; 1: a test failed, the JSON says which."""
     options = _parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = options.device or settings.device()
     folder = Path(options.results).resolve() / machine.slug(device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +81,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--again", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME", default=[],
         help="implementations to measure anew; the others come from the newest JSON",
     )  # fmt: skip
+    parser.add_argument("--threads", type=int, help="of a CPU; default: as torch chooses")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="of a CPU; cpu: processor time, which others on a shared machine do not lengthen",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="forget what a stopped run has done")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where <machine>/ is made")
     return parser.parse_args(arguments)
@@ -93,6 +103,8 @@ def _header(device: str, options: argparse.Namespace) -> dict[str, Any]:
     ]
     words += ["--tiny"] if options.tiny else []
     words += ["--groups", options.groups] if options.groups else []
+    words += ["--threads", str(options.threads)] if options.threads else []
+    words += ["--clock", options.clock] if options.clock != "wall" else []
     words += ["--again", *options.again] if options.again else []
     return {
         "schema": 1,
@@ -103,6 +115,7 @@ def _header(device: str, options: argparse.Namespace) -> dict[str, Any]:
         "commit": machine.commit(),
         "versions": machine.versions(),
         "sizes": "tiny" if options.tiny else "full",
+        "clock": options.clock,
     }
 
 
@@ -115,7 +128,8 @@ def _continues(record: Path, header: dict[str, Any]) -> bool:
     if not record.exists() or not _header_path(record).exists():
         return False
     before = json.loads(_header_path(record).read_text())
-    return all(before.get(key) == header[key] for key in ("commit", "versions", "machine", "sizes"))
+    same = ("commit", "versions", "machine", "sizes", "clock")
+    return all(before.get(key) == header[key] for key in same)
 
 
 def _others(folder: Path, header: dict[str, Any], again: list[str]) -> list[dict[str, Any]]:
@@ -125,7 +139,9 @@ def _others(folder: Path, header: dict[str, Any], again: list[str]) -> list[dict
     if not runs:
         raise SystemExit(f"--again needs a JSON to start from, and {folder} has none")
     before = runs[-1].header
-    changed = [key for key in ("versions", "machine", "sizes") if before[key] != header[key]]
+    before = {"clock": "wall", **before}  # older runs know no other
+    same = ("versions", "machine", "sizes", "clock")
+    changed = [key for key in same if before[key] != header[key]]
     if changed:
         raise SystemExit(f"--again: {', '.join(changed)} changed since {runs[-1].path.name}")
     return [
@@ -142,9 +158,12 @@ def _pytest(device: str, options: argparse.Namespace, record: Path) -> int:
         settings.PLAN: options.plan or device,
         settings.RECORD: str(record),
         settings.TINY: "1" if options.tiny else "0",
+        settings.CLOCK: options.clock,
         settings.DEADLINE: str(time.time() + 60 * options.minutes - RESERVE_S),
         "HF_HUB_OFFLINE": "1",
     }
+    if options.threads:
+        environment["OMP_NUM_THREADS"] = str(options.threads)
     words = [sys.executable, "-m", "pytest", *(str(ROOT / suite) for suite in SUITES[device])]
     words += ["--benchmark-only", "--benchmark-columns=median,iqr,rounds", "-q", "-p", "no:xdist"]
     words += ["-k", options.groups] if options.groups else []

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ DEVICE = "ORPO_BENCH_DEVICE"  # "cpu" or "cuda"; default: a GPU if there is one
 PLAN = "ORPO_BENCH_PLAN"  # whose list of cases: "cpu" or "cuda"; default: the device's
 TINY = "ORPO_BENCH_TINY"  # "1": tiny sizes though timing is on (dry run)
 RECORD = "ORPO_BENCH_RECORD"  # file that takes one JSON line per result; what it has is not rerun
+CLOCK = "ORPO_BENCH_CLOCK"  # "wall", or "cpu": processor time of this process, on a shared machine
 DEADLINE = "ORPO_BENCH_DEADLINE"  # seconds since the epoch after which nothing new is started
 
 
@@ -31,6 +32,11 @@ def plan() -> str:
 def tiny() -> bool:
     """Whether a timed run uses tiny sizes."""
     return os.environ.get(TINY) == "1"
+
+
+def clock() -> Callable[[], float]:
+    """Seconds on a CPU by the clock of this run."""
+    return time.process_time if os.environ.get(CLOCK) == "cpu" else time.perf_counter
 
 
 def late() -> bool:

@@ -1,8 +1,11 @@
 """Counting, pairing, choosing: the parts of the harness that could mislead quietly."""
 
+import time
+
 import pytest
 import torch
 
+from benchmarks import settings
 from benchmarks.cases import label, memory_sweep, planned
 from benchmarks.heads import Case
 from benchmarks.implementations import IMPLEMENTATIONS
@@ -10,6 +13,7 @@ from benchmarks.measure import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     PairedRounds,
+    Stopwatch,
     bare_gemm,
     count_gemm_flop,
     passes,
@@ -23,6 +27,13 @@ from orpo_kernels.engine.tiles import native
 @pytest.fixture(scope="module")
 def workload():
     return make_workload(Case("cpu", pairs=2, dtype="float32"), tiny=True)
+
+
+def test_processor_time_leaves_out_what_others_took(monkeypatch):
+    # Asleep as if somebody else had the processor: 50 ms by the wall, none of this process.
+    assert Stopwatch("cpu")(lambda: time.sleep(0.05)) >= 0.05
+    monkeypatch.setenv(settings.CLOCK, "cpu")
+    assert Stopwatch("cpu")(lambda: time.sleep(0.05)) < 0.04
 
 
 # What each does by construction: materialised 2 and 3, recomputation one more, padding on top.

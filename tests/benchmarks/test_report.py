@@ -117,6 +117,17 @@ def test_markers_are_filled_and_filling_twice_changes_nothing(folder):
     assert report.fill_markers(filled, runs) == filled
 
 
+def test_the_readme_shows_the_newest_machine(folder):
+    # Its folder comes last by name and first by date.
+    machine = folder / "b-cpu"
+    machine.mkdir()
+    newer = {**HEADER, "date": "2026-01-03", "clock": "cpu"}
+    newer["machine"] = {**HEADER["machine"], "cpu": "Another", "threads": 1}
+    write_results(machine, newer, RESULTS)
+    text = report.render_block("cpu-loss", latest_runs(folder))
+    assert "Another, 1 thread, processor time; `make bench`, `benchmarks/results/b-cpu/" in text
+
+
 @pytest.mark.parametrize("name", report.BLOCKS)
 def test_every_block_renders(folder, name):
     text = report.render_block(name, latest_runs(folder))

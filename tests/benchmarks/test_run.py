@@ -79,6 +79,9 @@ def test_measured_again(options, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "versions", lambda: {"torch": "0"})
     with pytest.raises(SystemExit, match="versions changed"):
         run.main([*options, "--fresh", "--again", again])
+    monkeypatch.setattr(machine, "versions", lambda: content["versions"])
+    with pytest.raises(SystemExit, match="clock changed"):
+        run.main([*options, "--fresh", "--clock", "cpu", "--again", again])
     with pytest.raises(SystemExit, match="has none"):
         run.main([*options[:3], str(tmp_path / "other"), "--again", again])
 
