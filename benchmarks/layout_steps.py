@@ -35,7 +35,7 @@ from benchmarks.results import FOLDER
 from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.layout import BatchLayout, lay_out
 
-FILE = "layout-steps.json"
+FILE = "layouts.json"
 TRL = "TRL ORPO"
 LAYOUTS = ("padded", "packed", "shared_prompt")
 IMPLEMENTATIONS = (TRL, *LAYOUTS)

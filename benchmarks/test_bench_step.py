@@ -17,6 +17,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from benchmarks import settings
+from benchmarks.contention import MOST_WAITING, threads, waiting_share
 from benchmarks.layout_steps import (
     IMPLEMENTATIONS,
     PLANS,
@@ -81,8 +82,14 @@ def test_step(shape: str, pairs: int, name: str, benchmark: Any, steps_of: Any) 
     def timed() -> None:
         ours.append(watch(lambda: steps.run(name)))
 
+    start = threads()
     benchmark.pedantic(timed, setup=before, rounds=ROUNDS, iterations=1, warmup_rounds=0)
     before()
+    waiting = waiting_share(start, threads())
+    if benchmark.enabled and settings.device() == "cpu" and (waiting or 0) > MOST_WAITING:
+        reason = f"other processes ran: threads waited {waiting:.0%} of the time for a core"
+        settings.record({"case": case, "implementation": name, "skipped": reason})
+        pytest.skip(reason)
     tokens, computed = user_tokens(steps.batches), steps.computed(name)
     result = {
         "case": case, "model": SHAPES[shape].model.name, "attention": SHAPES[shape].attention,
@@ -94,7 +101,7 @@ def test_step(shape: str, pairs: int, name: str, benchmark: Any, steps_of: Any) 
             (one + other) / 2 / each
             for one, other, each in zip(trl, trl[1:], ours, strict=False)
         ]),
-        "peak_bytes": _peak(steps, name),
+        "peak_bytes": _peak(steps, name), "waiting_share": waiting,
     }  # fmt: skip
     benchmark.extra_info.update(result, versions=versions(), command=command())
     if benchmark.enabled:
