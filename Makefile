@@ -10,13 +10,8 @@ FILES ?= $(wildcard dist/*.whl dist/*.tar.gz)
 BENCH ?=
 # Two tests at a time on two cores; at most four, for the memory they take. `make test WORKERS=`: one.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
-# Other trainers, each in an environment over .venv: what is tested there.
-INTEGRATIONS ?= trl19 axolotl llamafactory unsloth trackers
-TESTS_trl19 := tests/integrations/test_trl.py tests/integrations/test_documented.py
-TESTS_llamafactory := tests/environments/test_llamafactory.py
-TESTS_unsloth := tests/environments/test_unsloth.py
-TESTS_trackers := tests/environments/test_trackers.py
-TESTS_axolotl := tests/environments/test_axolotl.py
+# Other trainers, each in an environment over .venv.
+INTEGRATIONS ?= trl19 trackers llamafactory axolotl unsloth
 FAST := tests/csrc tests/engine tests/ops tests/kernels/test_launches.py tests/kernels/test_workspace.py tests/test_architecture.py \
 	tests/test_guard.py tests/test_layout.py tests/test_loss.py tests/test_options.py tests/test_reference.py
 SAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -85,11 +80,13 @@ test: setup  ## everything that needs no GPU, benchmarks once and small among it
 test-fast: setup  ## on every change: ops, engine, C++ and launches, a minute or two on two cores; slow tests left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST) -m "not slow and not gpu" $(WORKERS)
 
-test-integrations: $(INTEGRATIONS:%=test-integration-%) setup  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS
-	$(BIN)/python -m pytest tests/integrations/test_trl.py tests/integrations/test_liger.py tests/integrations/test_documented.py
+test-integrations: setup  ## adapters in TRL, Liger, and in the environments of INTEGRATIONS, which it makes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_trl.py tests/integrations/test_liger.py \
+		tests/integrations/test_documented.py $(WORKERS)
+	$(BIN)/python -m tests.environments.check $(INTEGRATIONS)
 
-test-integration-%: setup-%  ## of one of INTEGRATIONS
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(TESTS_$*) -n 2 --dist worksteal
+test-integration-%: setup  ## of one of INTEGRATIONS
+	$(BIN)/python -m tests.environments.check $*
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -21,6 +21,7 @@ PEER_COLORS = (
     "#a64d79",
     "#741b47",
     "#7f6000",
+    "#bf9000",
     "#999999",
 )
 MIB = 1 << 20
@@ -31,8 +32,8 @@ def colors() -> dict[str, str]:
     ours = [name for name in IMPLEMENTATIONS if name.startswith("ours-")]
     peers = [name for name in IMPLEMENTATIONS if name not in ours]
     return {
-        **dict(zip(ours, OURS_COLORS, strict=False)),
-        **dict(zip(peers, PEER_COLORS, strict=False)),
+        **dict(zip(ours, OURS_COLORS, strict=True)),
+        **dict(zip(peers, PEER_COLORS, strict=True)),
     }
 
 

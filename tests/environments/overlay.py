@@ -16,8 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def make(name: str) -> float:
-    """Makes the environment anew; seconds it took."""
+def make(name: str, timeout: float | None = None) -> float:
+    """Makes the environment anew; seconds it took.
+
+    Raises:
+        CalledProcessError: pip could not install; `stderr` is what it said.
+        TimeoutExpired: not within `timeout` seconds.
+    """
     start, folder = time.perf_counter(), ROOT / f".venv-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False, symlinks=True)
@@ -28,7 +33,7 @@ def make(name: str) -> float:
     )
     command = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "-q"]
     command += ["--no-deps", "-r", str(ROOT / "constraints" / f"{name}.txt")]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True, timeout=timeout)
     (folder / ".ready").touch()
     return time.perf_counter() - start
 
@@ -39,4 +44,8 @@ if __name__ == "__main__":
         "name", choices=sorted(p.stem for p in (ROOT / "constraints").glob("*.txt"))
     )
     name = parser.parse_args().name
-    sys.stdout.write(f".venv-{name}: {make(name):.0f} s\n")
+    try:
+        sys.stdout.write(f".venv-{name}: {make(name):.0f} s\n")
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.stderr)
+        raise SystemExit(error.returncode) from None
