@@ -71,9 +71,10 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     Raises:
         TypeError: not floating point (a quantised weight), labels that are not integer, an option
             of another type.
-        ValueError: shapes that do not match, a label outside [0, V) (CPU tensors; on other devices
-            a device-side assertion), an option out of range, a workspace too small for one tile, a
-            scale that is not positive with gradient="sparse".
+        ValueError: shapes that do not match, a label outside [0, V) or a tail group but 0 and 1 (a
+            device-side assertion while a CUDA graph is captured, and in plain torch on a GPU), an
+            option out of range, a workspace too small for one tile, a scale that is not positive
+            with gradient="sparse".
         NotImplementedError: second or forward-mode derivatives.
 
     Note:

@@ -204,5 +204,6 @@ def tail_groups(labels: Tensor, pairing: Pairing) -> Tensor:
     """
     if pairing.sequence_ids is not None:
         return (pairing.sequence_ids >= pairing.pairs).to(torch.int64)
-    rows = torch.arange(pairing.num_sequences, device=labels.device) >= pairing.pairs
-    return rows.to(torch.int64)[:, None].expand(labels.shape)
+    groups = torch.zeros_like(labels, memory_format=torch.contiguous_format)
+    groups[pairing.pairs :] = 1
+    return groups

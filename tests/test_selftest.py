@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orpo_kernels import loss, odds_ratio, selftest
 from orpo_kernels import sequence_mean as sequence_mean_module
-from orpo_kernels.engine import operands, tile_loop
+from orpo_kernels.engine import operands, scoring, tile_loop
 from orpo_kernels.engine.linear_lse import linear_lse
 from orpo_kernels.engine.tiles import NATIVE, csr_matmul_, softmax_collect_
 from orpo_kernels.selftest import Check, SelfTestReport, logps, schedule
@@ -309,8 +309,8 @@ def test_finds_a_lost_second_label_set(monkeypatch: MonkeyPatch) -> None:
     def first_only(self: Any, dlogps: Tensor) -> Any:
         return right(self, dlogps * torch.tensor([1.0, 0.0])[: dlogps.shape[0], None])
 
-    right = operands.Scored.coefficients
-    monkeypatch.setattr(operands.Scored, "coefficients", first_only)
+    right = scoring.Scored.coefficients
+    monkeypatch.setattr(scoring.Scored, "coefficients", first_only)
     failed = run("linear_logps")
     assert {check.case for check in failed} == {"two label sets", "all of it, in blocks"}
 

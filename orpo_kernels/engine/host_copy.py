@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.operands import is_capturing
+from orpo_kernels.engine.scoring import is_capturing
 
 
 class HostCopy:

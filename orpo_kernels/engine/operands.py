@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.budget import Sizes, accumulation_dtype, spans
-from orpo_kernels.engine.problem import Problem, Transform
+from orpo_kernels.engine.problem import Transform
 from orpo_kernels.engine.tiles.plain import transformed
-from orpo_kernels.kernels import launcher, runs_triton
 
 _FEW_ROWS = 256
-_ANY_ID = 2**31 - 1
 
 
 class Labels(NamedTuple):
@@ -86,30 +84,6 @@ class Statistics(NamedTuple):
         """
         own = torch.zeros_like(a.first) if a.second is None else a.second
         return own * torch.expm1(self.second_logp) + a.first * torch.exp(self.second_logp)
-
-
-class Scored(NamedTuple):
-    """Per position (N,): the labels with -1 for none, and which label sets score it."""
-
-    labels: Labels
-    masks: Tensor  # (K, N) bool
-
-    def coefficients(self, dlogps: Tensor) -> Coefficients:
-        """From `d loss / d logps` (K, ...), any strides; ignored positions are dropped."""
-        a = torch.where(self.masks, dlogps.reshape(self.masks.shape), 0.0)
-        if self.labels.second is None:
-            return Coefficients(a[0], None)
-        second = torch.where(self.labels.second >= 0, a[1], 0.0)
-        return Coefficients(a[0] + (a[1] - second), second)
-
-    def logps(self, statistics: Statistics) -> Tensor:
-        """Log-probs (K, N) per label set, 0 where it does not score."""
-        logps = statistics.first_logp[None]
-        if self.labels.second is not None:
-            differs = self.labels.second >= 0
-            second = torch.where(differs, statistics.second_logp, statistics.first_logp)
-            logps = torch.stack((statistics.first_logp, second))
-        return torch.where(self.masks, logps, 0.0)
 
 
 class Rows:
@@ -227,118 +201,11 @@ class Operands(NamedTuple):
     labels: Labels
     sizes: Sizes
     places: Tensor | None  # (M,) or None: every row is scored
+    groups: Tensor | None = None  # (M,) int64 tail groups, where they were chosen with the rows
 
     def placed(self, start: int, stop: int) -> slice | Tensor:
         """Where rows `start` to `stop` stand among all N."""
         return slice(start, stop) if self.places is None else self.places[start:stop]
-
-
-def refuse_other_groups(groups: Tensor) -> None:
-    """Refuse tail groups but 0 and 1; an error or an assertion, as for ids out of range."""
-    known = ((groups == 0) | (groups == 1)).all()
-    if groups.device.type != "cpu":
-        torch._assert_async(known, "orpo_kernels: a tail group is neither 0 nor 1")
-    elif not bool(known):
-        raise ValueError("tail_groups must be 0 or 1 everywhere")
-
-
-def score(labels: Tensor, ignore_index: int, vocabulary: int | None = None) -> Scored:
-    """Labels (K, ...) to one or two distinct labels per position; in one launch on a GPU.
-
-    With `vocabulary` ids outside [0, V) are refused: an error on a CPU, elsewhere an assertion that
-    does not sync.
-    """
-    flat = labels.reshape(labels.shape[0], -1)
-    if runs_triton(labels.device, torch.float32) and flat.shape[1] > 0:
-        found, masks, valid = launcher("score_rows", "score_rows")(
-            flat, ignore_index, _ANY_ID if vocabulary is None else vocabulary
-        )
-        if vocabulary is not None:
-            _refuse(valid.all(), flat, ignore_index, vocabulary)
-        return Scored(Labels(found[0], found[1] if found.shape[0] == 2 else None), masks)
-    masks = flat != ignore_index
-    if vocabulary is not None:
-        in_range = (flat >= 0) & (flat < vocabulary)
-        _refuse((in_range | ~masks).all(), flat, ignore_index, vocabulary)
-    if flat.shape[0] == 1:
-        return Scored(Labels(torch.where(masks[0], flat[0], -1), None), masks)
-    either = torch.where(masks[0], flat[0], torch.where(masks[1], flat[1], -1))
-    second = torch.where(masks[0] & masks[1] & (flat[0] != flat[1]), flat[1], -1)
-    return Scored(Labels(either, second), masks)
-
-
-def _refuse(valid: Tensor, labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    if labels.device.type != "cpu":
-        torch._assert_async(valid, "orpo_kernels: a label is outside [0, V)")
-    elif not bool(valid):
-        in_range = ((labels >= 0) & (labels < vocabulary)) | (labels == ignore_index)
-        raise ValueError(
-            f"labels must be in [0, V) = [0, {vocabulary}) or ignore_index = {ignore_index}, "
-            f"got {int(labels[~in_range][0])}; is the tokenizer larger than the head?"
-        )
-
-
-def select(problem: Problem, scored: Scored) -> Operands:
-    """The scored rows of a problem; syncs a GPU once, to count them.
-
-    While a CUDA graph is captured nothing may sync: every row is processed, those that are not
-    scored as rows of 0 with coefficient 0.
-    """
-    is_scored = scored.labels.first >= 0
-    if is_capturing(is_scored.device):
-        return _operands(problem, scored, None, is_scored)
-    return _operands(problem, scored, is_scored.nonzero()[:, 0], None)
-
-
-class Places(NamedTuple):
-    """Which rows a forward selected, for its backward, which then need not wait for the device."""
-
-    rows: Tensor  # (N,) int64, the scored ones first
-    number: Tensor  # (1,) int64 on the host: how many; -1: every row, those not scored as 0
-
-    @classmethod
-    def empty(cls, problem: Problem) -> "Places":
-        """Their memory, of no element where no backward will ask."""
-        count = problem.count if problem.trainable else 0
-        number = torch.empty(int(problem.trainable), dtype=torch.int64)
-        return cls(problem.labels.new_empty(count), number)
-
-    def note(self, operands: Operands) -> None:
-        """Keeps what was selected."""
-        masked = operands.rows.scored is not None
-        self.number.fill_(-1 if masked else operands.sizes.rows)
-        if operands.places is not None and self.rows.shape[0] > 0 and not masked:
-            self.rows[: operands.sizes.rows].copy_(operands.places)
-
-
-def select_again(problem: Problem, scored: Scored, places: Places) -> Operands:
-    """The same rows in the backward."""
-    count = int(places.number)
-    if count < 0:
-        return _operands(problem, scored, None, scored.labels.first >= 0)
-    return _operands(problem, scored, places.rows[:count], None)
-
-
-def _operands(
-    problem: Problem, scored: Scored, index: Tensor | None, mask: Tensor | None
-) -> Operands:
-    """Of the rows `index`, or of all of them, those outside `mask` as 0."""
-    parts = tuple(flat_rows(each) for each in problem.hiddens)
-    labels, count = scored.labels, problem.count
-    if index is not None and index.shape[0] < count:
-        labels = labels.take(index)
-    elif all(part.ndim == 2 for part in parts):
-        index = None
-    elif index is None:
-        index = torch.arange(count, device=labels.first.device)
-    rows = Rows(parts, index, problem.dtype, mask)
-    head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
-    return Operands(rows, head, labels, problem.sizes(labels.first.shape[0]), index)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured, in which nothing may wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def flat_rows(hidden: Tensor) -> Tensor:

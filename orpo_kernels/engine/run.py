@@ -23,18 +23,7 @@ from orpo_kernels.engine.gpu.card import card_of
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.gpu.plan import plan_backward
 from orpo_kernels.engine.host_copy import HostCopy
-from orpo_kernels.engine.operands import (
-    Coefficients,
-    Head,
-    Operands,
-    Places,
-    Scored,
-    Statistics,
-    refuse_other_groups,
-    score,
-    select,
-    select_again,
-)
+from orpo_kernels.engine.operands import Coefficients, Head, Operands, Statistics
 from orpo_kernels.engine.policy import (
     choose,
     choose_on_gpu,
@@ -45,6 +34,7 @@ from orpo_kernels.engine.policy import (
     says_why,
 )
 from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.scoring import Places, Scored, score, select, select_again
 from orpo_kernels.engine.sparse import tile_loop as sparse_tile_loop
 from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
 from orpo_kernels.engine.sparse.tail import Packed, Tail, certificate_fields
@@ -94,17 +84,16 @@ def exact_state(problem: Problem, *, needs_dhidden: bool) -> ExactState:
 
 def sparse_state(problem: Problem, plan: SparsePlan, *, needs_dhidden: bool) -> SparseState:
     """Its memory: zeros, but for the store, and no entry of the table."""
-    count, has_store = problem.count, plan.store_bytes > 0
-    sizes, new, G = problem.sizes(0), problem.hidden.new_zeros, problem.group_count
-    wide = accumulation_dtype(problem.dtype)
+    hidden, count, has_store = problem.hidden, problem.count, plan.store_bytes > 0
+    sizes, G, wide = problem.sizes(0), problem.group_count, accumulation_dtype(problem.dtype)
     statistics, g, g_r = _row_results(problem, 8, needs_dhidden=needs_dhidden)
     return SparseState(
         statistics, g, g_r,
-        new((G, sizes.hidden_columns if needs_dhidden else 0), dtype=wide),
-        new((G, sizes.vocabulary if problem.trainable else 0), dtype=wide),
-        problem.hidden.new_empty(plan.store_bytes, dtype=torch.uint8),
-        problem.hidden.new_full((plan.items if has_store else 0, 2), -1, dtype=torch.int64),
-        new((plan.blocks if has_store and not plan.slots else 0, 2, count), dtype=wide),
+        _zeros(hidden, (G, sizes.hidden_columns if needs_dhidden else 0), wide),
+        _zeros(hidden, (G, sizes.vocabulary if problem.trainable else 0), wide),
+        hidden.new_empty(plan.store_bytes, dtype=torch.uint8),
+        hidden.new_full((plan.items if has_store else 0, 2), -1, dtype=torch.int64),
+        _zeros(hidden, (plan.blocks if has_store and not plan.slots else 0, 2, count), wide),
     )  # fmt: skip
 
 
@@ -116,9 +105,15 @@ def _row_results(
     rank, like = (0, hidden) if low_rank is None else (low_rank.shape[-1], low_rank)
     return (
         hidden.new_zeros((figures, count), dtype=accumulation_dtype(problem.dtype)),
-        hidden.new_zeros((g_rows, hidden.shape[-1])),
-        like.new_zeros((g_rows, rank)),
+        _zeros(hidden, (g_rows, hidden.shape[-1])),
+        _zeros(like, (g_rows, rank)),
     )
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros beside a tensor; no launch where there is no element."""
+    new = like.new_empty(shape, dtype=dtype or like.dtype)
+    return new.zero_() if new.numel() > 0 else new
 
 
 def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, ExactState]:
@@ -128,7 +123,8 @@ def exact_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Exa
     state = exact_state(problem, needs_dhidden=needs_dhidden)
     operands = select(problem, scored)
     sizes = operands.sizes
-    state.kept[sizes.rows :].zero_()  # of no row, but an output
+    if sizes.rows < state.kept.shape[0]:
+        state.kept[sizes.rows :].zero_()  # of no row, but an output
     Places(state.places, state.number).note(operands)
     if sizes.rows > 0:
         needs = {"needs_dhidden": needs_dhidden, "needs_dweight": problem.trainable}
@@ -172,16 +168,17 @@ def _kept_of(problem: Problem, budget: int, needs_dhidden: bool) -> int:
 
 def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Tensor, SparseState]:
     """Log-probs (K, ...), the certificate (5,), and what the backward needs."""
-    scored = _scored(problem)
-    operands, plan = select(problem, scored), sparse_plan(problem)
+    scored, plan = _scored(problem), sparse_plan(problem)
+    # Before the device is waited for, as in `exact_forward`.
     state = sparse_state(problem, plan, needs_dhidden=needs_dhidden)
-    certificate, sizes = state.statistics.new_zeros(5, dtype=torch.float32), operands.sizes
+    sums = state.sums
+    if not problem.trainable:  # scratch, for a head that is not trained
+        sums = state.statistics.new_zeros((problem.group_count, problem.weight.shape[0]))
+    operands = select(problem, scored)
+    sizes, certificate = operands.sizes, None
     if sizes.rows > 0:
         if says_why():
             say(describe_sparse(sizes, plan, problem.budget, trainable=problem.trainable))
-        sums = state.sums
-        if not problem.trainable:  # scratch, for a head that is not trained
-            sums = state.statistics.new_zeros((problem.group_count, sizes.vocabulary))
         tail = Tail.of(problem, operands, sums)
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
         out = Results(state.statistics, state.g, state.g_r)
@@ -194,7 +191,9 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         rounding = KEPT_ROUNDING if plan.slots else 0.0
         share = kept[0] / sizes.vocabulary
         figures = Statistics.of(state.statistics)
-        certificate.copy_(certificate_fields(problem, scored, figures, share, rounding))
+        certificate = certificate_fields(problem, scored, figures, share, rounding)
+    if certificate is None:
+        certificate = state.statistics.new_zeros(5, dtype=torch.float32)
     logps = scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape)
     return logps, certificate, state
 
@@ -324,9 +323,7 @@ def sparse_head_gradient(
 
 
 def _scored(problem: Problem) -> Scored:
-    if problem.groups is not None:
-        refuse_other_groups(problem.groups)
-    return score(problem.labels, problem.ignore_index, problem.weight.shape[0])
+    return score(problem.labels, problem.ignore_index, problem.weight.shape[0], problem.groups)
 
 
 def _of_rows(

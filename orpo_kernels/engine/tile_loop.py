@@ -63,7 +63,7 @@ def forward(operands: Operands, plan: Plan, kept: Tensor | None, out: Results) -
         kept: in the GEMMs' dtype, or None.
         out: to be filled.
     """
-    rows, head, labels, sizes, _ = operands
+    rows, head, labels, sizes, _, _ = operands
     buffers = Buffers.of(operands, plan, out, tiles=kept is None or sizes.widens)
     stores = out.wants_g or kept is not None
     redone = Redone.of(operands)

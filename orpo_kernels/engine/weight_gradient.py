@@ -54,7 +54,7 @@ class Factors(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, statistics: Statistics, a: Coefficients) -> "Factors":
         """From the statistics and the coefficients of the scored rows."""
-        rows, head, _, sizes, _ = operands
+        rows, head, _, sizes, _, _ = operands
         softmax = a.total * statistics.scale
         largest = softmax.abs().amax()
         if sizes.compute_dtype == torch.float16:

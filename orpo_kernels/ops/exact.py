@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.operands import Places
 from orpo_kernels.engine.run import ExactState, exact_forward, exact_head_gradient, exact_state
+from orpo_kernels.engine.scoring import Places
 from orpo_kernels.ops.shared import (
     EXACT_ARGUMENTS,
     PROBLEM,

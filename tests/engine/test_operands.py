@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps
-from orpo_kernels.engine import gemm, operands
+from orpo_kernels.engine import gemm, scoring
 
 
 # Kept E, recomputed tiles, and hidden states whose rows have no (N, H) view.
@@ -32,7 +32,7 @@ def test_all_rows_under_capture(monkeypatch, workspace, sliced):
     nothing = (labels == -100).all(0)
     padded = hidden.clone()
     padded[:, : labels.shape[2]][nothing] = torch.nan  # attention over nothing, for one
-    monkeypatch.setattr(operands, "is_capturing", lambda device: True)
+    monkeypatch.setattr(scoring, "is_capturing", lambda device: True)
     for found, expected in zip(run(padded), plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -207,3 +207,13 @@ def test_peak_is_the_workspace(gpu):
         kept = torch.cuda.memory_allocated() - before
         del logps
     assert peak - kept <= budget
+
+
+@pytest.mark.parametrize("bad", [-1, V])
+def test_what_is_no_label_is_an_error_and_the_device_lives_on(gpu, bad):
+    hidden, weight, _, labels, _ = problem(gpu.device, torch.bfloat16)
+    wrong = labels.clone()
+    wrong[-1, -1] = bad
+    with pytest.raises(ValueError, match=f"got {bad}; is the tokenizer larger"):
+        loss_and_gradients(hidden, weight, None, wrong)
+    assert loss_and_gradients(hidden, weight, None, labels)[0].isfinite()

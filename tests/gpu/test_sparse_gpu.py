@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orpo_kernels import linear_logps, reference
-from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.kernels import has_slots
 from orpo_kernels.kernels.slot_store import SLOT_BYTES
@@ -166,7 +166,7 @@ def test_cuda_graph(gpu, trains):
         labels[9] = seed
         graph.replay()
         with pytest.MonkeyPatch.context() as patch:  # the same rows share their columns
-            for module in (operands, host_copy, slot_gradient()):
+            for module in (host_copy, scoring, slot_gradient()):
                 patch.setattr(module, "is_capturing", lambda device: True)
             eager = run(*given)
         for mine, true in zip(captured, eager, strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from orpo_kernels.kernels.choose_rows import choose_rows
 from orpo_kernels.kernels.coefficients import Slopes, coefficients, unit_of
 from orpo_kernels.kernels.column_totals import ColumnTotals
 from orpo_kernels.kernels.combine_rows import combine_rows
@@ -155,9 +156,11 @@ def loop_launches() -> Yielded:
         combine_rows(_cuda(4, M), _cuda(2, M, 8), 0)
 
     def scores():
-        score_rows(_cuda(2, N, dtype=torch.int64), -100, V)
+        labels, groups = _cuda(2, N, dtype=torch.int64), _cuda(N, dtype=torch.int64)
+        _, _, counts = score_rows(labels, -100, V, groups)
+        choose_rows(*labels, groups, counts)
 
     narrow = {"wide_loads": False}
-    yield "score_rows", "score_rows", torch.int64, scores, narrow
+    yield "score_rows, choose_rows", "score_rows", torch.int64, scores, narrow
     yield "coefficients", "coefficients", torch.float32, rows, narrow
     yield "combine_rows", "combine_rows", torch.float32, combined, narrow

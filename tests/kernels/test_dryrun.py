@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from orpo_kernels.engine import mean_logits, operands, run, weight_gradient
+from orpo_kernels.engine import mean_logits, run, scoring, weight_gradient
 from orpo_kernels.engine.run import ExactState
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.ops import exact
@@ -44,10 +44,10 @@ def launchers(monkeypatch):
     monkeypatch.setattr(mean_logits, "softmax_stats", softmax_stats.softmax_stats)
     monkeypatch.setattr(weight_gradient, "softmax_grad_", softmax_grad.softmax_grad_)
     monkeypatch.setattr(weight_gradient, "column_sums", column_sums.column_sums)
-    monkeypatch.setattr(operands, "is_capturing", lambda device: True)  # nonzero has no fake
+    monkeypatch.setattr(scoring, "is_capturing", lambda device: True)  # nonzero has no fake
     # Nor can a count be read that the forward left.
     monkeypatch.setattr(
-        run, "select_again", lambda problem, scored, places: operands.select(problem, scored)
+        run, "select_again", lambda problem, scored, places: scoring.select(problem, scored)
     )
 
 

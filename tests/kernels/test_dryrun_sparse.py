@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.ops import sparse as ops
 
 pytest.importorskip("triton")
@@ -28,7 +28,7 @@ BUDGET = 256 * 2**20
 def engine(monkeypatch):
     """Sets what a backward finds in the store: slots of each row block in turn, -1 for none."""
     # nonzero has no fake: every row is processed, as while a graph is captured.
-    for module in (operands, host_copy, scan_loop):
+    for module in (host_copy, scoring, scan_loop):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
 
     def keeps(*counts):

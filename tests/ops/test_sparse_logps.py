@@ -6,7 +6,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 from orpo_kernels import linear_logps
-from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.run import sparse_plan
 from orpo_kernels.engine.sparse import plan, tile_loop
@@ -385,7 +385,7 @@ def test_unscored_rows_under_capture_are_in_no_tail(monkeypatch):
         return gradients(ours, upstream, inputs)
 
     plain = run()
-    for module in (operands, host_copy, sparse_weight):
+    for module in (host_copy, scoring, sparse_weight):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     for name, found, expected in zip(inputs, run(), plain, strict=True):
         if "hidden" in name:  # the store is not looked at: the weight gradient is exact

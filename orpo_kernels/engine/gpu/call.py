@@ -63,7 +63,7 @@ def slopes_of(problem: Problem, dlogps: Tensor) -> Slopes:
 
 def inputs_of(operands: Operands) -> Inputs:
     """What the kernels of a call read."""
-    rows, head, labels, sizes, places = operands
+    rows, head, labels, sizes, places, _ = operands
     bias = None if head.bias is None else head.bias.contiguous()
     return Inputs(
         tuple(_readable(part) for part in rows.parts), head.parts, bias, labels.first,

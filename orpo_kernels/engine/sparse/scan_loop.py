@@ -28,7 +28,8 @@ from orpo_kernels.engine.gpu.call import inputs_of
 from orpo_kernels.engine.gpu.parts import HeadBlocks, Hidden, TileViews, spans
 from orpo_kernels.engine.gpu.shapes import pitch
 from orpo_kernels.engine.host_copy import HostCopy
-from orpo_kernels.engine.operands import Operands, is_capturing
+from orpo_kernels.engine.operands import Operands
+from orpo_kernels.engine.scoring import is_capturing
 from orpo_kernels.engine.sparse.tail import Tail
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.kernels import tuning

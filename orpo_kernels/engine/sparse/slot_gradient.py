@@ -28,8 +28,9 @@ from orpo_kernels.engine.gpu.call import inputs_of, slopes_of
 from orpo_kernels.engine.gpu.card import Card, card_of
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.gpu.plan import plan_backward
-from orpo_kernels.engine.operands import Operands, is_capturing
+from orpo_kernels.engine.operands import Operands
 from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.scoring import is_capturing
 from orpo_kernels.engine.sparse.plan import LEAST_PANEL, gradient_bytes
 from orpo_kernels.engine.sparse.tail import Packed, Tail
 from orpo_kernels.engine.weight_gradient import HeadGradients

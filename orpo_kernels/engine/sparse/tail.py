@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.budget import spans
-from orpo_kernels.engine.operands import Head, Operands, Scored, Statistics, in_rows
+from orpo_kernels.engine.operands import Head, Operands, Statistics, in_rows
 from orpo_kernels.engine.problem import Problem
+from orpo_kernels.engine.scoring import Scored
 from orpo_kernels.engine.tiles import column_sums
 
 
@@ -24,6 +25,8 @@ class Tail:
     def of(cls, problem: Problem, operands: Operands, sums: Tensor) -> "Tail":
         """With the group of each scored row, -1 where a captured graph has one that is not."""
         first = operands.labels.first
+        if operands.groups is not None:
+            return cls(problem.eps, operands.groups, sums)
         if problem.groups is None:
             of_row = torch.zeros_like(first)
         else:

@@ -36,7 +36,7 @@ def forward(
     Returns:
         (1,) int64, how many entries were kept.
     """
-    rows, head, labels, sizes, _ = operands
+    rows, head, labels, sizes, _, _ = operands
     shape = plan.tile.even(sizes.rows)
     buffers, redone = Buffers.of(operands, shape, out, tiles=True), Redone.of(operands)
     kept_count = labels.first.new_zeros(1)

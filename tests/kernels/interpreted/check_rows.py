@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from orpo_kernels import reference
-from orpo_kernels.engine import operands, tiles
+from orpo_kernels.engine import scoring, tiles
+from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.kernels import tuning
 from tests.helpers import assert_accurate, assert_logit_sums
 from tests.kernels.interpreted.plugin import launches
@@ -172,25 +173,60 @@ def test_smaller_row_when_resources_run_out(monkeypatch):
     assert tried == [tuning.TABLE[key][i] for i in (0, 1, 1)]
 
 
+def problem_of(labels, groups):
+    return Problem(
+        torch.zeros(labels.shape[1], 8), torch.zeros(50, 8), labels, None, None, None, Transform(),
+        -100, torch.float32, None, False, groups,
+    )  # fmt: skip
+
+
+def chosen(labels, groups):
+    problem = problem_of(labels, groups)
+    scored = scoring.score(labels, -100, 50, groups)
+    return scored, scoring.select(problem, scored)
+
+
+# Two blocks of 64 positions and 3 of a third; 70 blocks, whose counts are summed in two steps.
+@pytest.mark.parametrize("count", [131, 4470])
 @pytest.mark.parametrize("sets", [1, 2])
-def test_score_rows(monkeypatch, sets):
-    # Two blocks of 64 positions and 3 of a third; each set ignores some, the sets agree on some.
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_score_and_choose_rows(monkeypatch, sets, with_groups, count):
     monkeypatch.setitem(
         tuning.TABLE, ("score_rows", "datacenter", torch.int64), (tuning.Row(64, 4),)
     )
-    labels = torch.randint(0, 50, (sets, 131))
+    # Each set ignores some, the sets agree on some; of the second block nothing is scored.
+    labels = torch.randint(0, 50, (sets, count))
     labels[:, ::3] = 7
-    labels[0, ::4], labels[-1, ::5] = -100, -100
-    found = operands.score(labels, -100, 50)
+    labels[0, ::4], labels[-1, ::5], labels[:, 64:128] = -100, -100, -100
+    groups = torch.randint(0, 2, (count,)) if with_groups else None
+    before = len(launches)
+    found, rows = chosen(labels, groups)
+    assert launches[before:] == ["score_rows", "choose_rows"]
     with monkeypatch.context() as plain:
-        plain.setattr(operands, "runs_triton", lambda device, dtype: False)
-        expected = operands.score(labels, -100, 50)
+        plain.setattr(scoring, "runs_triton", lambda device, dtype: False)
+        expected, expected_rows = chosen(labels, groups)
     assert torch.equal(found.masks, expected.masks)
-    assert torch.equal(found.labels.first, expected.labels.first)
-    assert (found.labels.second is None) == (sets == 1)
-    if sets == 2:
-        assert torch.equal(found.labels.second, expected.labels.second)
+    assert torch.equal(rows.places, expected_rows.places)
+    for one, other in ((found.labels, expected.labels), (rows.labels, expected_rows.labels)):
+        assert torch.equal(one.first, other.first)
+        assert (one.second is None) == (sets == 1)
+        if sets == 2:
+            assert torch.equal(one.second, other.second)
+    if with_groups:
+        assert torch.equal(rows.groups, groups[expected_rows.places])
+
+
+@pytest.mark.parametrize("at", [0, 130])  # of the first block and of the ragged last one
+def test_what_is_no_label_or_group_is_refused_after_the_wait(monkeypatch, at):
+    monkeypatch.setitem(
+        tuning.TABLE, ("score_rows", "datacenter", torch.int64), (tuning.Row(64, 4),)
+    )
+    groups = torch.zeros(131, dtype=torch.int64)
     for bad in (50, -1):
-        labels[-1, 130] = bad  # the last position of the last block
+        labels = torch.full((2, 131), 3)
+        labels[-1, at] = bad
         with pytest.raises(ValueError, match=f"got {bad}; is the tokenizer larger"):
-            operands.score(labels, -100, 50)
+            chosen(labels, groups)
+    groups[at] = 2
+    with pytest.raises(ValueError, match="tail_groups must be 0 or 1"):
+        chosen(torch.full((1, 131), 3), groups)

@@ -7,7 +7,7 @@ was given back as an average, and the certificate can be read off it.
 import pytest
 import torch
 
-from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop
 from orpo_kernels.kernels import live_columns, scan_state, tuning
 from orpo_kernels.kernels.slot_store import ScanShape
@@ -230,7 +230,7 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(gpu, monkeypatch)
     gpu(WHOLE)
     chosen = labels >= 0
     _, certificate, found = run(logits[chosen], labels[chosen], groups[chosen])
-    for module in (operands, host_copy):
+    for module in (host_copy, scoring):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     _, of_all, everything = run(logits, labels, groups)
     # The row blocks are others, and so is what is dropped: both are within the average's part.

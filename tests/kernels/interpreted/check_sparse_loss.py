@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from orpo_kernels import orpo_loss, reference
-from orpo_kernels.engine import host_copy, operands
+from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop, slot_gradient
 from orpo_kernels.kernels import live_columns, tuning
 from orpo_kernels.kernels.scan import LOOKED
@@ -354,7 +354,7 @@ def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
     # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail.
     case = Case(torch.float32, trains=True, groups=False)
     given = problem(case, monkeypatch)
-    for module in (operands, host_copy, slot_gradient):
+    for module in (host_copy, scoring, slot_gradient):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     _, _, found = run(case, given)
     # The definition of all rows, with a group of their own for those.
