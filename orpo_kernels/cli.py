@@ -1,4 +1,4 @@
-"""The command line: `orpo-kernels train | report | estimate | selftest | env`.
+"""The command line: `orpo-kernels train | report | estimate | profile | selftest | env`.
 
 Importing this, `--help` and `--version` load nothing beyond the package; each command imports what
 it needs when it runs.
@@ -113,6 +113,17 @@ def _estimate(words: Sequence[str]) -> int:
         return _refuse(str(error))
 
 
+def _profile(words: Sequence[str]) -> int:
+    try:
+        from orpo_kernels.training import profile_table
+    except ImportError as error:
+        return _refuse(f"{error}; pip install 'orpo_kernels[hf]'")
+    try:
+        return profile_table.main(words)
+    except ValueError as error:
+        return _refuse(str(error))
+
+
 def _selftest(words: Sequence[str]) -> int:
     from orpo_kernels import selftest
 
@@ -134,6 +145,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "fine-tune a model: CONFIG.yaml [--option value ...]"),
     "report": (_report, "table and picture of finished runs: FOLDER [FOLDER ...]"),
     "estimate": (_estimate, "memory of a run before it is started"),
+    "profile": (_profile, "where a step's time and memory go on this machine"),
     "selftest": (_selftest, "check the kernels on this machine"),
     "env": (_env, "versions, device, backends and patches, for a bug report"),
 }

@@ -62,6 +62,11 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
         ) from error
 
 
+def is_shape(name: str) -> bool:
+    """Whether a name stands for a configuration alone: known here, or a `config.json`."""
+    return name in _KNOWN or (Path(name).suffix == ".json" and Path(name).is_file())
+
+
 def setup_of(options: Options) -> Setup:
     """The setup that the options of `orpo-kernels train` describe.
 
@@ -155,7 +160,7 @@ def main(words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         sys.stdout.write(_USAGE)
         return 0
-    options = parse_options([_long_name(word) for word in words], elsewhere=True)
+    options = parse_options([long_name(word) for word in words], elsewhere=True)
     name = options.model.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model NAME, FOLDER or config.json, or a recipe")
@@ -168,7 +173,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _long_name(word: str) -> str:
+def long_name(word: str) -> str:
+    """A word of the command line, `--model` and `--pairs` by the names that `train` has."""
     name, equals, value = word.partition("=")
     return _SHORT.get(name, name) + equals + value
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 Curves: TypeAlias = tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]]]
 
 _BLUE, _RED, _GREY = "#1f6fb4", "#c8402f", "#555555"
+_OF_PARTS = ("#8a8a8a", _BLUE, _RED, "#2f8f4e", "#c9c9c9")
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Loss", "nats", (("loss", "NLL + beta x odds-ratio loss", _GREY),)),
     ("NLL of the chosen sequence", "nats per token", (("nll_loss", "NLL", _GREY),)),
@@ -69,6 +70,33 @@ def comparison(runs: Mapping[str, Curves], path: Path) -> None:
     for (name, run), colour in zip(runs.items(), (_BLUE, _RED, _GREY, "#2f8f4e") * 4, strict=False):
         _line(last, _steadier(run), "rewards/accuracies", name, colour)
     _finish(last, "Reward accuracy", "share of pairs with chosen above rejected")
+    _save(figure, path)
+
+
+def profile(runs: Mapping[str, Any], parts: Sequence[str], path: Path) -> None:
+    """Time of a step, its parts one after the other, and the most memory in each of them.
+
+    Args:
+        runs: name to `profiling.Profile`.
+        parts: its keys, in the order of their colours.
+        path: the PNG to write.
+    """
+    figure, (times, memory) = _figure(2, 1)
+    for row, run in enumerate(runs.values()):
+        left = 0.0
+        for number, (part, colour) in enumerate(zip(parts, _OF_PARTS, strict=True)):
+            width = 1e3 * run.seconds[part]
+            times.barh(row, width, left=left, color=colour, label=None if row else part)
+            left += width
+            height, place = 0.8 / len(parts), row - 0.4 + (number + 0.5) * 0.8 / len(parts)
+            memory.barh(place, run.peak_bytes[part] / 2**20, height=height, color=colour)
+    for ax, title, unit in ((times, "A step", "ms"), (memory, "Most memory in each part", "MiB")):
+        ax.set_yticks(range(len(runs)), list(runs))
+        ax.invert_yaxis()
+        _finish(ax, title, "")
+        ax.set_xlabel(unit, fontsize=8)
+        ax.set_yticks(range(len(runs)), list(runs))  # which a locator of numbers has replaced
+    times.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
     _save(figure, path)
 
 
