@@ -63,4 +63,4 @@ def test_one_wait_in_a_call_but_the_heads(gpu):
 
             call()
             ours[layout] = [path.name for path in waits(call) if PACKAGE in path.parents]
-    assert ours == {"padded": ["operands.py"], "shared_prompt": ["layout.py", "operands.py"]}
+    assert ours == {"padded": ["scoring.py"], "shared_prompt": ["layout.py", "scoring.py"]}

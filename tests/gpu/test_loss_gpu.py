@@ -147,7 +147,7 @@ def test_no_wait_but_one(gpu):
         loss_and_gradients(hidden, weight, None, labels, nll_labels=nll)
 
     run()
-    assert [path.name for path in waits(run)] == ["operands.py"]
+    assert [path.name for path in waits(run)] == ["scoring.py"]
 
 
 def test_cuda_graph(gpu):

@@ -144,7 +144,7 @@ def test_the_waits_of_a_call(gpu, monkeypatch):
         return copies[-1]
 
     monkeypatch.setattr(host_copy.HostCopy, "get", noted)
-    assert [path.name for path in waits(lambda: run(*given))] == ["operands.py"] * 2
+    assert [path.name for path in waits(lambda: run(*given))] == ["scoring.py"] * 2
     assert [each.device.type for each in copies] == ["cpu"] * 2
     assert all(each.is_pinned() for each in copies)
 
