@@ -90,6 +90,7 @@ REFUSALS = {
     "label_smoothing_factor": "`label_smoothing_factor`",
     "underflow_overflow": '`debug="underflow_overflow"`',
     "than the ones this patch knows": "by the patches of other trainers, versions they do not know",
+    "activation_offload": "`activation_offload` with a transformers that does not have it",
     "batch_layout": "with a `batch_layout` that is not padded",
     "carry a state": "recurrent and hybrid models",
     "ALiBi": "ALiBi",

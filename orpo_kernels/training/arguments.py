@@ -10,6 +10,7 @@ from typing import Any
 from transformers import EvalPrediction
 
 from orpo_kernels.training.config import ORPOConfig
+from orpo_kernels.training.offload import refuse_offload_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,11 @@ def adapt_arguments(args: ORPOConfig) -> None:
 
     Args:
         args: arguments of the run; changed.
+
+    Raises:
+        ValueError: `activation_offload` on a CPU.
     """
+    refuse_offload_on_cpu(args)
     args.remove_unused_columns = False  # it goes by the model's signature
     if args.n_gpu > 1:
         logger.warning(

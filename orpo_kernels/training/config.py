@@ -21,6 +21,7 @@ from orpo_kernels.options import (
     check_workspace_bytes,
 )
 from orpo_kernels.presets import LABEL_NLL_SCOPES, NLL_REDUCTIONS, ODDS_SCOPES, PRESETS
+from orpo_kernels.training.offload import set_offload
 from orpo_kernels.training.rows import RowOptions
 
 DEFAULT_MAX_LENGTH = 512
@@ -77,6 +78,10 @@ class ORPOConfig(TrainingArguments):
         max_tokens_per_row: tokens in a row of these two, more only where one sequence (one pair)
             has more. None: one row with FlexAttention; else as many as cost least. Flash attention
             takes one row whatever this is.
+        activation_offload: keep what checkpointed layers begin with in pinned memory of the host
+            instead of on the GPU, by torch's `save_on_cpu`. Same numbers; each layer copies its
+            input there in the forward and back in the backward. Refused without checkpointing, on a
+            CPU, and by a transformers that does not have it.
         workspace_bytes: cap of the memory of vocabulary-sized work; the package's default if None.
         gradient: strategy of the vocabulary-sized work, "exact", "sparse" or "auto", see
             `linear_logps`. What a sparse one leaves out is logged: `sparse/kept_share`,
@@ -205,6 +210,10 @@ class ORPOConfig(TrainingArguments):
     max_tokens_per_row: int | None = field(
         default=None, metadata={"help": "Tokens in a row of packed sequences."}
     )
+    activation_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the inputs of checkpointed layers in the host's memory."},
+    )
     workspace_bytes: int | None = field(
         default=None, metadata={"help": "Cap of the memory of vocabulary-sized work, in bytes."}
     )
@@ -238,6 +247,8 @@ class ORPOConfig(TrainingArguments):
         self._resolve_bf16()
         self._resolve_checkpointing()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.activation_offload:
+            set_offload(self)
         self._check_values()
         self._check_support()
 

@@ -12,6 +12,7 @@ from orpo_kernels.integrations.bitsandbytes import keep_differentiable
 from orpo_kernels.integrations.transformers import FusedHead, fuse_head
 from orpo_kernels.loss import ORPOLoss
 from orpo_kernels.training.config import ORPOConfig
+from orpo_kernels.training.offload import of_torch
 
 MODEL_TAGS = ["orpo", "orpo-kernels"]
 """Of what is saved and pushed, for its model card."""
@@ -193,7 +194,7 @@ def _with_adapters(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
         model = prepare(
             model,
             use_gradient_checkpointing=bool(args.gradient_checkpointing),
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=of_torch(args.gradient_checkpointing_kwargs),
         )
     elif args.gradient_checkpointing:
         _require_input_grads(model)
