@@ -3,9 +3,12 @@
     dW_v = unit sum over slots k of column v of product_k
            + sum over rows t whose label v is of share_t h_t - sum_g q_gv rest_g
 
-Products and rows are added one after the other in the order of their lists, float32; heavy columns
-come first. A program has one column and a part of a panel of H. S slots, M rows among N, K label sets, G groups. No atomics. Bytes: 4 per
-product and 2 (4) per label and column of H read, dW written.
+A program has lanes and a part of a panel of H. Of the heaviest columns, which come first, one is
+split over its lanes: lane l adds entries l, l + LANES, ... of both lists, and the lanes are added
+in the end. Of the others every lane has one of its own: most have few entries or none, and what a
+program waits for (lists, then what they point to) is waited for once for all of them. Sums are
+float32, in the order of the lists. S slots, M rows among N, K label sets, G groups. No atomics.
+Bytes: 4 per product and 2 (4) per label and column of H read, dW written.
 """
 
 import triton
@@ -18,10 +21,12 @@ from orpo_kernels.kernels.order_entries import Order
 from orpo_kernels.kernels.start import Start, in_vectors, places
 from orpo_kernels.kernels.tuning import VECTOR, row_of
 
+_SPLIT_SHARE = 32  # one in so many columns, the heaviest, is split over the lanes of its program
+
 
 @triton.jit(
     do_not_specialize=[
-        "M", "V", "H", "first_column", "panel", "stride_out", "stride_products", "stride_rest",
+        "heavy", "M", "V", "H", "first_column", "panel", "stride_out", "stride_products", "stride_rest",
         "period", "stride_slice", "stride_row",
     ],
     do_not_specialize_on_alignment=[
@@ -40,53 +45,66 @@ def _sum_products_kernel(
     index_ptr,  # (M,) int64
     mean_ptr, rest_ptr,  # (G, V), (G, H) float32
     unit_ptr,  # (1,) float32
-    M, V, H, first_column, panel, stride_out, stride_products, stride_rest, period, stride_slice,
-    stride_row,
+    heavy, M, V, H, first_column, panel, stride_out, stride_products, stride_rest, period,
+    stride_slice, stride_row,
     GROUPS: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(panel, BLOCK)
-    v = tl.load(columns_ptr + tl.program_id(0) // parts)
+    item = tl.program_id(0) // parts
+    lane = tl.arange(0, LANES)
+    is_split = item < heavy
+    rank = tl.where(is_split, item, heavy + (item - heavy) * LANES + lane)
+    v = tl.load(columns_ptr + rank, mask=rank < V, other=0)
+    step = tl.where(is_split, LANES, 1)
+    skipped = tl.where(is_split, lane, 0)
+    writes = (rank < V) & (skipped == 0)
     column = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     in_panel = column < whole_vectors(panel, ALIGNED, VECTOR)
     wide = whole_vectors(first_column, ALIGNED, VECTOR) + column
-    lane = tl.arange(0, ROWS)
 
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    end = tl.load(ends_ptr + v + 1)
+    each = tl.load(ends_ptr + v) + skipped
+    end = tl.load(ends_ptr + v + 1, mask=rank < V, other=0)
+    label = tl.load(label_ends_ptr + v) + skipped
+    label_end = tl.load(label_ends_ptr + v + 1, mask=rank < V, other=0)
+
+    acc = tl.zeros((LANES, BLOCK), tl.float32)
     stride = whole_vectors(stride_products, True, VECTOR)
-    for start in range(tl.load(ends_ptr + v), end, ROWS):
-        each = start + lane
-        entry = tl.load(entries_ptr + each, mask=each < end, other=0)
+    entry = tl.load(entries_ptr + each, mask=each < end, other=0)
+    for _ in range(tl.max(tl.cdiv(end - each, step), 0)):
         product = products_ptr + entry[:, None] * stride + column[None, :]
-        acc += tl.load(product, mask=(each < end)[:, None] & in_panel[None, :], other=0.0)
-    total = tl.sum(acc, 0)
+        product = tl.load(product, mask=(each < end)[:, None] & in_panel[None, :], other=0.0)
+        each += step
+        entry = tl.load(entries_ptr + each, mask=each < end, other=0)  # on its way meanwhile
+        acc += product
     if HAS_UNIT:
-        total *= tl.load(unit_ptr)
+        acc *= tl.load(unit_ptr)
 
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    end = tl.load(label_ends_ptr + v + 1)
-    for start in range(tl.load(label_ends_ptr + v), end, ROWS):
-        each = start + lane
-        target = tl.load(targets_ptr + each, mask=each < end, other=0)
+    target = tl.load(targets_ptr + label, mask=label < label_end, other=0).to(tl.int32)
+    for _ in range(tl.max(tl.cdiv(label_end - label, step), 0)):
+        inside = label < label_end
         row = target % M
         share = coefficients_ptr + (2 + target // M) * M + row
-        share = tl.load(share, mask=each < end, other=0.0)
-        position = row
+        share = tl.load(share, mask=inside, other=0.0)
+        position = row.to(tl.int64)
         if HAS_INDEX:
-            position = tl.load(index_ptr + row, mask=each < end, other=0)
+            position = tl.load(index_ptr + row, mask=inside, other=0)
         place = row_place(position, period, stride_slice, stride_row, ALIGNED, VECTOR)
         h = hidden_ptr + place[:, None] + wide[None, :]
-        h = tl.load(h, mask=(each < end)[:, None] & in_panel[None, :], other=0.0)
+        h = tl.load(h, mask=inside[:, None] & in_panel[None, :], other=0.0)
+        label += step
+        target = tl.load(targets_ptr + label, mask=label < label_end, other=0).to(tl.int32)
         acc += share[:, None] * h.to(tl.float32)
-    total += tl.sum(acc, 0)
 
     for group in tl.static_range(GROUPS):
-        q = tl.load(mean_ptr + group * V + v)
+        q = tl.load(mean_ptr + group * V + v, mask=writes, other=0.0)
         rest = tl.load(rest_ptr + group * stride_rest + wide, mask=in_panel, other=0.0)
-        total -= q * rest
-    out = out_ptr + v * whole_vectors(stride_out, ALIGNED, VECTOR) + wide
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_panel)
+        acc -= q[:, None] * rest[None, :]
+    if is_split:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], (LANES, BLOCK))
+    out = out_ptr + v[:, None] * whole_vectors(stride_out, ALIGNED, VECTOR) + wide[None, :]
+    mask = writes[:, None] & in_panel[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 class SumProducts:
@@ -116,11 +134,14 @@ class SumProducts:
             {
                 "GROUPS": tail[0].shape[0], "HAS_INDEX": inputs.positions is not None,
                 "HAS_UNIT": unit is not None,
-                "ALIGNED": in_vectors(out, hidden, products), "ROWS": row.depth,
+                "ALIGNED": in_vectors(out, hidden, products), "LANES": row.depth,
                 "BLOCK": row.block, "VECTOR": VECTOR,
             },
         )  # fmt: skip
-        self.first = (inputs.labels.shape[0], out.shape[0], hidden.shape[-1])
+        V = out.shape[0]
+        heavy = triton.cdiv(V, _SPLIT_SHARE)
+        self.items = heavy + triton.cdiv(V - heavy, row.depth)
+        self.first = (heavy, inputs.labels.shape[0], V, hidden.shape[-1])
         self.last = (
             out.stride(0), products.stride(0), tail[1].stride(0), *places(hidden)
         )  # fmt: skip
@@ -128,4 +149,4 @@ class SumProducts:
     def __call__(self, first: int, last: int) -> None:
         """Launches columns `first` to `last` of H, whose products are there."""
         parts = triton.cdiv(last - first, self.row.block)
-        self.start(self.first[1] * parts, *self.first, first, last - first, *self.last)
+        self.start(self.items * parts, *self.first, first, last - first, *self.last)

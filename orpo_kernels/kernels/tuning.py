@@ -102,9 +102,9 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
         TABLE["tail_product", _class, _dtype] = (Row(512, 4, 8),)
         TABLE["given_back", _class, _dtype] = (Row(512, 4, 8),)
-        # Columns of a panel, and slots (products, labels) a step.
+        # Columns of a panel; slots a step, and of sums the lanes of a program.
         TABLE["slot_products", _class, _dtype] = (Row(128 // _lanes, 4 * _lanes, 64 // _lanes),)
-        TABLE["sum_products", _class, _dtype] = (Row(512, 4 // _lanes, 4),)
+        TABLE["sum_products", _class, _dtype] = (Row(256, 4 // _lanes, 16),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
     TABLE["dropped_rows", _class, torch.float32] = (Row(32, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)

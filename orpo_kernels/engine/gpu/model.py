@@ -35,6 +35,12 @@ _LOOKED = 8192
 _SCANNED = 0.75
 _SCAN_LAUNCHES, _SMALL_S = 3, 2.5e-6
 
+# Of dW from slots: the share of the bandwidth that products are written at; columns of a program
+# that sums them, programs for a column of the vocabulary, how many a processor holds, and what one
+# waits for lists, entries and products, one after the other.
+_STREAMED = 0.87
+_SUM_COLUMNS, _SUM_PROGRAMS, _SUM_RESIDENT, _SUM_S = 256, 1 / 32 + 1 / 16, 4, 3.5e-6
+
 # Of the rate of cuBLAS, `linear_lse`: measured on sm_90; elsewhere what Triton's tutorials reach.
 _FOLDED_SHARE = {90: 0.9}
 _FOLDED_ELSEWHERE = 0.7
@@ -178,6 +184,19 @@ def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:
             tiles += blocks * (max(tile, 5 * card.launch_s) + _cast_s(job, card, wide))
         gathered = 2.0 * here * job.row_bytes / card.bandwidth if job.gathers else 0.0
         total += count * (tiles + gathered + 6 * (card.gap_s + _SMALL_S))
+    return total
+
+
+def slot_gradient_seconds(job: Job, slots: int, panel: int, card: Card) -> float:
+    """What dW from so many kept slots should take, in panels of so many columns of H."""
+    total = 0.0
+    for count, wide in _pieces(job.columns, panel):
+        products = 4.0 * slots * wide
+        summed = products + wide * (job.vocabulary * job.result_item + job.rows * job.item)
+        programs = math.ceil(wide / _SUM_COLUMNS) * job.vocabulary * _SUM_PROGRAMS
+        waited = programs / (_SUM_RESIDENT * card.processors) * _SUM_S
+        adding = max(summed / (_STREAMED * card.bandwidth), waited)
+        total += count * (products / (_STREAMED * card.bandwidth) + adding + 2 * card.gap_s)
     return total
 
 

@@ -40,8 +40,9 @@ _LIST_ROW_BYTES = 2**11  # a row of a list keeps about 50 entries, 400 bytes
 _MOST_KEPT, _LEAST_KEPT = 8, 64
 _MANY_ROWS = 8192  # more than any chunk has
 
-LEAST_PANEL = 256
-"""Columns of the products of slots, at least: with narrower panels the exact loop is faster."""
+LEAST_PANEL = 64
+"""Columns of the products of slots, at least: in 64 panels they take a third of what the exact loop
+takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
 
 _ORDER_BYTES = 28  # of a slot in the backward: its place in the lists, and what sorts them
 

@@ -57,9 +57,9 @@ def test_a_store_holds_what_text_keeps():
         found = plan.plan_sparse(problem, 2, mib * 2**20, trainable=True, slots=True)
         assert found.store_bytes <= mib * 2**20 // 4 + 16
         stores.append(found.store_bytes // SLOT_BYTES)
-    # Where they have no room, beside products of 256 columns, there is no store.
-    assert stores[:2] == [0, 0]
-    assert stores[2] > 220_000
+    # Where they have no room, beside products of 64 columns, there is no store.
+    assert stores[0] == 0
+    assert min(stores[1:]) > 220_000
 
 
 def test_a_budget_below_one_tile_is_refused():

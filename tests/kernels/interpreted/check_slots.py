@@ -166,7 +166,7 @@ def test_panels_fit():
     for budget, count, columns in (
         (2**30, 1000, 1024),
         (2**30, 500_000, 512),
-        (2**28, 190_000, 256),
+        (2**28, 190_000, 320),
     ):
         sizing = slot_gradient.Sizing(job, budget, None)
         assert slot_gradient._panel(sizing, 2, count) == columns
