@@ -11,19 +11,26 @@ queries Q and of all keys K, L layers, r the adapter's rank, in bytes:
     the backward of a layer  with checkpointing its activations again; and S (18 H + 7 I) for
                              gradients
     around the head          12 S H: last hidden states, their norm, their gradient
+    in rows                  with a layout, see below: 4 S H to put back hidden states and their
+                             gradient, and 3 R L^2 for a dense mask, in bytes and in 16 bits
     the loss                 ours: `workspace_bytes`; materialised: 7 S V
 
 The first three agree within 5 % with the tensors Llama and Qwen2 of transformers 5.23 make on a CPU
 (SDPA attention; `tests/test_estimate.py`). 7 bytes per logit is what TRL 1.16's ORPO trainer takes
 under bf16 autocast on an H200 (18 in float32), where the peaks of ours and theirs are within 10 %
-of this. 16-bit mixed precision is assumed. Not counted: fragmentation
-and the CUDA context (`RESERVED_BYTES` of a card), attention masks, an eager attention's T x T
+of this. 16-bit mixed precision is assumed.
+
+All of a batch is as long as it may be, so "packed" saves nothing: the layers have S = 2 P T tokens
+too, in R = 2 P rows of L = T. "shared_prompt" computes the N tokens that a pair begins with once:
+P (2 T - N) tokens, in R = P rows of L = 2 T - N, where a mask of that length costs less than two of
+T (`orpo_kernels.layout`). What builds the logits is padded. Not counted: fragmentation and the CUDA
+context (`RESERVED_BYTES` of a card), attention masks, an eager attention's T x T
 scores, experts of an MoE model beyond its MLP size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orpo_kernels.constants import DEFAULT_WORKSPACE_BYTES
@@ -54,6 +61,9 @@ class Setup:
         modules_to_save: modules trained in full beside the adapter.
         optim: name in `TrainingArguments`.
         checkpointing: recompute activations in the backward.
+        offload: keep the inputs of checkpointed layers in the host's memory.
+        layout: "padded", "packed" or "shared_prompt".
+        dense_mask: the attention takes a mask of every pair of positions (sdpa, eager).
     """
 
     weight_bytes: int = 2
@@ -64,6 +74,9 @@ class Setup:
     modules_to_save: tuple[str, ...] = ()
     optim: str = "paged_adamw_8bit"
     checkpointing: bool = True
+    offload: bool = False
+    layout: str = "padded"
+    dense_mask: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,9 @@ class MemoryEstimate:
     head_bytes: int
     loss_bytes: int
     materialised_loss_bytes: int
+    rows_bytes: int = 0  # hidden states put back, and a dense mask; of a layout
+    host_bytes: int = 0  # activations kept in the host's memory
+    padded: MemoryEstimate | None = None  # the same run padded, where this one is not
 
     @property
     def total_bytes(self) -> int:
@@ -153,12 +169,13 @@ class MemoryEstimate:
 
     @property
     def materialised_total_bytes(self) -> int:
-        """Peak of a run that builds the logits."""
-        return self._peak(self.materialised_loss_bytes)
+        """Peak of a run that builds the logits, padded."""
+        return (self.padded or self)._peak(self.materialised_loss_bytes)
 
     def _peak(self, loss_bytes: int) -> int:
         fixed = self.weights_bytes + self.adapter_bytes
         fixed += self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        fixed += self.rows_bytes
         # The loss is done, and what is around the head freed, before a layer's backward begins.
         step = fixed + max(self.head_bytes + loss_bytes, self.backward_bytes)
         return max(step, self.loading_bytes)
@@ -171,6 +188,7 @@ def estimate_memory(
     pairs: int = 1,
     setup: Setup | None = None,
     workspace_bytes: int | None = None,
+    prompt_length: int = 0,
 ) -> MemoryEstimate:
     """Estimate the memory of an ORPO step.
 
@@ -180,19 +198,26 @@ def estimate_memory(
         pairs: P, pairs per device and step.
         setup: how it is trained.
         workspace_bytes: cap of the fused loss; 64 MiB if None.
+        prompt_length: N, tokens that both sequences of every pair begin with.
 
     Returns:
         Bytes by item.
 
     Raises:
-        ValueError: `max_length` or `pairs` below 1.
+        ValueError: `max_length` or `pairs` below 1, a prompt longer than `max_length`.
     """
     if max_length < 1 or pairs < 1:
         raise ValueError(f"max_length and pairs must be at least 1, got {max_length} and {pairs}")
-    return estimate(Shape.of(config), max_length, pairs, setup or Setup(), workspace_bytes)
+    if not 0 <= prompt_length <= max_length:
+        raise ValueError(f"prompt_length must be 0 to {max_length}, got {prompt_length}")
+    return estimate(
+        Shape.of(config), max_length, pairs, setup or Setup(), workspace_bytes, prompt_length
+    )
 
 
-def longest_that_fits(shape: Shape, card_bytes: int, pairs: int, setup: Setup) -> tuple[int, int]:
+def longest_that_fits(
+    shape: Shape, card_bytes: int, pairs: int, setup: Setup, prompt_length: int = 0
+) -> tuple[int, int]:
     """Largest T for a card, with the fused loss and with a materialised one; 0: none.
 
     Args:
@@ -200,6 +225,7 @@ def longest_that_fits(shape: Shape, card_bytes: int, pairs: int, setup: Setup) -
         card_bytes: memory of the card; `RESERVED_BYTES` of it are left alone.
         pairs: P.
         setup: how it is trained.
+        prompt_length: N, or T where that is less.
 
     Returns:
         (fused, materialised), multiples of 128.
@@ -211,7 +237,8 @@ def longest_that_fits(shape: Shape, card_bytes: int, pairs: int, setup: Setup) -
         low, high = 0, 2**14  # times 128: 2 M tokens
         while high - low > 1:
             middle = (low + high) // 2
-            found = estimate(shape, 128 * middle, pairs, setup, workspace)
+            T = 128 * middle
+            found = estimate(shape, T, pairs, setup, workspace, min(prompt_length, T))
             low, high = (middle, high) if getattr(found, total) <= usable else (low, middle)
         return 128 * low
 
@@ -219,10 +246,17 @@ def longest_that_fits(shape: Shape, card_bytes: int, pairs: int, setup: Setup) -
 
 
 def estimate(
-    shape: Shape, max_length: int, pairs: int, setup: Setup, workspace_bytes: int | None
+    shape: Shape,
+    max_length: int,
+    pairs: int,
+    setup: Setup,
+    workspace_bytes: int | None,
+    prompt_length: int = 0,
 ) -> MemoryEstimate:
     """`estimate_memory` of a shape that is known already."""
     S, H = 2 * pairs * max_length, shape.H
+    rows, length = _rows(shape, max_length, pairs, setup, prompt_length)
+    computed = rows * length
     adapter = shape.adapter_parameters(setup) if setup.lora_r else 0
     trained = adapter or shape.parameters
     trained_bytes = 4 if adapter else setup.weight_bytes
@@ -231,19 +265,42 @@ def estimate(
     layer += 2 * shape.Q + 14 * setup.lora_r if adapter else 0
     residual = 4 * H if wide else 2 * H
     transient = 18 * H + 7 * shape.I
+    kept = shape.L * computed * (residual if setup.checkpointing else layer)
+    offloads = setup.offload and setup.checkpointing
     weights, loading = _weights_bytes(shape, setup)
-    return MemoryEstimate(
+    found = MemoryEstimate(
         loading_bytes=round(loading),
         weights_bytes=round(weights),
         adapter_bytes=4 * adapter,
         gradients_bytes=trained_bytes * trained,
         optimizer_bytes=round(_optimizer_bytes(setup.optim) * trained * trained_bytes / 4),
-        activations_bytes=shape.L * S * (residual if setup.checkpointing else layer),
-        backward_bytes=S * (transient + (layer if setup.checkpointing else 0)),
-        head_bytes=12 * S * H,
+        activations_bytes=0 if offloads else kept,
+        backward_bytes=computed * (transient + (layer if setup.checkpointing else 0)),
+        head_bytes=12 * computed * H,
         loss_bytes=workspace_bytes or DEFAULT_WORKSPACE_BYTES,
         materialised_loss_bytes=MATERIALISED_BYTES_PER_LOGIT * S * shape.V,
+        host_bytes=kept if offloads else 0,
     )
+    if setup.layout == "padded":
+        return found
+    mask = 3 * rows * length**2 if setup.dense_mask else 0
+    padded = replace(setup, layout="padded")
+    return replace(
+        found,
+        rows_bytes=4 * S * H + mask,
+        padded=estimate(shape, max_length, pairs, padded, workspace_bytes),
+    )
+
+
+def _rows(shape: Shape, T: int, pairs: int, setup: Setup, prompt: int) -> tuple[int, int]:
+    """R and L of the rows that the layers compute."""
+
+    def cost(length: int) -> float:  # as `layout.lay_out` weighs it
+        return length * (1 + (length / (2 * shape.H) if setup.dense_mask else 0))
+
+    if setup.layout == "shared_prompt" and prompt and cost(2 * T - prompt) < 2 * cost(T):
+        return pairs, 2 * T - prompt
+    return 2 * pairs, T
 
 
 def _weights_bytes(shape: Shape, setup: Setup) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """The estimate against the tensors that a forward and backward make, and how long they live."""
 
 import json
+import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from orpo_kernels import cli
+from orpo_kernels import cli, fuse_head
 from orpo_kernels.estimate import (
     RESERVED_BYTES,
     Setup,
@@ -20,6 +22,7 @@ from orpo_kernels.estimate import (
     estimate_memory,
     longest_that_fits,
 )
+from orpo_kernels.layout import LAYOUTS
 from orpo_kernels.training.estimate_table import load_config
 
 T = 256
@@ -62,15 +65,21 @@ def config(kind=LlamaConfig, **changes):
     return kind(**{**shape, "use_cache": False, **changes})
 
 
+def with_adapter(model, rank):
+    """In 16 bits, with a LoRA on all linear layers."""
+    adapter = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model.bfloat16(), adapter)
+    for name, module in model.named_modules():
+        if "norm" in name:  # as prepare_model_for_kbit_training leaves them
+            module.float()
+    return model
+
+
 def measure(config, setup):
     """(kept after the forward, peak of forward and backward) in bytes, of the backbone."""
     model = AutoModelForCausalLM.from_config(config)
     if setup.lora_r:
-        adapter = LoraConfig(r=setup.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model.bfloat16(), adapter)
-        for name, module in model.named_modules():
-            if "norm" in name:  # as prepare_model_for_kbit_training leaves them
-                module.float()
+        model = with_adapter(model, setup.lora_r)
     model.train()
     if setup.checkpointing:
         model.gradient_checkpointing_enable()
@@ -112,6 +121,68 @@ def test_activations_of_lora(case, checkpointing):
     assert found.activations_bytes + found.head_bytes * 2 / 3 == pytest.approx(kept, rel=0.05)
     predicted = found.activations_bytes + max(found.head_bytes, found.backward_bytes)
     assert predicted == pytest.approx(peak, rel=0.1)
+
+
+# (layout, T, N): sharing N tokens is worth the mask of a pair's row, but for the last.
+IN_ROWS = [
+    ("packed", 256, 128),
+    ("shared_prompt", 256, 128),
+    ("shared_prompt", 512, 400),
+    ("shared_prompt", 512, 16),
+]
+
+
+@pytest.mark.parametrize(("layout", "length", "prompt"), IN_ROWS)
+def test_peak_in_rows(layout, length, prompt):
+    model = config()
+    model._attn_implementation = "sdpa"
+    setup = Setup(load_in_4bit=False, optim="sgd", layout=layout)
+    sizes = {"max_length": length, "setup": setup, "prompt_length": prompt}
+    found = estimate_memory(model, **sizes, workspace_bytes=2**20)
+    predicted = found.activations_bytes + found.rows_bytes
+    predicted += max(found.head_bytes + found.loss_bytes, found.backward_bytes)
+    assert predicted == pytest.approx(peak_in_rows(model, layout, length, prompt), rel=0.1)
+    # What builds the logits is padded.
+    padded = estimate_memory(model, max_length=length, setup=replace(setup, layout="padded"))
+    assert found.materialised_total_bytes == padded.materialised_total_bytes
+
+
+def peak_in_rows(config, layout, length, prompt):
+    """Peak of forward and backward of a fused model with LoRA and checkpointing, one pair."""
+    model = with_adapter(AutoModelForCausalLM.from_config(config), 16)
+    model.train().gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    ids = torch.randint(5, config.vocab_size, (2, length))
+    ids[1, :prompt] = ids[0, :prompt]
+    ids[:, prompt] = torch.tensor([1, 2])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    with fuse_head(model, layout=layout, check=False, workspace_bytes=2**20):
+
+        def step():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logps = model(**batch, use_cache=False).token_logps
+            logps.sum().backward()
+
+        step()  # gradients are there from now on, and counted apart
+        with Allocations(model) as allocations:
+            step()
+    return allocations.peak
+
+
+def test_layouts_and_offload():
+    shape = Shape.of(config(hidden_size=1024, head_dim=64))
+    plain, kept = (estimate(shape, 1024, 2, Setup(layout=name), None) for name in LAYOUTS[:2])
+    assert kept.activations_bytes == plain.activations_bytes  # all sequences are that long
+    # Rows of one sequence: 4 of 1,024.
+    assert kept.rows_bytes == 4 * 4096 * 1024 + 3 * 4 * 1024**2
+    shared = estimate(shape, 1024, 2, Setup(layout="shared_prompt"), None, 600)
+    assert shared.activations_bytes * 2048 == plain.activations_bytes * (2048 - 600)
+    assert shared.rows_bytes == 4 * 4096 * 1024 + 3 * 2 * 1448**2
+    flat = estimate(shape, 1024, 2, Setup(layout="packed", dense_mask=False), None)
+    assert flat.rows_bytes == 4 * 4096 * 1024
+    host = estimate(shape, 1024, 2, Setup(offload=True), None)
+    assert (host.activations_bytes, host.host_bytes) == (0, plain.activations_bytes)
+    assert host.total_bytes == plain.total_bytes - plain.activations_bytes
 
 
 def test_activations_of_a_full_model():
@@ -179,9 +250,9 @@ def test_longest_is_the_longest():
     assert longest_that_fits(shape, 2**30, 1, Setup()) == (0, 0)
 
 
-@pytest.mark.parametrize("sizes", [{"max_length": 0}, {"pairs": 0}])
+@pytest.mark.parametrize("sizes", [{"max_length": 0}, {"pairs": 0}, {"prompt_length": -1}])
 def test_rejects(sizes):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"must be (at least 1|0 to 1024)"):
         estimate_memory(config(), **sizes)
 
 
@@ -192,8 +263,22 @@ def test_command(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "P = 2 pairs of 2 sequences of T = 512 tokens" in out
     assert "LoRA r = 16" in out
+    assert "rows:" not in out
     for card in (8, 12, 16, 24):
         assert f"{card} GiB" in out
+
+
+def test_command_of_a_layout(capsys):
+    words = ["--model=Llama-3.2-1B", "--batch_layout=shared_prompt", "--prompt_length=500"]
+    assert cli.main(["estimate", *words, "--activation_offload=true"]) == 0
+    out = capsys.readouterr().out
+    assert "shared_prompt, 500 tokens of a pair's prompt shared" in out
+    assert "on the host" in out
+    dense = re.search(r"their mask +([\d.]+)", out)[1]
+    words += ["--attn_implementation=flex_attention"]
+    assert cli.main(["estimate", *words]) == 0
+    flat = re.search(r"their mask +([\d.]+)", capsys.readouterr().out)[1]
+    assert float(flat) < float(dense)
 
 
 def test_command_takes_a_recipe_and_a_known_name(capsys):
@@ -208,6 +293,7 @@ def test_command_takes_a_recipe_and_a_known_name(capsys):
         (["--pairs", "1"], "which model"),
         (["--model", "no/such-model-here"], "one of SmolLM2-135M"),
         (["--model", "Llama-3-8B", "--max_lenght", "1"], "did you mean"),
+        (["--model", "Llama-3-8B", "--prompt_length", "1025"], "prompt_length must be 0 to"),
     ],
 )
 def test_command_rejects(words, message, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from orpo_kernels.estimate import Setup, Shape, estimate, longest_that_fits
+from orpo_kernels.integrations.attention import DENSE
 from orpo_kernels.training.options import Options, parse_options
 
 GIB = 2**30
@@ -86,34 +88,36 @@ def setup_of(options: Options) -> Setup:
         modules_to_save=tuple(model.lora_modules_to_save or ()),
         optim=str(getattr(training.optim, "value", training.optim)),
         checkpointing=bool(training.gradient_checkpointing),
+        offload=training.activation_offload,
+        layout=training.batch_layout,
+        dense_mask=model.attn_implementation in (None, *DENSE),
     )
 
 
-def render(name: str, shape: Shape, options: Options) -> str:
+def render(name: str, shape: Shape, options: Options, prompt_length: int = 0) -> str:
     """The table `orpo-kernels estimate` prints."""
     setup, training = setup_of(options), options.training
     pairs, length = training.per_device_train_batch_size, training.resolved_max_length
-    found = estimate(shape, length, pairs, setup, training.workspace_bytes)
+    found = estimate(shape, length, pairs, setup, training.workspace_bytes, prompt_length)
     title = (
         f"{name}: {shape.parameters / 1e9:.2f} B parameters, V = {shape.V}\n"
         f"P = {pairs} {'pair' if pairs == 1 else 'pairs'} of 2 sequences of T = {length} tokens; "
         f"{_describe(setup)}"
     )
-    lines = [
-        title,
-        "",
-        f"{'GiB':<34}{'fused loss':>12}{'with logits':>13}",
-    ]
-    items = asdict(found)
+    if setup.layout != "padded":
+        title += f"\nfused loss: {setup.layout}, {prompt_length} tokens of a pair's prompt shared"
+    lines = [title, "", f"{'GiB':<34}{'fused loss':>12}{'with logits':>13}"]
+    ours = asdict(found)
+    theirs = asdict(found.padded or found)
+    theirs["loss_bytes"] = theirs["materialised_loss_bytes"]
     for key, label in _LABELS.items():
-        ours = items[key]
-        theirs = items["materialised_loss_bytes"] if key == "loss_bytes" else ours
-        lines.append(f"{label:<34}{ours / GIB:>12.2f}{theirs / GIB:>13.2f}")
+        if key not in _WHERE_THERE_IS or ours[key]:
+            lines.append(f"{label:<34}{ours[key] / GIB:>12.2f}{theirs[key] / GIB:>13.2f}")
     totals = (found.total_bytes / GIB, found.materialised_total_bytes / GIB)
     lines.append(f"{'peak':<34}{totals[0]:>12.2f}{totals[1]:>13.2f}")
     lines += ["", f"{'longest T on a card with':<34}{'fused loss':>12}{'with logits':>13}"]
     for card in CARDS_GIB:
-        longest = longest_that_fits(shape, card * GIB, pairs, setup)
+        longest = longest_that_fits(shape, card * GIB, pairs, setup, prompt_length)
         cells = (f"{length:,}" if length else "none" for length in longest)
         lines.append(f"{f'{card} GiB':<34}" + "{:>12}{:>13}".format(*cells))
     return "\n".join(
@@ -132,10 +136,13 @@ _LABELS = {
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer states",
     "activations_bytes": "activations kept",
+    "host_bytes": "activations kept, on the host",
+    "rows_bytes": "rows: put back, and their mask",
     "head_bytes": "loss *: hidden states",
     "loss_bytes": "loss *: vocabulary-sized work",
     "backward_bytes": "backward of one layer *",
 }
+_WHERE_THERE_IS = ("host_bytes", "rows_bytes")  # elsewhere no line of zeros
 
 
 def _describe(setup: Setup) -> str:
@@ -160,7 +167,15 @@ def main(words: Sequence[str]) -> int:
     if not words or any(word in ("-h", "--help") for word in words):
         sys.stdout.write(_USAGE)
         return 0
-    options = parse_options([long_name(word) for word in words], elsewhere=True)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt_length", "--prompt-length", type=int, default=0)
+    own, rest = parser.parse_known_args(list(words))
+    options = parse_options([long_name(word) for word in rest], elsewhere=True)
+    longest = options.training.resolved_max_length
+    if not 0 <= own.prompt_length <= longest:
+        raise ValueError(
+            f"prompt_length must be 0 to max_length {longest}, got {own.prompt_length}"
+        )
     name = options.model.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model NAME, FOLDER or config.json, or a recipe")
@@ -169,7 +184,7 @@ def main(words: Sequence[str]) -> int:
         revision=options.model.model_revision,
         trust_remote_code=options.training.trust_remote_code,
     )
-    sys.stdout.write(render(name, Shape.of(config), options) + "\n")
+    sys.stdout.write(render(name, Shape.of(config), options, own.prompt_length) + "\n")
     return 0
 
 
@@ -181,9 +196,10 @@ def long_name(word: str) -> str:
 
 _SHORT = {"--model": "--model_name_or_path", "--pairs": "--per_device_train_batch_size"}
 _USAGE = f"""usage: orpo-kernels estimate [CONFIG.yaml] [--model MODEL] [--max_length T] [--pairs P]
-                             [any other option of `orpo-kernels train`]
+                             [--prompt_length N] [any other option of `orpo-kernels train`]
 
-Memory of a step, item by item, and the longest T that fits usual cards.
+Memory of a step, item by item, and the longest T that fits usual cards. N: tokens that both
+sequences of each pair begin with, which batch_layout shared_prompt computes once (default: 0).
 MODEL is a folder, a config.json, a hub name, or one of
   {", ".join(_KNOWN)}
 """
