@@ -5,6 +5,7 @@ users pass them, and the ORPO terms from `orpo_math`. An implementation of the w
 padded batch. Nothing here is faster than its authors would make it, and nothing slower.
 """
 
+import importlib
 import importlib.util
 import os
 import tempfile
@@ -138,6 +139,10 @@ def unsloth(workload: Workload) -> Forward:
     """Unsloth's masked log-probs, which its ORPO trainer takes."""
     os.environ["UNSLOTH_IS_PRESENT"] = "1"  # without its main package it does not import
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp())  # it writes on import
+    # On a CPU it leaves a Triton behind with which the others do not import any more.
+    for other in ("cut_cross_entropy", "liger_kernel.chunked_loss", "trl.kernels"):
+        if importlib.util.find_spec(other.split(".")[0]) is not None:
+            importlib.import_module(other)
     if not workload.hidden.is_cuda:
         os.environ["UNSLOTH_ZOO_DISABLE_GPU_INIT"] = "1"
     from unsloth_zoo.fused_losses import unsloth_masked_logprobs
