@@ -7,6 +7,7 @@ queries Q and of all keys K, L layers, r the adapter's rank, in bytes:
 
     a layer's activations    S (18 H + 8 I + 6 Q + 4 K + 14 r)   frozen 16-bit weights with LoRA
                              S (26 H + 8 I + 4 Q + 4 K)          trained float32 weights
+                             as the first with 26 H              nf4, the rest in float32
     kept in the forward      L times that, or with checkpointing L S (2 H or 4 H): layer inputs
     the backward of a layer  with checkpointing its activations again; and S (18 H + 7 I) for
                              gradients
@@ -62,6 +63,8 @@ class Setup:
         optim: name in `TrainingArguments`.
         checkpointing: recompute activations in the backward.
         offload: keep the inputs of checkpointed layers in the host's memory.
+        float32_rest: what is not quantised stays float32, and what is between the layers with it:
+            as PEFT prepares a quantised model, which `ORPOTrainer` makes 16-bit again with bf16.
         layout: "padded", "packed" or "shared_prompt".
         dense_mask: the attention takes a mask of every pair of positions (sdpa, eager).
     """
@@ -75,6 +78,7 @@ class Setup:
     optim: str = "paged_adamw_8bit"
     checkpointing: bool = True
     offload: bool = False
+    float32_rest: bool = False
     layout: str = "padded"
     dense_mask: bool = True
 
@@ -93,6 +97,7 @@ class Shape:
         linears: (last part of the name, in, out) of the linear layers but the head.
         modules: (last part of the name, parameters in it) of all modules.
         parameters: of the model, tied ones once.
+        tied: the head is the embedding.
     """
 
     H: int
@@ -104,6 +109,7 @@ class Shape:
     linears: tuple[tuple[str, int, int], ...]
     modules: tuple[tuple[str, int], ...]  # (last part of the name, own and inner parameters)
     parameters: int
+    tied: bool
 
     @staticmethod
     def of(config: Any) -> Shape:
@@ -134,6 +140,7 @@ class Shape:
             linears=tuple(linears),
             modules=tuple(modules),
             parameters=sum(p.numel() for p in model.parameters()),
+            tied=head.weight is model.get_input_embeddings().weight,
         )
 
     def adapter_parameters(self, setup: Setup) -> int:
@@ -160,7 +167,7 @@ class MemoryEstimate:
     materialised_loss_bytes: int
     rows_bytes: int = 0  # hidden states put back, and a dense mask; of a layout
     host_bytes: int = 0  # activations kept in the host's memory
-    padded: MemoryEstimate | None = None  # the same run padded, where this one is not
+    unfused: MemoryEstimate | None = None  # the run on logits, where not only the loss differs
 
     @property
     def total_bytes(self) -> int:
@@ -170,7 +177,8 @@ class MemoryEstimate:
     @property
     def materialised_total_bytes(self) -> int:
         """Peak of a run that builds the logits, padded."""
-        return (self.padded or self)._peak(self.materialised_loss_bytes)
+        run = self.unfused or self
+        return run._peak(run.materialised_loss_bytes)
 
     def _peak(self, loss_bytes: int) -> int:
         fixed = self.weights_bytes + self.adapter_bytes
@@ -254,41 +262,58 @@ def estimate(
     prompt_length: int = 0,
 ) -> MemoryEstimate:
     """`estimate_memory` of a shape that is known already."""
+    found = _estimate(shape, max_length, pairs, setup, workspace_bytes, prompt_length)
+    if setup.layout == "padded" and not setup.float32_rest:
+        return found
+    padded = replace(setup, layout="padded")
+    unfused = _estimate(shape, max_length, pairs, padded, workspace_bytes)
+    if setup.float32_rest:
+        # Autocast keeps a 16-bit copy of the head; the fused one narrows its own instead.
+        copy = 2 * shape.V * shape.H
+        loss_bytes = unfused.materialised_loss_bytes + copy
+        unfused = replace(unfused, materialised_loss_bytes=loss_bytes)
+        if not shape.tied:
+            found = replace(found, weights_bytes=found.weights_bytes - copy)
+    return replace(found, unfused=unfused)
+
+
+def _estimate(
+    shape: Shape,
+    max_length: int,
+    pairs: int,
+    setup: Setup,
+    workspace_bytes: int | None,
+    prompt_length: int = 0,
+) -> MemoryEstimate:
     S, H = 2 * pairs * max_length, shape.H
     rows, length = _rows(shape, max_length, pairs, setup, prompt_length)
     computed = rows * length
     adapter = shape.adapter_parameters(setup) if setup.lora_r else 0
     trained = adapter or shape.parameters
     trained_bytes = 4 if adapter else setup.weight_bytes
-    wide = setup.weight_bytes == 4 and not setup.load_in_4bit  # float32 between the layers
+    # Float32 between the layers.
+    wide = setup.float32_rest if setup.load_in_4bit else setup.weight_bytes == 4
     layer = (26 if wide else 18) * H + 8 * shape.I + 4 * (shape.Q + shape.K)
     layer += 2 * shape.Q + 14 * setup.lora_r if adapter else 0
     residual = 4 * H if wide else 2 * H
-    transient = 18 * H + 7 * shape.I
     kept = shape.L * computed * (residual if setup.checkpointing else layer)
+    in_rows = setup.layout != "padded"
+    mask = 3 * rows * length**2 if in_rows and setup.dense_mask else 0
     offloads = setup.offload and setup.checkpointing
     weights, loading = _weights_bytes(shape, setup)
-    found = MemoryEstimate(
+    return MemoryEstimate(
         loading_bytes=round(loading),
         weights_bytes=round(weights),
         adapter_bytes=4 * adapter,
         gradients_bytes=trained_bytes * trained,
         optimizer_bytes=round(_optimizer_bytes(setup.optim) * trained * trained_bytes / 4),
         activations_bytes=0 if offloads else kept,
-        backward_bytes=computed * (transient + (layer if setup.checkpointing else 0)),
+        backward_bytes=computed * (18 * H + 7 * shape.I + (layer if setup.checkpointing else 0)),
         head_bytes=12 * computed * H,
         loss_bytes=workspace_bytes or DEFAULT_WORKSPACE_BYTES,
         materialised_loss_bytes=MATERIALISED_BYTES_PER_LOGIT * S * shape.V,
+        rows_bytes=4 * S * H + mask if in_rows else 0,
         host_bytes=kept if offloads else 0,
-    )
-    if setup.layout == "padded":
-        return found
-    mask = 3 * rows * length**2 if setup.dense_mask else 0
-    padded = replace(setup, layout="padded")
-    return replace(
-        found,
-        rows_bytes=4 * S * H + mask,
-        padded=estimate(shape, max_length, pairs, padded, workspace_bytes),
     )
 
 
@@ -309,9 +334,10 @@ def _weights_bytes(shape: Shape, setup: Setup) -> tuple[float, float]:
     linear, largest = sum(sizes), max(sizes, default=0)
     if setup.load_in_4bit:
         packed, rest = linear * _NF4_BYTES[setup.double_quant], shape.parameters - linear
-        # PEFT makes the rest float32, the trainer then bf16 again; one layer at a time is
-        # dequantised to 16 bits.
-        return packed + 2.0 * rest + 2.0 * largest, packed + 4.0 * rest
+        # PEFT makes the rest float32, the trainer then bf16 again, with bf16; one layer at a time
+        # is dequantised to 16 bits.
+        width = 4.0 if setup.float32_rest else 2.0
+        return packed + width * rest + 2.0 * largest, packed + 4.0 * rest
     weights = shape.parameters * float(setup.weight_bytes)
     if setup.weight_bytes == 2:
         return weights, weights

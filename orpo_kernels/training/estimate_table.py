@@ -89,6 +89,7 @@ def setup_of(options: Options) -> Setup:
         optim=str(getattr(training.optim, "value", training.optim)),
         checkpointing=bool(training.gradient_checkpointing),
         offload=training.activation_offload,
+        float32_rest=model.load_in_4bit and bool(training.fp16),
         layout=training.batch_layout,
         dense_mask=model.attn_implementation in (None, *DENSE),
     )
@@ -108,7 +109,7 @@ def render(name: str, shape: Shape, options: Options, prompt_length: int = 0) ->
         title += f"\nfused loss: {setup.layout}, {prompt_length} tokens of a pair's prompt shared"
     lines = [title, "", f"{'GiB':<34}{'fused loss':>12}{'with logits':>13}"]
     ours = asdict(found)
-    theirs = asdict(found.padded or found)
+    theirs = asdict(found.unfused or found)
     theirs["loss_bytes"] = theirs["materialised_loss_bytes"]
     for key, label in _LABELS.items():
         if key not in _WHERE_THERE_IS or ours[key]:
@@ -147,6 +148,7 @@ _WHERE_THERE_IS = ("host_bytes", "rows_bytes")  # elsewhere no line of zeros
 
 def _describe(setup: Setup) -> str:
     weights = "nf4 weights" if setup.load_in_4bit else f"{8 * setup.weight_bytes}-bit weights"
+    weights += ", the others float32" if setup.float32_rest else ""
     trained = f"LoRA r = {setup.lora_r}" if setup.lora_r else "all parameters trained"
     checkpointing = "" if setup.checkpointing else "no "
     return f"{weights}, {trained}, {setup.optim}, {checkpointing}checkpointing"

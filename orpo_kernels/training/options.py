@@ -180,9 +180,11 @@ _OF_THE_MACHINE: dict[str, Any] = {
 
 class _Parser(HfArgumentParser):
     fixed: Mapping[str, Any] = {}
+    fp16 = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, rest = super().parse_known_args(args, namespace)
+        self.fp16 = bool(namespace.fp16)
         vars(namespace).update(self.fixed)
         return namespace, rest
 
@@ -210,7 +212,7 @@ def parse_options(argv: Sequence[str], *, elsewhere: bool = False) -> Options:
     Args:
         argv: the arguments after `train`.
         elsewhere: the run is for another machine: options that need its GPU, or a library that is
-            there, are set aside instead of checked against this one.
+            there, are set aside instead of checked against this one; `fp16` is kept, unchecked.
 
     Returns:
         The options; `output_dir` is `runs/<name of the file>` where nobody chose one.
@@ -231,6 +233,8 @@ def parse_options(argv: Sequence[str], *, elsewhere: bool = False) -> Options:
         model, data, run, training = _parse(parser, [*from_file, *flags])
     except OptionError as error:
         raise OptionError(_where(parser, from_file, path, error) + str(error)) from error
+    if elsewhere:
+        training.fp16 = parser.fp16
     if run.merge_adapter and not model.use_peft:
         raise OptionError(
             "merge_adapter is for a run that trains an adapter; set use_peft: true, or leave it out"
