@@ -50,15 +50,14 @@ class Line(NamedTuple):
 
 
 def lines() -> Iterator[Line]:
-    """Every line, mode by mode, ours first; the sparse gradient of all modes last."""
+    """Every line, mode by mode, ours first: inputs are made once a mode."""
     for mode, peers in PEERS.items():
         for budget in (*BUDGETS, KEEPS_ALL) if mode == "trainable" else BUDGETS:
             yield Line("ours-exact", mode, budget, ours("exact", budget))
+        for budget in BUDGETS if mode != "eval" else ():
+            yield Line("ours-sparse", mode, budget, ours("sparse", budget))
         for name in peers:
             yield Line(name, mode, None, IMPLEMENTATIONS[name])
-    for mode in ("frozen", "trainable"):
-        for budget in reversed(BUDGETS):  # the smallest is the slowest
-            yield Line("ours-sparse", mode, budget, ours("sparse", budget))
 
 
 def ours(gradient: str, budget: int | None, eps: float = DEFAULT_EPS) -> Implementation:

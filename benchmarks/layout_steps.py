@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--minutes", type=float, default=15.0, help="start nothing new after this")
     parser.add_argument("--shares", action="store_true")
+    parser.add_argument("--json", type=Path, help="instead of results/<machine>/")
     options = parser.parse_args(arguments)
     if options.shares:
         for pairs in options.pairs:
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         words += ["-k", " or ".join(f"P{pairs}" for pairs in options.pairs)]
         code = subprocess.run(words, env=environment, check=False).returncode
         results = [json.loads(line) for line in record.read_text().splitlines()]
-    path = Path(FOLDER) / machine.slug(options.device) / FILE
+    path = options.json or Path(FOLDER) / machine.slug(options.device) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     command = f"python -m benchmarks.layout_steps --device {options.device} --pairs"
     content = {

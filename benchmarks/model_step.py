@@ -10,6 +10,7 @@ are random, made from the config: what a step takes does not depend on them.
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import sys
 import time
@@ -67,6 +68,11 @@ class Model(NamedTuple):
     config: dict[str, Any]
     nf4: bool
     lengths: tuple[int, ...]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Libraries of a step of it."""
+        return ("transformers", "peft", *(("bitsandbytes",) if self.nf4 else ()))
 
 
 MODELS = (
@@ -206,9 +212,11 @@ def rows_of(spec: Model, device: str, until: float) -> Iterator[dict[str, Any]]:
             print(f"out of time before {spec.name}, T {T}")
             return
         sizes = (model, T, spec.config["vocab_size"], device)
-        losses = {"TRL ORPO": trl_loss(*sizes)} | {
-            f"ours, {name}": our_loss(*sizes, budget) for name, budget in BUDGETS.items()
-        }
+        losses = {f"ours, {name}": our_loss(*sizes, budget) for name, budget in BUDGETS.items()}
+        try:
+            losses = {"TRL ORPO": trl_loss(*sizes), **losses}
+        except ImportError as error:
+            yield {"model": spec.name, "T": T, "loss": "TRL ORPO", "skipped": str(error)}
         found = measured(model, losses, device, rounds=3 if T > 9000 else 5)
         reference = found.get("TRL ORPO")
         for name in losses:
@@ -250,7 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     until, rows = time.perf_counter() + options.seconds, []
     models = (Model("tiny", "llama", TINY, False, (64,)),) if options.tiny else MODELS
     for model in models:
-        if time.perf_counter() < until:
+        missing = [each for each in model.needs if importlib.util.find_spec(each) is None]
+        if missing:
+            print(f"{model.name}: left out, not installed: {', '.join(missing)}")
+        elif time.perf_counter() < until:
             for row in rows_of(model, options.device, until):
                 rows.append(row)
                 print(text(row), flush=True)

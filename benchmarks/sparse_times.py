@@ -5,9 +5,9 @@
 
 In this order, a line each: the sparse gradient and the exact one, frozen, at the default, 64 MiB
 and 256 MiB (errors against float64, wall time in bare GEMMs g, launches, the sum of the kernels
-and each of them); eps; block sizes of `scan` and `gather_slots`, by the time of that kernel; flat
-logits, where the sparse gradient should cost what the exact one does, and block sizes of
-`dense_rows`; the trainable head.
+and each of them); eps, with float32 and with 16-bit logits (eps 0: exact); the trainable
+head; block sizes of `scan` and `gather_slots`, by the time of that kernel; flat logits,
+where the sparse gradient should cost what the exact one does, and block sizes of `dense_rows`.
 """
 
 import argparse
@@ -48,27 +48,35 @@ DENSE = ((128, 8, 32, 3, 0), (256, 8, 32, 3, 0), (256, 8, 64, 2, 0), (128, 8, 64
 
 
 class Job(NamedTuple):
-    """A line and the logits it runs on; of a sweep a row of the table, and the kernel it is of."""
+    """A line and the logits it runs on; of a sweep a row of the table, and the kernel it is of.
+
+    `narrow`: logits are 16-bit, as where a GEMM cannot write float32.
+    """
 
     title: str
     line: Line
     logits: str = "trained"
     table: tuple[str, tuple[int, ...]] | None = None
     kernel: str = ""
+    narrow: bool = False
 
 
 def jobs() -> Iterator[Job]:
-    """Everything, in the order of the module's docstring: inputs are made three times."""
+    """Everything, in the order of the module's docstring: inputs are made four times."""
     yield from _lines("frozen")
-    for power in (10, 12, 14):
-        yield Job(f"eps 2^-{power}", _frozen(2.0**-power))
+    for narrow in (False, True):
+        what = f"{16 if narrow else 32}-bit logits"
+        for power in (10, 12, 14):
+            yield Job(f"eps 2^-{power}, {what}", _frozen(2.0**-power), narrow=narrow)
+        exact = Line("exact", "frozen", None, ours("exact", None))
+        yield Job(f"eps 0, {what}", exact, narrow=narrow)
+    yield from _lines("trainable")
     yield from _sweep("scan", SCANS, "trained")
     yield from _sweep("gather_slots", GATHERS, "trained")
     for gradient in ("exact", "sparse"):
         line = Line(gradient, "frozen", None, ours(gradient, None))
         yield Job(f"flat {gradient}", line, "flat")
     yield from _sweep("dense_rows", DENSE, "flat")
-    yield from _lines("trainable")
 
 
 def _lines(mode: str) -> Iterator[Job]:
@@ -162,6 +170,20 @@ def with_row(table: tuple[str, tuple[int, ...]] | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def with_logits(narrow: bool) -> Iterator[None]:
+    """Logits in the dtype of the operands, if `narrow`."""
+    if not narrow:
+        yield
+        return
+    from orpo_kernels.engine import gemm, problem
+
+    with contextlib.ExitStack() as stack:
+        for module in (gemm, problem):
+            stack.enter_context(mock.patch.object(module, "gemm_widens", return_value=False))
+        yield
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_times", description=__doc__)
@@ -171,11 +193,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="jobs whose title begins so")
+    parser.add_argument("--but", help="not those whose title begins so")
     options = parser.parse_args(arguments)
     start, rows = time.perf_counter(), []
     known: dict[tuple[str, str], tuple[Workload, Truth]] = {}
     for job in jobs():
-        if not job.title.startswith(options.only) or (job.table and options.device == "cpu"):
+        left_out = options.but is not None and job.title.startswith(options.but)
+        if not job.title.startswith(options.only) or left_out:
+            continue
+        if job.table and options.device == "cpu":
             continue
         if time.perf_counter() - start > options.seconds:
             print("out of time before", job.title)
@@ -187,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
             work = make_workload(case, options.device, tiny=options.tiny)
             known[key] = (work, compute_truth(work))
         try:
-            with with_row(job.table):
+            with with_row(job.table), with_logits(job.narrow):
                 rows.append(measured(job, *known[key], options.device))
         except Exception as error:  # a block size that does not compile
             if job.table is None:

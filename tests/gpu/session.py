@@ -3,16 +3,24 @@
     python -m tests.gpu.session --out DIR [--minutes 9]
     python -m tests.gpu.session --out DIR --dry-run         # on a CPU, tiny: shows that it runs
 
-Each step has its share of the minutes and writes its own file as it ends, so that a session that is
-cut short keeps what was done: the first two are what a session must bring. The table of budgets
-(`benchmarks/budgets.py`: ours and the peers, launches, the kernels' sum) is printed once more at
-the end. Exits with 1 when a step failed; `session.json` says which.
+`make gpu-session` is this in the environment that `make setup` makes; where there is no network,
+call it with the Python that is there. Each step has its share of the minutes, and what earlier ones
+left of theirs, and writes its own file as it goes, so that a session that is cut short keeps what
+was done. The first three are what a session must bring, in its first four minutes: the tests, the
+table of budgets (`benchmarks/budgets.py`: ours and the peers, launches, the kernels' sum) and that
+of eps (`benchmarks/sparse_times.py`: time and error, float32 and 16-bit logits). A step whose
+libraries are missing is left out, by name; peers that are missing are named in the tables. At the
+end come both tables once more, and last the tests that failed. Exits with 1 when a step failed;
+`session.json` says which.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,55 +36,105 @@ SANITIZED = (
 
 
 class Step(NamedTuple):
-    """A command, the file its output goes to, and its share of the time."""
+    """A command, the file its output goes to, its share of the time, and what it imports."""
 
     name: str
     command: list[str]
     share: float
+    needs: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Libraries it needs that are not installed."""
+        return [each for each in self.needs if importlib.util.find_spec(each) is None]
 
 
 def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
     """The commands, the most telling first."""
     python = sys.executable
     device = "cpu" if dry_run else "cuda"
-    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
-    tests.append(str(REPOSITORY / "tests" / "gpu") if dry_run else str(REPOSITORY / "tests"))
-    rows = [python, "-m", "tests.gpu.row_times", "--device", device]
-    rows += ["--json", str(out / "rows.json"), *(["--tiny"] if dry_run else [])]
     small = ["--device", device, *(["--tiny"] if dry_run else [])]
-    budgets = [python, "-m", "benchmarks.budgets", *small, "--json", str(out / "budgets.json")]
-    models = [python, "-m", "benchmarks.model_step", *small, "--json", str(out / "models.json")]
-    budgets += ["--seconds", f"{60 * 0.2 * minutes:.0f}"]
-    models += ["--seconds", f"{60 * 0.15 * minutes:.0f}"]
-    chosen = [Step("tests", tests, 0.22), Step("budgets", budgets, 0.22)]
-    chosen += [Step("models", models, 0.18), Step("rows", rows, 0.1)]
+
+    def script(name: str, share: float, file: str, *more: str) -> list[str]:
+        # What starts nothing new after nine tenths of its time ends by itself.
+        seconds = ["--seconds", f"{54 * share * minutes:.0f}"]
+        return [python, "-m", name, *small, "--json", str(out / file), *seconds, *more]
+
+    sparse, whole = "benchmarks.sparse_times", ("peft", "transformers")
+    chosen = [
+        Step("tests", _tests(dry_run=dry_run), 0.22),
+        Step("budgets", script("benchmarks.budgets", 0.18, "budgets.json"), 0.18),
+        Step("eps", script(sparse, 0.04, "eps.json", "--only", "eps"), 0.04),
+        Step("sparse", script(sparse, 0.12, "sparse.json", "--but", "eps"), 0.12),
+        Step("models", script("benchmarks.model_step", 0.14, "models.json"), 0.14, whole),
+    ]
+    rows = [python, "-m", "tests.gpu.row_times", *small, "--json", str(out / "rows.json")]
+    if dry_run:  # of the two of one script, one
+        return [*(step for step in chosen if step.name != "sparse"), Step("rows", rows, 0.08)]
+    layouts = [python, "-m", "benchmarks.layout_steps", "--device", "cuda", "--pairs", "1", "2"]
+    layouts += ["--minutes", f"{0.12 * minutes:.2f}", "--json", str(out / "layouts.json")]
+    needs = (*whole, "trl", "datasets", "accelerate", "pytest_benchmark")
+    chosen += [Step("layouts", layouts, 0.14, needs), Step("rows", rows, 0.08)]
     sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is not None and not dry_run:
+    if sanitizer is not None:
         some = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-k", SANITIZED]
-        chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *some], 0.1))
-    if not dry_run:
-        benchmarks = [python, "-m", "benchmarks.run", "--device", "cuda"]
-        benchmarks += ["--minutes", f"{0.16 * minutes:.1f}", "--results", str(out)]
-        chosen.append(Step("benchmarks", benchmarks, 0.18))
+        chosen.append(Step("sanitizer", [sanitizer, "--error-exitcode", "9", *some], 0.08))
     return chosen
+
+
+def _tests(*, dry_run: bool) -> list[str]:
+    """A line for every test as it ends, which a time limit does not take away."""
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--durations=5"]
+    tests += ["-p", "no:cacheprovider"]
+    if dry_run:
+        return [*tests, str(REPOSITORY / "tests" / "gpu")]
+    if importlib.util.find_spec("xdist") is not None:  # the kernels are compiled side by side
+        tests += ["-n", "8"]
+    return [*tests, str(REPOSITORY / "tests")]
+
+
+def failing(log: str) -> list[str]:
+    """Names of the tests that failed or ended in an error, and of one that did not end."""
+    ended = r"^(tests/\S+?::.+?) (?:FAILED|ERROR)\b|(?:FAILED|ERROR) +(tests/\S+?::.+?)(?: - .*)?$"
+    found = [(a or b).strip() for a, b in re.findall(ended, log, re.MULTILINE)]
+    begun = re.search(r"^(tests/\S+?::[^\n]*\S) *\Z", log, re.MULTILINE)
+    if begun is not None and not re.search(r" [A-Z]{4,}\b.*$", begun[1]):
+        found.append(f"{begun[1]} (still running)")
+    return list(dict.fromkeys(found))
 
 
 def run(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:
     """Runs a step for at most so many seconds; its output goes to a file of its name."""
+    path, missing = out / f"{step.name}.txt", step.missing()
+    if missing:
+        path.write_text(f"{step.name}: left out, not installed: {', '.join(missing)}\n")
+        sys.stdout.write(path.read_text())
+        return {"step": step.name, "exit": 0, "seconds": 0.0, "missing": missing}
     start = time.perf_counter()
-    with (out / f"{step.name}.txt").open("w") as log:
+    with path.open("w") as log:
+        process = subprocess.Popen(
+            step.command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                step.command, cwd=REPOSITORY, env=environment, stdout=log,
-                stderr=subprocess.STDOUT, timeout=seconds,
-            ).returncode  # fmt: skip
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             code = 124
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too, which hold the card
+            process.wait()
     spent = time.perf_counter() - start
-    tail = (out / f"{step.name}.txt").read_text()[-1500:]
-    sys.stdout.write(f"== {step.name}: exit {code} after {spent:.0f} s\n{tail}\n")
+    sys.stdout.write(f"== {step.name}: exit {code} after {spent:.0f} s\n")
+    sys.stdout.write(f"{path.read_text()[-1500:]}\n")
     sys.stdout.flush()
     return {"step": step.name, "exit": code, "seconds": round(spent, 1)}
+
+
+def summary(out: Path) -> str:
+    """The two tables, and last of all the tests that failed."""
+    eps = (out / "eps.txt").read_text().splitlines()
+    wrong = failing((out / "tests.txt").read_text())
+    names = "".join(f"\n  {name}" for name in wrong) or " none"
+    table = "\n".join(line for line in eps if not line.startswith(" "))
+    return f"{(out / 'budgets.txt').read_text()}{table}\nFailed tests:{names}\n"
 
 
 def main() -> int:
@@ -88,12 +146,16 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "ORPO_KERNELS_DRY_RUN": "1" if args.dry_run else "0"}
-    done = []
+    # What a step has printed is in its file, however it ends.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["ORPO_KERNELS_DRY_RUN"] = "1" if args.dry_run else "0"
+    done, begin, until = [], time.perf_counter(), 0.0
     for step in steps(out, args.minutes, dry_run=args.dry_run):
-        done.append(run(step, out, 60 * args.minutes * step.share, environment))
+        until += 60 * args.minutes * step.share
+        seconds = max(1.0, until - (time.perf_counter() - begin))
+        done.append(run(step, out, seconds, environment))
         (out / "session.json").write_text(json.dumps(done, indent=1))
-    sys.stdout.write((out / "budgets.txt").read_text())
+    sys.stdout.write(summary(out))
     return int(any(each["exit"] != 0 for each in done))
 
 

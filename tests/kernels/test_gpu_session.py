@@ -1,11 +1,14 @@
 """The one call for a rented GPU runs, here on a CPU: a session is too short to find a typo in."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import run
+import pytest
+
+from benchmarks import layout_steps
 from tests.gpu import session
 
 
@@ -14,8 +17,15 @@ def test_dry_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     session = json.loads((tmp_path / "session.json").read_text())
-    assert [step["exit"] for step in session] == [0] * 4
-    assert done.stdout.endswith((tmp_path / "budgets.txt").read_text())
+    names = ["tests", "budgets", "eps", "models", "rows"]
+    assert [(step["step"], step["exit"]) for step in session] == [(name, 0) for name in names]
+    # Last of all: the table of budgets, that of eps, and the tests that failed.
+    last = done.stdout[done.stdout.rindex((tmp_path / "budgets.txt").read_text()) :]
+    lines = last.splitlines()
+    assert lines[-1] == "Failed tests: none"
+    assert [line.split()[:3] for line in lines[-9:-1]] == [
+        ["frozen", "eps", f"{power},"] for power in 2 * ("2^-10", "2^-12", "2^-14", "0")
+    ]
     modes = {row["mode"] for row in json.loads((tmp_path / "budgets.json").read_text())["results"]}
     assert modes == {"frozen", "trainable", "eval"}
     models = json.loads((tmp_path / "models.json").read_text())["results"]
@@ -35,8 +45,12 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
     # The sanitizer's selection holds every kernel, the benchmarks' arguments are theirs.
     monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}")
     steps = {step.name: step for step in session.steps(Path("out"), 9.0, dry_run=False)}
-    assert list(steps) == ["tests", "budgets", "models", "rows", "sanitizer", "benchmarks"]
+    assert list(steps) == [
+        "tests", "budgets", "eps", "sparse", "models", "layouts", "rows", "sanitizer",
+    ]  # fmt: skip
     assert sum(step.share for step in steps.values()) <= 1.0
+    # What a session must bring is there within four minutes.
+    assert 9.0 * sum(steps[name].share for name in ("tests", "budgets", "eps")) <= 4.0
     sanitizer, *rest = steps["sanitizer"].command
     small = rest[rest.index(sys.executable) :]
     assert sanitizer == "/bin/compute-sanitizer"
@@ -50,8 +64,46 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
         "test_stats_and_gradient", "test_column_sums", "test_sequence_mean", "test_odds_ratio",
         "test_pair_loss", "test_a_store_without_room",
     }  # fmt: skip
-    options = run._parse(steps["benchmarks"].command[3:])
-    assert (options.device, options.results) == ("cuda", "out")
+    words = steps["layouts"].command[3:]
+    with pytest.raises(SystemExit) as ended:  # of its own accord, having understood the others
+        layout_steps.main([*words, "--help"])
+    assert ended.value.code == 0
+    for name in ("budgets", "eps", "sparse", "models"):
+        assert steps[name].command[3:5] == ["--device", "cuda"]
+
+
+def test_the_names_of_failing_tests():
+    # Of one process and of workers, cut short or ended; ids may hold spaces.
+    log = """
+tests/gpu/test_a.py::test_one[half of it-2] FAILED                       [ 10%]
+tests/gpu/test_a.py::test_two PASSED                                     [ 20%]
+[gw1] [ 30%] FAILED tests/gpu/test_b.py::test_three[no room]
+[gw0] [ 30%] PASSED tests/gpu/test_b.py::test_four
+ERROR tests/gpu/test_c.py::test_five - RuntimeError: CUDA error
+FAILED tests/gpu/test_b.py::test_three[no room] - assert 3 <= 2
+"""
+    expected = ["test_a.py::test_one[half of it-2]", "test_b.py::test_three[no room]"]
+    expected = [f"tests/gpu/{name}" for name in (*expected, "test_c.py::test_five")]
+    assert session.failing(log) == expected
+    assert session.failing(f"{log}tests/gpu/test_d.py::test_six[x y] ") == [
+        *expected, "tests/gpu/test_d.py::test_six[x y] (still running)",
+    ]  # fmt: skip
+    assert session.failing("tests/gpu/test_a.py::test_two PASSED   [ 20%]") == []
+
+
+def test_a_step_ends_in_time_or_is_left_out_by_name(tmp_path, capsys):
+    # A child of the step holds its output open: it is ended too.
+    child = "import subprocess, sys; print('begun'); subprocess.run(['sleep', '60'])"
+    step = session.Step("slow", [sys.executable, "-u", "-c", child], 0.1)
+    found = session.run(step, tmp_path, 1.5, dict(os.environ))
+    assert found["exit"] == 124
+    assert found["seconds"] < 10
+    assert (tmp_path / "slow.txt").read_text() == "begun\n"
+    step = session.Step("absent", ["false"], 0.1, ("torch", "no_such_library"))
+    found = session.run(step, tmp_path, 1.0, {})
+    assert found["exit"] == 0
+    assert found["missing"] == ["no_such_library"]
+    assert "absent: left out, not installed: no_such_library" in capsys.readouterr().out
 
 
 def _rows(folder):
