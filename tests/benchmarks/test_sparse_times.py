@@ -11,7 +11,13 @@ def test_it_runs_and_is_right(tmp_path, capsys):
     assert sparse_times.main(arguments) == 0
     rows = json.loads(path.read_text())["results"]
     titles = {row["title"] for row in rows}
-    assert {"sparse", "exact", "eps 2^-10", "flat sparse"} <= titles
+    assert {
+        "sparse",
+        "exact",
+        "eps 2^-10, 32-bit logits",
+        "eps 2^-10, 16-bit logits",
+        "flat sparse",
+    } <= titles
     for row in rows:
         assert row["errors"]["loss"] < 1e-4, row
         if row["mode"] == "trainable":

@@ -35,6 +35,9 @@ _LOOKED = 8192
 _SCANNED = 0.75
 _SCAN_LAUNCHES, _SMALL_S = 3, 2.5e-6
 
+# Of kept slots: bytes that one entry of a tile is read by, and the share of the bandwidth that
+# packing, adding products and the tail's product reach.
+_SECTOR, _PACKED, _SUMMED = 32, 0.2, 0.67
 # Of dW from slots: the share of the bandwidth that products are written at; columns of a program
 # that sums them, programs for a column of the vocabulary, how many a processor holds, and what one
 # waits for lists, entries and products, one after the other.
@@ -185,6 +188,14 @@ def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:
         gathered = 2.0 * here * job.row_bytes / card.bandwidth if job.gathers else 0.0
         total += count * (tiles + gathered + 6 * (card.gap_s + _SMALL_S))
     return total
+
+
+def kept_seconds(job: Job, slots: int, card: Card) -> float:
+    """What so many kept slots, and the product of the tail, add to a sparse forward."""
+    packed = slots * COMPACT_ROWS * _SECTOR / (_PACKED * card.bandwidth)
+    gathered = slots * job.columns * job.item / (_STREAMED * card.bandwidth)
+    tail = job.vocabulary * job.columns * job.item / (_SUMMED * card.bandwidth)
+    return packed + gathered + tail
 
 
 def slot_gradient_seconds(job: Job, slots: int, panel: int, card: Card) -> float:

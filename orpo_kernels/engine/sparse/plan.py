@@ -44,6 +44,8 @@ LEAST_PANEL = 64
 """Columns of the products of slots, at least: in 64 panels they take a third of what the exact loop
 takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
 
+_MOST_PANEL = 1024  # wider ones are no faster
+
 _ORDER_BYTES = 28  # of a slot in the backward: its place in the lists, and what sorts them
 
 
@@ -139,6 +141,14 @@ def gradient_bytes(job: Job, groups: int, slots: int) -> int:
     """
     of_rows = job.rows * (20 + 32 * job.label_sets)
     return of_rows + job.vocabulary * (64 + 4 * groups) + 64 * job.columns + slots * _ORDER_BYTES
+
+
+def panel_columns(job: Job, left: int, groups: int, slots: int) -> int:
+    """Columns of the products of so many slots in what the store leaves, whole vectors of them."""
+    room = left - gradient_bytes(job, groups, slots)
+    most = min(_MOST_PANEL, -(-job.columns // LEAST_PANEL) * LEAST_PANEL)
+    fitting = room // (4 * max(1, slots)) // LEAST_PANEL * LEAST_PANEL
+    return max(LEAST_PANEL, min(most, fitting))
 
 
 def _lists_planned(

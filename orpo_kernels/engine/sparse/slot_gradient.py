@@ -31,7 +31,7 @@ from orpo_kernels.engine.gpu.plan import plan_backward
 from orpo_kernels.engine.operands import Operands
 from orpo_kernels.engine.problem import Problem
 from orpo_kernels.engine.scoring import is_capturing
-from orpo_kernels.engine.sparse.plan import LEAST_PANEL, gradient_bytes
+from orpo_kernels.engine.sparse.plan import panel_columns
 from orpo_kernels.engine.sparse.tail import Packed, Tail
 from orpo_kernels.engine.weight_gradient import HeadGradients
 from orpo_kernels.kernels import tuning
@@ -42,9 +42,6 @@ from orpo_kernels.kernels.order_entries import Order, order_entries
 from orpo_kernels.kernels.slot_products import SlotProducts
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.sum_products import SumProducts
-
-MOST_PANEL = 1024
-"""Columns of the products, at most: wider ones are no faster."""
 
 
 class Kept(NamedTuple):
@@ -124,7 +121,7 @@ def weight_gradient(
             return
         count = sum(counts)
         kept = _kept(inputs, statistics, slopes, tail.mean(), store, count)
-        width = _panel(sizing, tail.sums.shape[0], count)
+        width = panel_columns(sizing.job, sizing.budget, tail.sums.shape[0], count)
         products = kept.rows.new_empty((max(1, count), width))
         for target, hidden in _targets(inputs, out):
             groups = (tail.groups, tail.sums.shape[0])
@@ -172,11 +169,3 @@ def _targets(inputs: Inputs, out: HeadGradients) -> Iterator[tuple[Tensor, Tenso
     if out.bias is not None:
         rows = inputs.hidden[0].shape[:-1].numel()
         yield out.bias[:, None], out.bias.new_ones((1, 1)).expand(rows, 1)
-
-
-def _panel(sizing: Sizing, groups: int, count: int) -> int:
-    """Columns of the products that fit, whole vectors of them."""
-    room = sizing.budget - gradient_bytes(sizing.job, groups, count)
-    most = min(MOST_PANEL, -(-sizing.job.columns // LEAST_PANEL) * LEAST_PANEL)
-    fitting = room // (4 * max(1, count)) // LEAST_PANEL * LEAST_PANEL
-    return max(LEAST_PANEL, min(most, fitting))

@@ -6,7 +6,8 @@ Programs run in a random order; no two of them may touch one byte. What is not w
 import pytest
 import torch
 
-from orpo_kernels.engine.sparse import slot_gradient
+from orpo_kernels.engine.gpu.model import Job
+from orpo_kernels.engine.sparse import plan
 from orpo_kernels.engine.sparse.slot_gradient import Kept, from_slots
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
@@ -162,11 +163,10 @@ def test_what_is_given_back(groups):
 
 def test_panels_fit():
     # Few slots take the widest panel; as many as the store holds, the narrowest.
-    job = slot_gradient.Job(8192, 128256, 4096)
+    job = Job(8192, 128256, 4096)
     for budget, count, columns in (
         (2**30, 1000, 1024),
         (2**30, 500_000, 512),
         (2**28, 190_000, 320),
     ):
-        sizing = slot_gradient.Sizing(job, budget, None)
-        assert slot_gradient._panel(sizing, 2, count) == columns
+        assert plan.panel_columns(job, budget, 2, count) == columns
