@@ -86,7 +86,7 @@ def fused_output(
         fields["orpo_terms"], fields["loss"] = _orpo_terms(orpo), orpo.loss
         aux_loss = fields.get("aux_loss")
         if isinstance(aux_loss, Tensor):
-            share = _router_aux_loss_coef(model)
+            share = router_aux_loss_coef(model)
             if num_pairs is not None:  # this micro-batch's share of the step's
                 pairs = orpo.pair_mask.sum()
                 share = share * pairs / torch.as_tensor(num_pairs, device=pairs.device).clamp(min=1)
@@ -94,7 +94,7 @@ def fused_output(
     return _fused_type(type(output))(**fields)  # type: ignore[no-any-return]
 
 
-def _router_aux_loss_coef(model: nn.Module) -> Any:
+def router_aux_loss_coef(model: nn.Module) -> Any:
     """The model's own coefficient, where its class or config keeps it."""
     config = getattr(model, "config", None)
     for source in (model, config, getattr(config, "text_config", None)):

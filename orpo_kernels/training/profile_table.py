@@ -227,6 +227,12 @@ def _lengths(numbers: Sequence[int], max_length: int) -> list[Lengths]:
 def _refuse(options: Options) -> None:
     if options.training.world_size > 1:
         raise OptionError("profile is for one device: start it without torchrun or accelerate")
+    device = options.training.device
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(
+            f"profile reads the clocks of a CPU and of CUDA or ROCm devices, and not those of "
+            f"{device.type}: --use_cpu"
+        )
     if options.training.torch_compile:
         raise OptionError("profile looks between the modules of a step: leave torch_compile out")
 

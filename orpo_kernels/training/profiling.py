@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.integrations.decoder import decoder_of
+from orpo_kernels.integrations.output import router_aux_loss_coef
 from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training.trainer import ORPOTrainer
 
@@ -278,6 +279,8 @@ class LogitsTrainer(ProfilingTrainer):
         if isinstance(num_items_in_batch, Tensor):
             sets["num_nll_tokens"], sets["num_pairs"] = num_items_in_batch.unbind()
         loss = self._loss.from_logps(**sets).loss
+        if isinstance(aux_loss := getattr(output, "aux_loss", None), Tensor):
+            loss = loss + router_aux_loss_coef(self.fused_head.model) * aux_loss
         return (loss, output) if return_outputs else loss
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -41,9 +41,10 @@ CONFIG = {
 def profiling(kind: type[ProfilingTrainer], folder: Path, plan: Plan, **changes: Any) -> Any:
     """A trainer that profiles a tiny Llama on two batches of two pairs a step."""
     changes = {"gradient_accumulation_steps": 2, "max_steps": plan.total, **changes}
+    family = changes.pop("family", "llama")
     arguments = settings(folder, **changes)
     return kind(
-        build("llama"),
+        build(family),
         profile_table.parse_options([f"--{k}={v}" for k, v in arguments.items()]).training,
         train_dataset=make_pairs(LENGTHS, 4 * plan.total, VOCAB_SIZE),
         processing_class=tiny_tokenizer(),
@@ -120,12 +121,16 @@ def test_time_goes_where_it_is_spent(tmp_path: Path) -> None:
         assert least <= seconds[part] < least + 0.19, (part, seconds)
 
 
-@pytest.mark.parametrize("normalization", ["micro_batch", "global"])
-def test_logits_are_the_same_steps(normalization: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "normalization"),
+    [("llama", "micro_batch"), ("llama", "global"), ("mixtral", "micro_batch")],
+)
+def test_logits_are_the_same_steps(family: str, normalization: str, tmp_path: Path) -> None:
     losses = {}
     for kind in (ProfilingTrainer, LogitsTrainer):
         plan = Plan(2)
-        trainer = profiling(kind, tmp_path / kind.__name__, plan, loss_normalization=normalization)
+        options = {"family": family, "loss_normalization": normalization}
+        trainer = profiling(kind, tmp_path / kind.__name__, plan, **options)
         trainer.profile(plan)
         losses[kind] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert len(losses[LogitsTrainer]) == WARM_UP + 2
