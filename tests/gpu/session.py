@@ -84,17 +84,16 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
 def _tests(*, dry_run: bool) -> list[str]:
     """A line for every test as it ends, which a time limit does not take away."""
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--durations=5"]
-    tests += ["-p", "no:cacheprovider"]
-    if dry_run:
-        return [*tests, str(REPOSITORY / "tests" / "gpu")]
-    if importlib.util.find_spec("xdist") is not None:  # the kernels are compiled side by side
-        tests += ["-n", "8"]
-    return [*tests, str(REPOSITORY / "tests")]
+    tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if not dry_run and importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", "8"]  # kernels are compiled side by side
+    return [*tests, "tests/gpu"]
 
 
 def failing(log: str) -> list[str]:
     """Names of the tests that failed or ended in an error, and of one that did not end."""
-    ended = r"^(tests/\S+?::.+?) (?:FAILED|ERROR)\b|(?:FAILED|ERROR) +(tests/\S+?::.+?)(?: - .*)?$"
+    name = r"(tests/\S+?\.py(?:::.+?)?)"
+    ended = rf"^{name} (?:FAILED|ERROR)\b|(?:FAILED|ERROR) +{name}(?: - .*)?$"
     found = [(a or b).strip() for a, b in re.findall(ended, log, re.MULTILINE)]
     begun = re.search(r"^(tests/\S+?::[^\n]*\S) *\Z", log, re.MULTILINE)
     if begun is not None and not re.search(r" [A-Z]{4,}\b.*$", begun[1]):

@@ -80,10 +80,11 @@ tests/gpu/test_a.py::test_two PASSED                                     [ 20%]
 [gw1] [ 30%] FAILED tests/gpu/test_b.py::test_three[no room]
 [gw0] [ 30%] PASSED tests/gpu/test_b.py::test_four
 ERROR tests/gpu/test_c.py::test_five - RuntimeError: CUDA error
+ERROR tests/gpu/test_e.py - ModuleNotFoundError: No module named 'x'
 FAILED tests/gpu/test_b.py::test_three[no room] - assert 3 <= 2
 """
     expected = ["test_a.py::test_one[half of it-2]", "test_b.py::test_three[no room]"]
-    expected = [f"tests/gpu/{name}" for name in (*expected, "test_c.py::test_five")]
+    expected = [f"tests/gpu/{name}" for name in (*expected, "test_c.py::test_five", "test_e.py")]
     assert session.failing(log) == expected
     assert session.failing(f"{log}tests/gpu/test_d.py::test_six[x y] ") == [
         *expected, "tests/gpu/test_d.py::test_six[x y] (still running)",
