@@ -52,14 +52,27 @@ def test_one_program_reads_what_another_writes():
 
 
 @triton.jit
-def _offset_kernel(out_ptr, rows, stride):
-    tl.store(out_ptr, (rows * stride > 0).to(tl.int32))
+def _number_kernel(out_ptr, x, y, KIND: tl.constexpr):
+    if KIND == "mul":
+        number = x * y
+    elif KIND == "add":
+        number = x + y
+    else:
+        number = x - y
+    tl.store(out_ptr, number)
 
 
-def test_int32_overflow():
-    # 16,744 rows of 128,256 logits: past 2^31.
+# 16,744 rows of 128,256 logits are past 2^31; one less in either direction is not.
+@pytest.mark.parametrize(
+    ("kind", "x", "y"),
+    [("mul", 16744, 128256), ("add", 2**31 - 1, 1), ("sub", 1 - 2**31, 2)],
+)
+def test_int32_overflow(kind, x, y):
+    out = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(InterpreterError, match="overflow"):
-        _offset_kernel[(1,)](torch.zeros(1, dtype=torch.int32), 16744, 128256)
+        _number_kernel[(1,)](out, x, y, KIND=kind)
+    _number_kernel[(1,)](out, x - 1 if x > 0 else x + 1, y, KIND=kind)
+    assert out.item() == {"mul": 16743 * 128256, "add": 2**31 - 1, "sub": -(2**31)}[kind]
 
 
 @triton.jit
