@@ -23,9 +23,10 @@ from orpo_kernels.options import LogpsOptions
 from tests.kernels.interpreted.engine import as_on_a_gpu
 from tests.kernels.interpreted.plugin import launches
 
-# N = 150: two blocks of 64 rows and a ragged one. V = 1003: no vector and no tile divides it.
-# At eps an eighth of the entries is kept, and a quarter of the mass is an average.
-N, H, V, EPS = 150, 24, 1003, 2.0**-5
+# N = 150: of the scored ones a block of 64 and a ragged one. V = 523: no vector and no tile divides
+# it, three blocks of 256.
+# At eps a seventh of the entries is kept, and a quarter of the mass is an average.
+N, H, V, EPS = 150, 24, 523, 2.0**-4
 BLOCKS = 3_000_000  # bytes; with them the tiles of a test are 64 x 256
 
 
