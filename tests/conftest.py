@@ -1,4 +1,4 @@
-"""Every test: a seed of its own, fresh memory filled with NaN, nothing fetched."""
+"""Every test: a seed of its own, fresh memory filled with NaN, nothing fetched; slow ones first."""
 
 import os
 
@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from orpo_kernels.engine import gemm
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: what is left for the other workers to take in the end is short."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ BUDGETS_OF = "3.9.0"
 
 
 # A consumer card with 99 KiB, a data-centre card, and AMD's 64-lane warps.
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [89, 90, "gfx942"])
 def test_every_kernel_fits_without_spills(target, monkeypatch):
     if (found := metadata.version("triton")) != BUDGETS_OF:

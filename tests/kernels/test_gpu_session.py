@@ -12,6 +12,7 @@ from benchmarks import layout_steps
 from tests.gpu import session
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     command = [sys.executable, "-m", "tests.gpu.session", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

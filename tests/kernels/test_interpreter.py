@@ -16,11 +16,23 @@ pytest.importorskip("triton")
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((Path(__file__).parent / "interpreted").glob("check_*.py"))
+# Of the longest, several processes: pytest's workers have parts of like length to take.
+PARTS = {"check_scan": 2, "check_sparse_loss": 3, "check_sparse_selftest": 2}
+CASES = [
+    pytest.param(path, f"{part}/{count}", id=f"{path.stem.removeprefix('check_')}-{part}")
+    for path in FILES
+    for count in (PARTS.get(path.stem, 1),)
+    for part in range(1, count + 1)
+]
+
+
+def test_the_parts_are_of_files_there_are():
+    assert {path.stem for path in FILES} >= set(PARTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("check_"))
-def test_interpreted(path):
+@pytest.mark.parametrize(("path", "part"), CASES)
+def test_interpreted(path, part):
     # numpy's and torch's threads fight over small blocks: one each.
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
@@ -28,6 +40,7 @@ def test_interpreted(path):
     command = [
         sys.executable, "-m", "pytest", "-p", "tests.kernels.interpreted.plugin",
         "-p", "no:cacheprovider", "-o", "python_files=check_*.py", "--tb=short", "-W", "error",
+        "--part", part,
         "-W", "ignore:overflow encountered in exp:RuntimeWarning",  # of lanes that are masked out
         # Sums of live columns, which are not taken.
         "-W", "ignore:overflow encountered in reduce:RuntimeWarning",

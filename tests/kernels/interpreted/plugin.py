@@ -21,6 +21,15 @@ launches: list[str] = []  # names of the kernels launched so far
 programs: list[tuple[str, int]] = []  # those started by the loops of a GPU, with their programs
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="2/3: of every three tests the second")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, count = map(int, config.getoption("--part").split("/"))
+    items[:] = items[part - 1 :: count]
+
+
 def pytest_configure():
     strict.install()
     # Three processors: rows are split at these sizes, and the programs stay few.
