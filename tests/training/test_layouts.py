@@ -190,3 +190,25 @@ def test_dropout_of_an_adapter_does_not_reach_the_check(tmp_path: Path) -> None:
         model(**batch)
     assert torch.equal(torch.random.get_rng_state(), state)
     history(trainer)
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path: Path) -> None:
+    # At the level of the model, both layouts: tests/integrations/test_fused_compile.py.
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    eager, compiled = (
+        history(
+            make(
+                tmp_path / str(compiles),
+                build("llama", num_hidden_layers=1, attn_implementation="sdpa"),
+                torch_compile=compiles,
+                torch_compile_backend="aot_eager" if compiles else None,
+                batch_layout="shared_prompt",
+                peft_config=lora,
+                max_steps=2,
+            )
+        )
+        for compiles in (False, True)
+    )
+    torch._dynamo.reset()
+    assert changed(compiled, eager) < TOLERANCE

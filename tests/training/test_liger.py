@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +43,41 @@ def test_layers_without_losses(
 def test_the_names_are_ligers(family: str) -> None:
     patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[family]
     assert set(inspect.signature(patch).parameters) >= LOSSES.keys()
+
+
+# Of Liger's layers the rotary positions run in Triton's interpreter: norms and SwiGLU call `.to` on
+# scalars, which are plain numbers there. Patches stay, hence a process, and the plain run first.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from tests.tiny_models import build
+from tests.training.runs import history, make
+from transformers.models.llama import modeling_llama
+
+def losses(name, **options):
+    model = build("llama", num_hidden_layers=1)
+    logs = history(make(Path(sys.argv[1]) / name, model, max_steps=2, **options))
+    return [[log["loss"], log["grad_norm"]] for log in logs[:-1]]
+
+config = {"rms_norm": False, "swiglu": False}
+found = {"plain": losses("plain")}
+for layout in ("padded", "packed", "shared_prompt"):
+    options = {"use_liger_kernel": True, "liger_kernel_config": config}
+    found[layout] = losses(layout, batch_layout=layout, **options)
+assert modeling_llama.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_its_positions_are_those_of_every_layout(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    for layout in ("padded", "packed", "shared_prompt"):
+        for one, other in zip(found[layout], found["plain"], strict=True):
+            assert one == pytest.approx(other, rel=1e-5), layout
