@@ -236,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": machine.versions(), "results": results,
     }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{len(results)} results in {path}")
+    skipped = sum("skipped" in result for result in results)
+    print(f"{len(results)} results in {path}, {skipped} of them no figures")
     return code
 
 

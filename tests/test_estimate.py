@@ -318,7 +318,11 @@ def test_command_takes_a_recipe_and_a_known_name(capsys):
         (["--pairs", "1"], "which model"),
         (["--model", "no/such-model-here"], "one of SmolLM2-135M"),
         (["--model", "Llama-3-8B", "--max_lenght", "1"], "did you mean"),
-        (["--model", "Llama-3-8B", "--prompt_length", "1025"], "prompt_length must be 0 to"),
+        (["--model", "Llama-3-8B", "--prompt_length", "9"], "and this is padded"),
+        (
+            ["--model", "Llama-3-8B", "--batch_layout=shared_prompt", "--prompt_length", "1025"],
+            "prompt_length must be 0 to",
+        ),
     ],
 )
 def test_command_rejects(words, message, capsys):

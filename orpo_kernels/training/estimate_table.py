@@ -173,7 +173,11 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--prompt_length", "--prompt-length", type=int, default=0)
     own, rest = parser.parse_known_args(list(words))
     options = parse_options([long_name(word) for word in rest], elsewhere=True)
-    longest = options.training.resolved_max_length
+    layout, longest = options.training.batch_layout, options.training.resolved_max_length
+    if own.prompt_length and layout != "shared_prompt":
+        raise ValueError(
+            f"prompt_length is what batch_layout shared_prompt computes once, and this is {layout}"
+        )
     if not 0 <= own.prompt_length <= longest:
         raise ValueError(
             f"prompt_length must be 0 to max_length {longest}, got {own.prompt_length}"
