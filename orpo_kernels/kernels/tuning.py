@@ -101,10 +101,11 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
         TABLE["tail_product", _class, _dtype] = (Row(512, 4, 8),)
-        TABLE["given_back", _class, _dtype] = (Row(512, 4, 8),)
+        TABLE["given_back", _class, _dtype] = (Row(512, 8 // _lanes, 4 * _lanes),)
         # Columns of a panel; slots a step, and of sums the lanes of a program.
         TABLE["slot_products", _class, _dtype] = (Row(128 // _lanes, 4 * _lanes, 64 // _lanes),)
-        TABLE["sum_products", _class, _dtype] = (Row(256, 4 // _lanes, 16),)
+        _wide_sums = _dtype == torch.float32  # 16 lanes of these spill with Triton 3.6
+        TABLE["sum_products", _class, _dtype] = (Row(256, 4 // _lanes, 8 if _wide_sums else 16),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
     TABLE["dropped_rows", _class, torch.float32] = (Row(32, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
@@ -176,10 +177,15 @@ for _class, _stages, _limit in (
 
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
+for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_80, and four on sm_100
+    TABLE["scan", "datacenter", _dtype] = (Row(16, 4, 64),)
+    TABLE["scan", "blackwell", _dtype] = (Row(16, 2, 64),)
 # 16-bit logits with every option on: with twice the warps Triton 3.6 spills on sm_120.
 for _dtype in _NARROW:
     TABLE["softmax_rows", "consumer", _dtype] = (Row(1024, 4),)
     TABLE["softmax_few_rows", "consumer", _dtype] = (Row(4096, 8),)
+for _dtype in (torch.float32, *_NARROW):  # rows on no vector: more warps spill on sm_100, likewise
+    TABLE["given_back", "blackwell", _dtype] = (Row(256, 4, 4),)
 for (_kernel, _class, _dtype), _all in list(TABLE.items()):
     if _class == "datacenter" and (_kernel, "blackwell", _dtype) not in TABLE:
         TABLE[_kernel, "blackwell", _dtype] = tuple(
