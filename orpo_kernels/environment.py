@@ -38,7 +38,8 @@ def environment_report(
         backends["no C++, because"] = native.cpu_backend_reason()
     owners = [*class_owners(), *(head_owners(model) if model is not None else ())]
     patches = "\n".join(f"  {owner}" for owner in dict.fromkeys(owners)) or "  nobody, so far"
-    found = "\n".join(f"  {name}={value}" for name, value in switches().items()) or "  none"
+    lines = (f"  {name}={' '.join(value.split())}" for name, value in switches().items())
+    found = "\n".join(lines) or "  none"
     return (
         f"{headline(environment(where), backends)}\n"
         f"switches that are set:\n{found}\n"

@@ -48,3 +48,15 @@ def test_same_losses(tmp_path: Path) -> None:
         assert ours["unsloth"]
         assert ours["fused"]
         assert difference(ours["logs"], theirs["logs"]) < 1e-5
+
+
+def test_the_report_names_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "orpo_kernels", "env", "--device=cpu", "--import", "unsloth"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        env=os.environ | unsloth_run.ON_A_CPU | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "UNSLOTH_ALLOW_CPU=1" in done.stdout
+    # On import it replaces forwards of mixtures of experts.
+    assert "Unsloth (Qwen3MoeForCausalLM.forward is unsloth_zoo." in done.stdout

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tests.environments.page import after
 
-os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_ZOO_DISABLE_GPU_INIT": "1"}
+ON_A_CPU = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_ZOO_DISABLE_GPU_INIT": "1"}
 
 if __name__ == "__main__":
+    os.environ |= ON_A_CPU
     import unsloth  # noqa: F401 - the order that Unsloth documents
     from unsloth.models.rl import patch_trl_rl_trainers
 

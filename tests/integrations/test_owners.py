@@ -89,6 +89,7 @@ def test_the_error_of_a_head_that_is_not_called_names_the_owner(
 
 def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "1")
+    monkeypatch.setenv("UNSLOTH_IGNORED_TOKENIZER_NAMES", "one\ntwo")  # it sets lines
     monkeypatch.setenv("SOME_TOKEN", "secret")
     trl.patch_trl()
     try:
@@ -98,7 +99,7 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     finally:
         trl.unpatch_trl()
     for said in (
-        "orpo_kernels ", "torch ", "UNSLOTH_RETURN_LOGITS=1", "cpu: ",
+        "orpo_kernels ", "torch ", "UNSLOTH_RETURN_LOGITS=1", "TOKENIZER_NAMES=one two", "cpu: ",
         "orpo_kernels (trl.experimental.orpo.ORPOTrainer.concatenated_forward is",
         f"TRL ({MODEL}.forward of this model is trl.trainer.utils",
     ):  # fmt: skip
