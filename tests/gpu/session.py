@@ -61,9 +61,9 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
 
     sparse, whole = "benchmarks.sparse_times", ("peft", "transformers")
     chosen = [
-        Step("tests", _tests(dry_run=dry_run), 0.22),
+        Step("tests", _tests(dry_run=dry_run), 0.2),
         Step("budgets", script("benchmarks.budgets", 0.18, "budgets.json"), 0.18),
-        Step("eps", script(sparse, 0.04, "eps.json", "--only", "eps"), 0.04),
+        Step("eps", script(sparse, 0.06, "eps.json", "--only", "eps"), 0.06),
         Step("sparse", script(sparse, 0.12, "sparse.json", "--but", "eps"), 0.12),
         Step("models", script("benchmarks.model_step", 0.14, "models.json"), 0.14, whole),
     ]
@@ -86,19 +86,25 @@ def _tests(*, dry_run: bool) -> list[str]:
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--durations=5"]
     tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if not dry_run and importlib.util.find_spec("xdist") is not None:
-        tests += ["-n", "8"]  # kernels are compiled side by side
+        tests += ["-n", "12"]  # kernels are compiled side by side
     return [*tests, "tests/gpu"]
 
 
 def failing(log: str) -> list[str]:
-    """Names of the tests that failed or ended in an error, and of one that did not end."""
-    name = r"(tests/\S+?\.py(?:::.+?)?)"
-    ended = rf"^{name} (?:FAILED|ERROR)\b|(?:FAILED|ERROR) +{name}(?: - .*)?$"
-    found = [(a or b).strip() for a, b in re.findall(ended, log, re.MULTILINE)]
-    begun = re.search(r"^(tests/\S+?::[^\n]*\S) *\Z", log, re.MULTILINE)
-    if begun is not None and not re.search(r" [A-Z]{4,}\b.*$", begun[1]):
-        found.append(f"{begun[1]} (still running)")
-    return list(dict.fromkeys(found))
+    """Names of the tests that failed or ended in an error, and of those that did not end."""
+    name, outcome = r"(tests/\S+?\.py(?:::.+?)?)", "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+    begun, ended = dict[str, str](), dict[str, str]()
+    for line in log.splitlines():
+        if found := re.match(rf"{name} {outcome}\b", line):  # of one process
+            ended.setdefault(found[1], found[2])
+        elif found := re.search(
+            rf"\b{outcome} +{name} *(?: - .*)?$", line
+        ):  # of workers; the summary
+            ended.setdefault(found[2], found[1])
+        elif found := re.fullmatch(rf"{name} *", line):
+            begun[found[1]] = "still running"
+    wrong = [test for test, how in ended.items() if how in ("FAILED", "ERROR")]
+    return wrong + [f"{test} ({how})" for test, how in begun.items() if test not in ended]
 
 
 def run(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> dict[str, object]:
@@ -127,13 +133,14 @@ def run(step: Step, out: Path, seconds: float, environment: dict[str, str]) -> d
     return {"step": step.name, "exit": code, "seconds": round(spent, 1)}
 
 
-def summary(out: Path) -> str:
-    """The two tables, and last of all the tests that failed."""
+def summary(out: Path, code: object) -> str:
+    """The two tables, and last of all the tests that failed, and how all of them ended."""
     eps = (out / "eps.txt").read_text().splitlines()
     wrong = failing((out / "tests.txt").read_text())
     names = "".join(f"\n  {name}" for name in wrong) or " none"
     table = "\n".join(line for line in eps if not line.startswith(" "))
-    return f"{(out / 'budgets.txt').read_text()}{table}\nFailed tests:{names}\n"
+    tests = f"Tests ended with {code}; failed:{names}"
+    return f"{(out / 'budgets.txt').read_text()}{table}\n{tests}\n"
 
 
 def main() -> int:
@@ -154,7 +161,7 @@ def main() -> int:
         seconds = max(1.0, until - (time.perf_counter() - begin))
         done.append(run(step, out, seconds, environment))
         (out / "session.json").write_text(json.dumps(done, indent=1))
-    sys.stdout.write(summary(out))
+    sys.stdout.write(summary(out, done[0]["exit"]))
     return int(any(each["exit"] != 0 for each in done))
 
 

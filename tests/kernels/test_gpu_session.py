@@ -23,7 +23,7 @@ def test_dry_run(tmp_path):
     # Last of all: the table of budgets, that of eps, and the tests that failed.
     last = done.stdout[done.stdout.rindex((tmp_path / "budgets.txt").read_text()) :]
     lines = last.splitlines()
-    assert lines[-1] == "Failed tests: none"
+    assert lines[-1] == "Tests ended with 0; failed: none"
     assert [line.split()[:3] for line in lines[-9:-1]] == [
         ["frozen", "eps", f"{power},"] for power in 2 * ("2^-10", "2^-12", "2^-14", "0")
     ]
@@ -78,6 +78,8 @@ def test_the_names_of_failing_tests():
     log = """
 tests/gpu/test_a.py::test_one[half of it-2] FAILED                       [ 10%]
 tests/gpu/test_a.py::test_two PASSED                                     [ 20%]
+tests/gpu/test_b.py::test_three[no room]
+tests/gpu/test_b.py::test_four
 [gw1] [ 30%] FAILED tests/gpu/test_b.py::test_three[no room]
 [gw0] [ 30%] PASSED tests/gpu/test_b.py::test_four
 ERROR tests/gpu/test_c.py::test_five - RuntimeError: CUDA error
