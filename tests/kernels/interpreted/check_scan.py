@@ -9,7 +9,7 @@ import torch
 
 from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop
-from orpo_kernels.kernels import live_columns, scan_state, tuning
+from orpo_kernels.kernels import live_columns, scan, scan_state, tuning
 from orpo_kernels.kernels.slot_store import ScanShape
 from orpo_kernels.linear_logps import certified_logps, linear_logps
 from orpo_kernels.options import LogpsOptions
@@ -92,6 +92,8 @@ def test_adversarial_tiles(gpu, shape, seed, monkeypatch):
     monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
     logits, labels, groups = adversary(seed)
     gpu(shape._replace(slots=(1024, 260, 40)[seed % 3]))  # room for all, for most, for few
+    for module in (scan, live_columns):  # spans are added in one step, or in as many as there are
+        monkeypatch.setattr(module, "SPANS", 1 if seed % 2 else 16)
     logps, certificate, found = run(logits, labels, groups)
     _, u = entries(logits, labels)
     expected = torch.log_softmax(logits.double(), 1).gather(1, labels[:, None])[:, 0]
