@@ -33,7 +33,7 @@ page is written by `python -m benchmarks.report`.
 - **N** scored tokens: chosen prompt and answer, rejected answer. `N / 2PT` is their share of the
   padded batch, with the lengths of real preference pairs. Implementations of a per-token primitive
   get the scored rows; implementations of the whole loss (TRL ORPO, Liger) get the padded batch, as
-  their users do.
+  their users do, and so does TRL's `add_fused_lm_head`, which on a CPU computes all of it.
 - **passes**: matrix products counted while it runs, in units of 2·N·V·H FLOP.
 - **peak** is over the inputs and includes the gradients, in a process of its own (CPU: resident
   memory).
@@ -73,7 +73,10 @@ def render_page(runs: list[Run], pictures: dict[str, list[tuple[str, Path]]], fo
     """The whole of docs/benchmarks.md."""
     parts = ["# Benchmarks", HOW_TO_READ]
     if all(run.device != "cuda" for run in runs):
-        parts.append("No GPU has been measured yet: `make bench-gpu` writes its tables here.")
+        parts.append(
+            "This race has not been run on a GPU (`make bench-gpu` writes its tables here); what "
+            "was measured on one is in README and `benchmarks/results/nvidia-h200/`."
+        )
     for run in runs:
         parts += [_machine(run), "### Where a peer is faster or leaner", peers_ahead(run)]
         for caption, path in pictures.get(run.slug, []):
