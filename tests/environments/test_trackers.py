@@ -41,7 +41,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
     train(tmp_path, "wandb")
-    wandb.finish()
+    wandb.teardown()  # waits for the process that writes, which finish() does not
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     written = log.read_bytes()  # records of protobuf, their names as they are
     for name in METRICS:
