@@ -63,6 +63,7 @@ def test_equals_the_unfused_model(backend: str, model: nn.Module) -> None:
             assert_same_step(compiled_step(compiled, batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "shared_prompt"])
 def test_a_layout_breaks_the_graph_once(layout: str) -> None:
     model = build("llama", num_hidden_layers=1, attn_implementation="sdpa")

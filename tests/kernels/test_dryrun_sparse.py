@@ -60,6 +60,7 @@ def whole_loss(rows, H, V, *, trains=True, sets=1, bias=False, budget=BUDGET):
     return store.shape[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 89, 90])
 def test_the_whole_sparse_loss(engine, architecture):
     # Of a device that is not there nothing can be read: a forward that waits for it fails here.
