@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -54,6 +55,8 @@ def main(folder: Path, case: str) -> None:
     options = CASES["split" if stacked else case]
     trainer = run(folder / case, ROWS, stacked, **options, ddp_backend="gloo")
     torch.save(dict(trainer.model.state_dict()), folder / f"{case}-{trainer.args.process_index}.pt")
+    # gloo's threads must not outlive the interpreter: a rank was seen to abort after its last line.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

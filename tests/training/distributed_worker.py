@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import IterableDataset
 
 from tests.training.runs import make, pairs
@@ -66,6 +67,8 @@ def main(folder: Path) -> None:
         # A model that is fused for its trainer's calls only, also beneath DDP.
         assert trainer.model(input_ids=torch.ones(3, 2).long(), labels=torch.ones(3, 2).long()).loss
         torch.save(dict(trainer.model.state_dict()), path.with_suffix(".pt"))
+    # gloo's threads must not outlive the interpreter: a rank was seen to abort after its last line.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

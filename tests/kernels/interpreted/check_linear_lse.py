@@ -207,7 +207,7 @@ def test_log_probs_and_weight_gradient_without_a_tile(chosen, low_rank):
     block = [*["take_rows"] * low_rank, "linear_lse_pointers_transformed", "combine_rows"]
     blocks = block * (2 if low_rank else 1)
     assert launches[before:] == [
-        "score_rows", "label_terms", "take_rows", *blocks, "finish_rows",
+        "score_rows", "choose_rows", "label_terms", "take_rows", *blocks, "finish_rows",
     ]  # fmt: skip
     wide = [each.detach().double() for each in (hidden, weight, bias)]
     wide[1].requires_grad_()
