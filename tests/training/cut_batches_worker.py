@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -15,7 +14,7 @@ from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training import PreferenceCollator, prepare_dataset
 from tests.tiny_models import build, tiny_tokenizer
-from tests.training.runs import pairs, settings
+from tests.training.runs import leave, pairs, settings
 
 ROWS = pairs(7, ragged=False)  # of one length: the mean of two ranks' means is the mean of all
 # Batches of 4 pairs over both ranks: joined from two and cut, or made whole and cut.
@@ -55,8 +54,7 @@ def main(folder: Path, case: str) -> None:
     options = CASES["split" if stacked else case]
     trainer = run(folder / case, ROWS, stacked, **options, ddp_backend="gloo")
     torch.save(dict(trainer.model.state_dict()), folder / f"{case}-{trainer.args.process_index}.pt")
-    # gloo's threads must not outlive the interpreter: a rank was seen to abort after its last line.
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

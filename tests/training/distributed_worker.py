@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import IterableDataset
 
-from tests.training.runs import make, pairs
+from tests.training.runs import leave, make, pairs
 
 CASES: dict[str, dict[str, Any]] = {
     # 4 pairs for each step, however they are spread; 20 tokens: some rows have no answer left.
@@ -67,8 +66,7 @@ def main(folder: Path) -> None:
         # A model that is fused for its trainer's calls only, also beneath DDP.
         assert trainer.model(input_ids=torch.ones(3, 2).long(), labels=torch.ones(3, 2).long()).loss
         torch.save(dict(trainer.model.state_dict()), path.with_suffix(".pt"))
-    # gloo's threads must not outlive the interpreter: a rank was seen to abort after its last line.
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
