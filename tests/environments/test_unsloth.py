@@ -25,13 +25,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(folder: Path, *mode: str) -> dict[str, Any]:
+def run(folder: Path, *mode: str, on_a_gpu: bool = False) -> dict[str, Any]:
+    """What `unsloth_run.py` writes of a run in this mode."""
+    hidden = {} if on_a_gpu else unsloth_run.ON_A_CPU | {"CUDA_VISIBLE_DEVICES": ""}
     logs = folder / ("-".join(("logs", *mode)) + ".json")
     arguments = [folder / "base", folder / "rows.json", logs, *mode]
     done = subprocess.run(
         [sys.executable, unsloth_run.__file__, *map(str, arguments)],
         cwd=folder, capture_output=True, text=True, timeout=400,  # it leaves a cache where it runs
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | hidden,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(json.loads(logs.read_text()))

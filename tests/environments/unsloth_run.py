@@ -1,4 +1,7 @@
-"""One run of Unsloth's trainer, which is imported first: `MODEL ROWS LOGS [subclass | patch]`."""
+"""One run of Unsloth's trainer, which is imported first: `MODEL ROWS LOGS [subclass | patch]`.
+
+On a GPU, unless the environment says what `ON_A_CPU` does.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ from tests.environments.page import after
 ON_A_CPU = {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_ZOO_DISABLE_GPU_INIT": "1"}
 
 if __name__ == "__main__":
-    os.environ |= ON_A_CPU
+    use_cpu = "UNSLOTH_ALLOW_CPU" in os.environ
     import unsloth  # noqa: F401 - the order that Unsloth documents
     from unsloth.models.rl import patch_trl_rl_trainers
 
@@ -37,7 +40,7 @@ if __name__ == "__main__":
     trainer = ORPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train(),
         args=ORPOConfig(
-            output_dir=logs + ".out", use_cpu=True, bf16=False, per_device_train_batch_size=2,
+            output_dir=logs + ".out", use_cpu=use_cpu, bf16=False, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, max_steps=5, logging_steps=1, learning_rate=2e-3,
             max_length=64, beta=0.3, report_to="none", disable_tqdm=True, save_strategy="no",
         ),
