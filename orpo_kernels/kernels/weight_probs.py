@@ -6,7 +6,7 @@
 R rows, C columns, M rows of the coefficients (`coefficients.py`). Float32 arithmetic, rounded once,
 in the GEMMs' dtype; float16 over `unit`. The labels' entries stand in P: the GEMM sums them, however
 often a label repeats. Bytes: the tile read, P written; P may take the memory of logits of at most
-BLOCK columns, as a program has read its row before it writes.
+BLOCK columns, as every warp of a program has read its part of a row before one writes.
 """
 
 import triton
@@ -68,6 +68,9 @@ def _weight_probs_kernel(
         p = p / tl.load(unit_ptr)
 
     p = tl.where(column < C, p, 0.0)
+    if not KEPT:
+        # P may lie over the logits, at half their distance: where other warps still read theirs.
+        tl.debug_barrier()
     out = probs_ptr + tile_row * whole_vectors(stride_probs, True, VECTOR)
     tl.store(out + column, p.to(probs_ptr.dtype.element_ty), mask=inside)
 
