@@ -4,3 +4,8 @@
 signature, `truth.py` refuses to time a wrong result, `measure.py` times, `memory.py` weighs,
 `run.py` writes the JSON and `report.py` the tables and the pictures.
 """
+
+import time
+
+BEGUN = time.perf_counter()
+"""When this process began with it: what it imports after this counts as time of a benchmark."""

@@ -7,31 +7,37 @@
 A Llama with random weights and LoRA on every linear layer, gradient checkpointing, AdamW; TRL's
 ORPO on its logits, and ours padded, packed and with the prompt once. All of them take the same
 batches: pairs whose lengths are those of real ones (`lengths.py`), in random order. Tokens per
-second are those a user has, both sequences without padding, whatever is computed. Each round of
-ours runs between two of TRL's, and its speed is the ratio of the two times.
+second are those a user has, both sequences without padding, whatever is computed. Losses are
+compared with TRL's before anything is timed; then rounds in turns (`turns.py`), and the speed of
+each is the ratio of TRL's turns before and after it to its own. A padded batch is computed with
+sdpa always, as its users do; rows with the attention of the shape. The JSON is written whenever it
+says more, a case is printed when it ends; half of the time that is left is a case's.
 """
 
 import argparse
+import gc
+import importlib.util
 import json
-import os
 import random
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, settings
+from benchmarks import BEGUN, machine, settings
+from benchmarks.contention import MOST_WAITING, threads, waiting_share
 from benchmarks.lengths import natural_lengths
-from benchmarks.model_step import LLAMA_1B, TINY, Model, build
+from benchmarks.measure import Stopwatch
+from benchmarks.model_step import LLAMA_1B, TINY, Model, Row, Rows, build
 from benchmarks.peers import BETA, trl_trainer
 from benchmarks.results import FOLDER
+from benchmarks.turns import Seconds, median_iqr, ratios, saying, take_turns
 from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.layout import BatchLayout, lay_out
 
@@ -62,7 +68,11 @@ SHAPES = {
     "1b-flex-16k": Shape(Model("Llama-3.2-1B", "llama", LLAMA_1B, False, ()), "flex_attention", 16),
     "1b-flash": Shape(Model("Llama-3.2-1B", "llama", LLAMA_1B, False, ()), "flash_attention_2", 4),
 }
+# The cheapest and most telling first.
 PLANS = {"cpu": ("small",), "cuda": ("1b", "1b-flex", "1b-flex-4k", "1b-flash", "1b-flex-16k")}
+PAIRS = 4  # of a round, in batches of 1, 2 or 4
+ROUNDS = {"cpu": 2, "cuda": 3}
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of a loss; float32, and bfloat16 by autocast
 Batch = dict[str, Tensor]
 
 
@@ -107,69 +117,164 @@ def user_tokens(made: list[Batch]) -> int:
     return sum(int(batch["attention_mask"].sum()) for batch in made)
 
 
-def loss_of(model: nn.Module, name: str, device: str) -> Callable[[Batch], Tensor]:
+class Done(NamedTuple):
+    """Of a batch: the loss, and how many tokens the model computed where the batch does not say."""
+
+    loss: Tensor
+    computed: Tensor | None = None
+
+
+def loss_of(model: nn.Module, name: str, device: str) -> Callable[[Batch], Done]:
     """The loss of a batch: TRL's own trainer, or ours in a layout."""
     if name == TRL:
         return _trl_loss(model, device)
     fused = fuse_head(model, loss=ORPOLoss(beta=BETA), layout=name)
     fused.unfuse()
 
-    def ours(batch: Batch) -> Tensor:
+    def ours(batch: Batch) -> Done:
         with fused.active():
-            return model(**batch, use_cache=False).loss  # type: ignore[no-any-return]
+            output = model(**batch, use_cache=False)
+        return Done(output.loss, (output.get("layout_terms") or {}).get("computed_tokens"))
 
     return ours
 
 
-def _trl_loss(model: nn.Module, device: str) -> Callable[[Batch], Tensor]:
+def _trl_loss(model: nn.Module, device: str) -> Callable[[Batch], Done]:
     trainer = trl_trainer(device)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: Batch) -> Done:
         columns = {}
         for side, half in (("chosen", 0), ("rejected", 1)):
             for name in ("input_ids", "attention_mask", "labels"):
                 columns[f"{side}_{name}"] = batch[name].chunk(2)[half]
-        return trainer.get_batch_loss_metrics(model, columns)[0]
+        return Done(trainer.get_batch_loss_metrics(model, columns)[0])
 
     return loss
+
+
+class Record:
+    """The rows so far, and the JSON they are written to."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.rows = Rows()
+        self.path = options.json or FOLDER / machine.slug(options.device) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        command = f"python -m benchmarks.layout_steps --device {options.device} --pairs"
+        self.about = {
+            "command": " ".join([command, *(str(pairs) for pairs in options.pairs)]),
+            "commit": machine.commit(), "machine": machine.describe(options.device),
+            "versions": machine.versions(),
+        }  # fmt: skip
+
+    def save(self) -> None:
+        """Write what there is."""
+        self.path.write_text(json.dumps({**self.about, "results": self.rows}, indent=1) + "\n")
 
 
 class Steps:
     """A model and its batches; `run(name)` takes one step on each batch."""
 
-    def __init__(self, shape: Shape, pairs: int, count: int, device: str) -> None:
-        self.device, self.batches = device, batches(shape, pairs, count, device)
-        self.model = build(shape.model, device)
-        self.model.get_base_model().set_attn_implementation(shape.attention)
-        if device == "cpu":
-            self.model.float()
-        trained = [each for each in self.model.parameters() if each.requires_grad]
-        # So slow that the weights stay: everybody computes the same losses.
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-9)
-        self.losses = {name: loss_of(self.model, name, device) for name in IMPLEMENTATIONS}
+    def __init__(self, model: nn.Module, shape: Shape, pairs: int, device: str) -> None:
+        self.model, self.device, self.attention = model, device, shape.attention
+        self.batches = batches(shape, pairs, PAIRS // pairs, device)
+        self.clock = Stopwatch(device)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        # With steps of nothing the weights stay: everybody computes the same losses.
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)
+        self.weights_bytes = torch.cuda.memory_allocated() if device == "cuda" else 0
+        self.losses: dict[str, Callable[[Batch], Done]] = {}
 
-    def run(self, name: str) -> list[float]:
-        """The loss of each batch."""
+    def attend(self, name: str) -> str:
+        """How batches are computed from here on: by the shape's attention where in rows."""
+        attention = "sdpa" if name in (TRL, "padded") else self.attention
+        self.model.get_base_model().set_attn_implementation(attention)
+        return attention
+
+    def run(self, name: str) -> list[Done]:
+        """A step on each batch."""
         found = []
         for batch in self.batches:
             self.optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                loss = self.losses[name](batch)
-            loss.backward()
+                done = self.losses[name](batch)
+            done.loss.backward()
             self.optimizer.step()
-            found.append(loss.detach())
-        return [float(each) for each in found]
+            found.append(Done(done.loss.detach(), done.computed))
+        return found
 
-    def computed(self, name: str) -> int:
-        """Tokens the model computes for all batches."""
-        if name in (TRL, "padded"):
-            return sum(batch["input_ids"].numel() for batch in self.batches)
-        total = 0
-        with torch.no_grad(), fuse_head(self.model, layout=name, check=False):
-            for batch in self.batches:
-                arguments = {k: v for k, v in batch.items() if k != "nll_labels"}
-                total += int(self.model(**arguments).layout_terms["computed_tokens"])
-        return total
+    def first(self, name: str) -> Row:
+        """Losses, tokens computed and peak memory of the first steps, or why there are none."""
+        cuda = self.device == "cuda"
+        try:
+            attention = self.attend(name)
+            self.losses[name] = loss_of(self.model, name, self.device)
+            self.optimizer.zero_grad(set_to_none=True)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            found = self.run(name)
+        except (ImportError, NotImplementedError, torch.cuda.OutOfMemoryError) as error:
+            return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return {
+            "attention": attention,
+            "losses": [float(done.loss) for done in found],
+            "computed_tokens": sum(
+                batch["input_ids"].numel() if done.computed is None else int(done.computed)
+                for batch, done in zip(self.batches, found, strict=True)
+            ),
+            "peak_bytes": torch.cuda.max_memory_allocated() - self.weights_bytes if cuda else None,
+        }
+
+    def turn(self, name: str) -> float:
+        """Seconds of a step on each batch."""
+        self.attend(name)
+        return self.clock(lambda: self.run(name))
+
+
+def refuse_other_losses(rows: dict[str, Row], device: str) -> None:
+    """A row whose losses are not TRL's has failed, and is not timed."""
+    expected = rows[TRL].get("losses")
+    for row in rows.values():
+        for mine, theirs in zip(row.get("losses", ()), expected or (), strict=False):
+            if not abs(mine - theirs) <= TOLERANCE[device] * abs(theirs):
+                row["failed"] = f"its loss is {mine:.5f}, TRL's {theirs:.5f}"
+
+
+def run_case(
+    steps: Steps, case: Row, until: float, say: Callable[[str], None], record: Record
+) -> None:
+    """Adds the rows of a case to the record, which is written whenever they say more."""
+    device, rows = steps.device, dict[str, Row]()
+    tokens = user_tokens(steps.batches)
+    for name in IMPLEMENTATIONS:
+        rows[name] = {**case, "implementation": name, "tokens": tokens, **steps.first(name)}
+        record.rows.append(rows[name])
+        say(f"{case['case']}, {name}: first steps")
+    refuse_other_losses(rows, device)
+    for row in rows.values():
+        row.pop("losses", None)
+    record.save()
+
+    def add(taken: Seconds) -> None:
+        for name, seconds in taken.items():
+            rows[name]["time_ms"] = median_iqr([1e3 * each for each in seconds])
+            rows[name]["tokens_per_s"] = median_iqr([tokens / each for each in seconds])
+            if TRL in taken:
+                rows[name]["speed_of_trl"] = median_iqr([1 / each for each in ratios(taken, name)])
+        record.save()
+
+    right = [name for name, row in rows.items() if not {"skipped", "failed"} & row.keys()]
+    turns = {name: partial(steps.turn, name) for name in right}
+    start = threads()
+    if turns:
+        take_turns(turns, rounds=ROUNDS[device], until=until, after_round=add)
+    waiting = waiting_share(start, threads())
+    for name in right:
+        rows[name]["waiting_share"] = waiting
+        if device == "cpu" and (waiting or 0) > MOST_WAITING and case["model"] != "tiny":
+            reason = f"other processes ran: threads waited {waiting:.0%} of the time for a core"
+            rows[name]["skipped"] = reason
+    for row in rows.values():
+        print(text(row), flush=True)
 
 
 def shares(pairs: int, draws: int = 300) -> dict[str, float]:
@@ -196,58 +301,76 @@ def shares(pairs: int, draws: int = 300) -> dict[str, float]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run `test_bench_step.py` and write what it records, or print the shares."""
+def text(row: Row) -> str:
+    """One line of the table."""
+    start = f"{row['case']:14} {row['implementation']:13}"
+    if "skipped" in row or "failed" in row:
+        return f"{start} {row.get('failed') or row['skipped']}"
+    speed, rate = row.get("speed_of_trl"), row["tokens_per_s"]
+    of_trl = f", {speed['median']:.3f} ({speed['iqr']:.3f}) of TRL's speed" if speed else ""
+    peak = f", {row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] is not None else ""
+    return (
+        f"{start} {row['attention']:15} {rate['median']:7.0f} ({rate['iqr']:.0f}) tokens/s{of_trl}"
+        f"{peak}, computes {row['computed_tokens'] / row['tokens']:.2f}"
+    )
+
+
+def run(options: argparse.Namespace, begun: float) -> int:
+    """Every case; 1 when a loss was not TRL's."""
+    record, say, device = Record(options), saying(begun), options.device
+    shapes = ["tiny"] if options.tiny else PLANS[device]
+    cases = [(shape, pairs) for shape in shapes for pairs in options.pairs]
+    models: dict[str, nn.Module] = {}  # one at a time
+    deadline = begun + 60 * options.minutes
+    for shape, pairs in cases:
+        spec, left = SHAPES[shape], deadline - time.perf_counter()
+        case = {"case": f"{shape} P{pairs}", "model": spec.model.name, "pairs": pairs}
+        case |= {"attention": spec.attention, "stretch": spec.stretch}
+        if left < 0:
+            say(f"out of time before {case['case']}")
+            break
+        if spec.attention.startswith("flash") and importlib.util.find_spec("flash_attn") is None:
+            record.rows.append({**case, "implementation": "packed", "skipped": "no flash_attn"})
+            continue
+        if spec.model.name not in models:
+            models.clear()
+            models[spec.model.name] = _built(spec.model, device)
+            say(f"{spec.model.name} is built")
+        steps = Steps(models[spec.model.name], spec, pairs, device)
+        run_case(steps, case, time.perf_counter() + left / 2, say, record)
+        del steps
+        gc.collect()
+    record.save()
+    skipped = sum("skipped" in row for row in record.rows)
+    say(f"{len(record.rows)} results in {record.path}, {skipped} of them no figures")
+    return int(any("failed" in row for row in record.rows))
+
+
+def _built(model: Model, device: str) -> nn.Module:
+    made = build(model, device)
+    return made.float() if device == "cpu" else made
+
+
+def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
+    """The command line; `begun`: since when its minutes count, default now."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layout_steps", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=settings.device())
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--minutes", type=float, default=15.0, help="start nothing new after this")
-    parser.add_argument("--shares", action="store_true")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="start nothing new after this, imports counted"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: shows that it runs")
+    parser.add_argument("--shares", action="store_true", help="of tokens: computes no model")
     parser.add_argument("--json", type=Path, help="instead of results/<machine>/")
     options = parser.parse_args(arguments)
-    if options.shares:
-        for pairs in options.pairs:
-            line = ", ".join(f"{name} {share:.2f}" for name, share in shares(pairs).items())
-            print(f"{pairs} pairs: {line}")
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "record.jsonl"
-        record.touch()
-        environment = {
-            **os.environ, settings.DEVICE: options.device, settings.RECORD: str(record),
-            settings.DEADLINE: str(time.time() + 60 * options.minutes),
-        }  # fmt: skip
-        words = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(Path(__file__).with_name("test_bench_step.py")),
-        ]
-        words += ["--benchmark-only", "--benchmark-columns=median,iqr,rounds", "-p", "no:xdist"]
-        words += ["-k", " or ".join(f"P{pairs}" for pairs in options.pairs)]
-        code = subprocess.run(words, env=environment, check=False).returncode
-        results = [json.loads(line) for line in record.read_text().splitlines()]
-    path = options.json or Path(FOLDER) / machine.slug(options.device) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python -m benchmarks.layout_steps --device {options.device} --pairs"
-    content = {
-        "command": " ".join([command, *(str(pairs) for pairs in options.pairs)]),
-        "commit": machine.commit(), "machine": machine.describe(options.device),
-        "versions": machine.versions(), "results": results,
-    }  # fmt: skip
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    skipped = sum("skipped" in result for result in results)
-    print(f"{len(results)} results in {path}, {skipped} of them no figures")
-    return code
-
-
-def median_iqr(values: list[float]) -> dict[str, float]:
-    """Of at least one value."""
-    low, _, high = (
-        statistics.quantiles(values, method="inclusive") if len(values) > 1 else (0, 0, 0)
-    )
-    return {"median": float(f"{statistics.median(values):.4g}"), "iqr": float(f"{high - low:.3g}")}
+    warnings.simplefilter("ignore")
+    if not options.shares:
+        return run(options, time.perf_counter() if begun is None else begun)
+    for pairs in options.pairs:
+        line = ", ".join(f"{name} {share:.2f}" for name, share in shares(pairs).items())
+        print(f"{pairs} pairs: {line}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begun=BEGUN))

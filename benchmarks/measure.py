@@ -5,7 +5,6 @@ preallocated buffer. Every timed round runs between two `g`; its ratio is taken 
 that a machine that slows down for a while slows both. On a GPU times come from CUDA events.
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import settings
+from benchmarks.turns import median_iqr
 from benchmarks.workloads import Workload
 from orpo_kernels.constants import IGNORE_INDEX
 
@@ -80,22 +80,11 @@ class PairedRounds:
         if not ratios:
             return {}
         return {
-            "time_ms": _median_iqr([1e3 * each for each in self.rounds_s]),
-            "gemm_ms": _median_iqr([1e3 * each for each in self.gemm_s]),
-            "ratio_to_gemm": _median_iqr(ratios),
+            "time_ms": median_iqr([1e3 * each for each in self.rounds_s]),
+            "gemm_ms": median_iqr([1e3 * each for each in self.gemm_s]),
+            "ratio_to_gemm": median_iqr(ratios),
             "rounds": len(ratios),
         }
-
-
-def _median_iqr(values: list[float]) -> dict[str, float]:
-    low, _, high = (
-        statistics.quantiles(values, method="inclusive") if len(values) > 1 else (0, 0, 0)
-    )
-    return {"median": _short(statistics.median(values)), "iqr": _short(high - low)}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def rounds_for(first_s: float, budget_s: float = ROUND_BUDGET_S) -> int:

@@ -39,6 +39,10 @@ page is written by `python -m benchmarks.report`.
   memory).
 - **error**: relative error of dhidden against the float64 reference on the same rounded inputs,
   checked at full size before timing. *over* marks a peer outside the limits we set ourselves.
+- Whole steps of models are timed by `python -m benchmarks.model_step` (one pair, by loss: TRL's,
+  ours by budget, with the prompt once, with `activation_offload`) and by
+  `python -m benchmarks.layout_steps` (pairs of real lengths, by layout), in turns: a time is
+  divided by the mean of TRL's turns before and after it. They are in README and docs/layouts.md.
 - *trained-like* logits have the sparsity of real text, *flat* ones none
   (`benchmarks/workloads.py`). An implementation whose time cannot depend on the logits is measured
   on trained-like ones only.

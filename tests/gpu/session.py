@@ -72,7 +72,7 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
         return [*(step for step in chosen if step.name != "sparse"), Step("rows", rows, 0.08)]
     layouts = [python, "-m", "benchmarks.layout_steps", "--device", "cuda", "--pairs", "1", "2"]
     layouts += ["--minutes", f"{0.12 * minutes:.2f}", "--json", str(out / "layouts.json")]
-    needs = (*whole, "trl", "datasets", "accelerate", "pytest_benchmark")
+    needs = (*whole, "trl", "datasets", "accelerate")
     chosen += [Step("layouts", layouts, 0.14, needs), Step("rows", rows, 0.08)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:

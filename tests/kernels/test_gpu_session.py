@@ -30,7 +30,9 @@ def test_dry_run(tmp_path):
     modes = {row["mode"] for row in json.loads((tmp_path / "budgets.json").read_text())["results"]}
     assert modes == {"frozen", "trainable", "eval"}
     models = json.loads((tmp_path / "models.json").read_text())["results"]
-    assert [row["loss"] for row in models] == ["TRL ORPO", "ours, 64 MiB", "ours, default"]
+    assert [row["loss"] for row in models] == [
+        "TRL ORPO", "ours, 64 MiB", "ours, default", "ours, shared prompt",
+    ]  # fmt: skip
     names = {kernel["name"].split()[0] for kernel in _rows(tmp_path)}
     assert names == {
         "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio", "pair_loss",
