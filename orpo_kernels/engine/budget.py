@@ -9,6 +9,7 @@ last-level cache; under 256 rows the GEMM slows down), then fewer columns, then 
 Elsewhere: the whole vocabulary as long as 256 rows fit, then blocks of it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -194,9 +195,14 @@ def workspace_budget(workspace_bytes: int | None, device: torch.device) -> int:
     if workspace_bytes is not None:
         return workspace_bytes
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return max(DEFAULT_WORKSPACE_BYTES, total // 100)
+        return max(DEFAULT_WORKSPACE_BYTES, _memory_of(device) // 100)
     return DEFAULT_WORKSPACE_BYTES
+
+
+@functools.cache
+def _memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, asked once: every call has a budget."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def plan_forward(sizes: Sizes, budget: int, *, with_gradient: bool) -> Plan:

@@ -84,6 +84,7 @@ class Decision:
         )
 
 
+@functools.cache
 def device_class(device: torch.device) -> str:
     """Of a device: "cpu", "cuda sm_80+", "cuda", "rocm", or its type."""
     if device.type != "cuda":
@@ -101,8 +102,8 @@ def kept_count(problem: Problem, *, needs_dhidden: bool) -> int:
         return 0
     count, sizes = problem.count, problem.sizes(0)
     if runs_on_gpu(problem):
-        card = card_of(sizes.device)
-        return gpu_kept_rows(problem.job(count), problem.budget, card, with_g=needs_dhidden)
+        job, card = problem.job(problem.sizes(count)), card_of(sizes.device)
+        return gpu_kept_rows(job, problem.budget, card, with_g=needs_dhidden)
     return count if count <= kept_rows(sizes, problem.budget) else 0
 
 

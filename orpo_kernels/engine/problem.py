@@ -4,7 +4,7 @@ An op turns its flat arguments into a `Problem` and hands it to `engine/run.py`.
 at the values of a tensor, so a problem can be made while the op is traced.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -87,13 +87,14 @@ class Problem:
         """Whether the entries of the head lie in rows, as the loops for a GPU read them."""
         return all(each.stride(1) == 1 or each.shape[1] == 1 for each in self.weights)
 
-    def job(self, rows: int, *, gathers: bool = True) -> Job:
-        """Sizes of `rows` scored rows of this problem, as the plans of a GPU count them."""
-        head_item = max(each.element_size() for each in self.weights)
-        job = job_of(self.sizes(rows), head_item)
-        result_item = min(each.element_size() for each in self.weights)
-        alone = len(self.weights) == 1
-        return replace(job, gathers=gathers, result_item=result_item, in_result=alone)
+    def job(self, sizes: Sizes, *, gathers: bool = True, in_result: bool | None = None) -> Job:
+        """`sizes` of this problem, as the plans of a GPU count them.
+
+        `gathers`, `in_result`: of `Job`; by default dW lends its memory where it is one matrix.
+        """
+        items = [each.element_size() for each in self.weights]
+        lends = len(items) == 1 if in_result is None else in_result
+        return job_of(sizes, max(items), gathers=gathers, result_item=min(items), in_result=lends)
 
     def sizes(self, rows: int) -> Sizes:
         """Sizes of `rows` scored rows of this problem."""

@@ -340,10 +340,9 @@ def _job(problem: Problem, operands: Operands, out: HeadGradients | None = None)
     """Sizes of the scored rows, as the plans of a GPU count them."""
     rows, chosen = operands.rows, operands.places is not None
     plain = len(rows.parts) == 1 and rows.parts[0].dtype == rows.dtype and rows.scored is None
-    job = problem.job(operands.sizes.rows, gathers=chosen or not plain)
     # Only of a matrix of the whole head can dW lend its memory.
     lends = out is not None and len(problem.weights) == 1 and out.weights[0] is not None
-    return replace(job, in_result=lends)
+    return problem.job(operands.sizes, gathers=chosen or not plain, in_result=lends)
 
 
 def _on_gpu() -> ModuleType:

@@ -89,6 +89,7 @@ def _has_kernel(first: Tensor, *others: Any) -> bool:
     return not apart and all(1 <= sets.shape[0] <= 2 for sets in labels)
 
 
+@functools.cache
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether Triton multiplies on tensor cores there: not before sm_80."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -104,8 +105,11 @@ def _has_gemm(hidden: Tensor, weight: Tensor, *others: Any) -> bool:
 
 def has_slots(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the sparse gradient keeps slots there, which its product takes on tensor cores."""
-    if device.type not in DEVICES or dtype not in DTYPES or gpu_backend() != "triton":
-        return False
+    return runs_triton(device, dtype) and _multiplies_slots(device)
+
+
+@functools.cache
+def _multiplies_slots(device: torch.device) -> bool:
     # Without a card: a plan for a machine that has one.
     planned = device.type == "cuda" and not torch.cuda.is_available()
     return planned or has_tensor_cores(device)

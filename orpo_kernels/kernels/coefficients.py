@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orpo_kernels.kernels.elementwise import expm1, row_place, whole_vectors
 from orpo_kernels.kernels.start import Start, in_vectors, places
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 
 class Slopes(NamedTuple):
@@ -153,7 +153,7 @@ def coefficients(
         },
     )  # fmt: skip
     numbers = (M, statistics.stride(0), *slope_numbers(slopes), max(1.0, abs(logit_scale)))
-    start(triton.cdiv(M, row.block), *numbers)
+    start(cdiv(M, row.block), *numbers)
     return out
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.kernels.tuning import VECTOR, Device, Row, launch
+from orpo_kernels.kernels.tuning import VECTOR, Device, Row, cdiv, launch
 
 _ROWS = 8  # rows per step, summed by the thread that loads them
 _STEPS = 4  # at least so many steps per program
@@ -62,11 +62,11 @@ def column_sums(
 
     def run(row: Row, device: Device) -> Tensor:
         R, C = tile.shape
-        blocks = triton.cdiv(C, row.block)
-        wanted = triton.cdiv(8 * device.processors, blocks)
+        blocks = cdiv(C, row.block)
+        wanted = cdiv(8 * device.processors, blocks)
         splits = max(1, min(wanted, R // (_ROWS * _STEPS)))
-        each = triton.cdiv(triton.cdiv(R, splits), _ROWS) * _ROWS
-        splits = triton.cdiv(R, each)
+        each = cdiv(cdiv(R, splits), _ROWS) * _ROWS
+        splits = cdiv(R, each)
         sums = torch.empty((splits, C), dtype=torch.float32, device=tile.device)
         _column_sums_kernel[(blocks, splits)](
             sums, tile, tile.stride(0), coefficients, R, C, each,

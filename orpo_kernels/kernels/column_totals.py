@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orpo_kernels.kernels.elementwise import where_width, whole_vectors
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _ROWS = 64  # per step
 
@@ -56,5 +56,5 @@ class ColumnTotals:
 
     def __call__(self, rows: int, v0: int, v1: int, *, adds: bool) -> None:
         """Launches the totals of columns `v0` to `v1` over the first `rows` rows of the tile."""
-        programs = triton.cdiv(v1 - v0, self.row.block)
+        programs = cdiv(v1 - v0, self.row.block)
         self.start(programs, v0, rows, v1 - v0, self.stride, int(adds))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import MAX_SPLITS, row_of
+from orpo_kernels.kernels.tuning import MAX_SPLITS, cdiv, row_of
 
 
 @triton.jit(
@@ -55,4 +55,4 @@ def combine_rows(
         _combine_rows_kernel, (state, row_max, sums), row,
         {"BLOCK_R": row.block, "BLOCK_S": MAX_SPLITS},
     )  # fmt: skip
-    start(triton.cdiv(R, row.block), first_row, R, state.shape[1], splits)
+    start(cdiv(R, row.block), first_row, R, state.shape[1], splits)

@@ -20,7 +20,7 @@ from orpo_kernels.kernels.pack_slots import reference_of
 from orpo_kernels.kernels.scan import exponentials
 from orpo_kernels.kernels.scan_state import ScanState, product_dtype
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR, row_for_head
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_for_head
 
 
 @triton.jit(
@@ -102,7 +102,7 @@ class DenseRows:
         odd = is_odd(weight) or before % VECTOR > 0 or state.sums.stride(0) % VECTOR > 0
         row, options = row_for_head("dense_rows_odd" if odd else "dense_rows", weight)
         self.state = state
-        self.programs = triton.cdiv(weight.shape[1], row.block)
+        self.programs = cdiv(weight.shape[1], row.block)
         self.start = Start(
             _dense_rows_kernel,
             (
@@ -126,8 +126,8 @@ class DenseRows:
     def __call__(self, rows: tuple[int, int], columns: tuple[int, int]) -> None:
         """Launches rows `start` to `stop` of a vocabulary block."""
         (start, stop), (v0, v1) = rows, columns
-        blocks = triton.cdiv(stop - start, COMPACT_ROWS)
+        blocks = cdiv(stop - start, COMPACT_ROWS)
         self.start(
-            triton.cdiv(blocks, 2) * self.programs, start, stop - start, v1 - v0, v0, blocks,
+            cdiv(blocks, 2) * self.programs, start, stop - start, v1 - v0, v0, blocks,
             *self.last,
         )  # fmt: skip

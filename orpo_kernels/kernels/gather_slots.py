@@ -23,7 +23,7 @@ from orpo_kernels.kernels.gather_matmul import (
 from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, Inputs
 from orpo_kernels.kernels.scan_state import ScanState, product_dtype
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR, Row, row_for_head
+from orpo_kernels.kernels.tuning import VECTOR, Row, cdiv, row_for_head
 
 _ADDED = 1024  # columns per program that adds pieces
 
@@ -132,15 +132,15 @@ class GatherSlots:
                 options,
             )  # fmt: skip
             numbers = (state.sums.stride(0), weight.shape[1], weight.stride(0))
-            self.parts.append((start, triton.cdiv(weight.shape[1], row.block), numbers))
+            self.parts.append((start, cdiv(weight.shape[1], row.block), numbers))
             first += weight.shape[1]
 
     def __call__(self, rows: int) -> None:
         """Launches the sums of the first `rows` rows of the chunk, complete then."""
-        blocks = triton.cdiv(rows, COMPACT_ROWS)
+        blocks = cdiv(rows, COMPACT_ROWS)
         items = blocks + self.extras
         self.cut(blocks, 1, self.state.shape.listed, blocks, self.extras)
         for start, programs, numbers in self.parts:
             start(items * programs, blocks, items, *numbers)
         stride, width = self.state.sums.stride(0), self.state.sums.shape[1]
-        self.add(rows * triton.cdiv(width, _ADDED), blocks, stride, width)
+        self.add(rows * cdiv(width, _ADDED), blocks, stride, width)

@@ -14,7 +14,7 @@ from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.elementwise import row_place, whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.start import Start, in_vectors, places
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 
 @triton.jit(
@@ -79,10 +79,10 @@ def given_back(
     """Launches the rows (G, H) float32 that the tail is multiplied with."""
     M, G, H = inputs.labels.shape[0], group_count, hidden.shape[-1]
     row = row_of("given_back", hidden.dtype, hidden.device)
-    programs = triton.cdiv(H, row.block)
+    programs = cdiv(H, row.block)
     wanted = max(1, 4 * tuning.device_info(hidden.device).processors // programs)
-    each = triton.cdiv(triton.cdiv(M, wanted), row.depth) * row.depth
-    splits = triton.cdiv(M, each)
+    each = cdiv(cdiv(M, wanted), row.depth) * row.depth
+    splits = cdiv(M, each)
     out = coefficients.new_empty((splits, G, H))
     start = Start(
         _given_back_kernel,

@@ -16,7 +16,7 @@ from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _COUNTED = 64  # row blocks whose counts a program looks at together
 _PIECES = 8  # programs that share a row block
@@ -103,5 +103,5 @@ class KeepSlots:
 
     def __call__(self, start: int, stop: int, chunk: int) -> None:
         """Launches rows `start` to `stop`, of the chunk-th chunk."""
-        blocks = triton.cdiv(stop - start, COMPACT_ROWS)
+        blocks = cdiv(stop - start, COMPACT_ROWS)
         self.start(blocks * _PIECES, chunk, start // COMPACT_ROWS, blocks, *self.last)

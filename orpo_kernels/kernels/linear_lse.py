@@ -35,7 +35,7 @@ from torch import Tensor
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.elementwise import transform
 from orpo_kernels.kernels.softmax_stats import combine, pointers
-from orpo_kernels.kernels.tuning import VECTOR, Device, Row, Tile, launch, share_columns
+from orpo_kernels.kernels.tuning import VECTOR, Device, Row, Tile, cdiv, launch, share_columns
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ def linear_lse(
 
     def run_dots(row: Row, _device: Device) -> Tensor:
         dots = torch.empty((K, R), dtype=torch.float32, device=hidden.device)
-        _label_dots_kernel[(triton.cdiv(R, _DOT_ROWS), K)](
+        _label_dots_kernel[(cdiv(R, _DOT_ROWS), K)](
             dots, hidden, hidden.stride(0), weight, weight.stride(0), labels, labels.stride(0),
             R, H, ALIGNED=_in_vectors(hidden, weight),
             BLOCK_R=_DOT_ROWS, BLOCK_H=row.block, VECTOR=VECTOR,
@@ -245,7 +245,7 @@ def fold(
     bias = None if bias is None else bias.contiguous()
 
     def run(tile: Tile, device: Device) -> Tensor:
-        row_blocks, column_blocks = triton.cdiv(R, tile.rows), triton.cdiv(C, tile.columns)
+        row_blocks, column_blocks = cdiv(R, tile.rows), cdiv(C, tile.columns)
         share = share_columns(row_blocks, column_blocks, tile, device.processors)
         shape = (3 if with_logit_sum else 2, R, share.splits)
         partials = torch.empty(shape, dtype=torch.float32, device=hidden.device)

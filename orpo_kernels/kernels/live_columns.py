@@ -23,7 +23,7 @@ from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scan import NEVER, SPANS, add_spans
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import row_of
+from orpo_kernels.kernels.tuning import cdiv, row_of
 
 MOST_LOST = 0.2
 """Mass of a row block that is given back as an average, at most, as a share of all of it."""
@@ -221,7 +221,7 @@ class LiveColumns:
             _first_estimate_kernel, (state.rows, sums, inputs.labels, inputs.second), row,
             {"HAS_SECOND": inputs.second is not None, "BLOCK": row.block},
         )  # fmt: skip
-        first(triton.cdiv(M, row.block), M)
+        first(cdiv(M, row.block), M)
         self.start = Start(
             _live_columns_kernel,
             (
@@ -240,12 +240,12 @@ class LiveColumns:
 
     def dense(self, rows: int) -> Tensor:
         """Of the tile launched last, of so many rows: (B,) int32, 1 for a dense row block."""
-        return self.state.heads.view(-1)[: triton.cdiv(rows, COMPACT_ROWS)]
+        return self.state.heads.view(-1)[: cdiv(rows, COMPACT_ROWS)]
 
     def __call__(self, rows: tuple[int, int], columns: tuple[int, int], index: int) -> None:
         """Launches the lists of rows `start` to `stop` in the index-th vocabulary block."""
         (start, stop), (v0, v1) = rows, columns
-        blocks = triton.cdiv(stop - start, COMPACT_ROWS)
+        blocks = cdiv(stop - start, COMPACT_ROWS)
         self.start(
             blocks, start, stop - start, v1 - v0, index, self.state.spans(v1 - v0),
             self.state.rows.shape[1], (v1 - v0) // MOST_LIVE, *self.last,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orpo_kernels.constants import MAX_MEAN_LOGP
 from orpo_kernels.kernels.elementwise import expm1_near_zero, log1p
-from orpo_kernels.kernels.tuning import Device, Row, launch
+from orpo_kernels.kernels.tuning import Device, Row, cdiv, launch
 
 _HIGHEST = tl.constexpr(MAX_MEAN_LOGP)
 
@@ -96,7 +96,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         # Two tensors, not two views of one: outputs of a custom op may not share storage.
         loss, ratio = (torch.empty_like(each) for each in inputs)
         P = chosen.numel()
-        _odds_ratio_kernel[(triton.cdiv(P, row.block),)](
+        _odds_ratio_kernel[(cdiv(P, row.block),)](
             loss, ratio, *inputs, P, BLOCK=row.block, num_warps=row.warps, enable_fp_fusion=True
         )
         return loss, ratio
@@ -113,7 +113,7 @@ def odds_ratio_backward(
     def run(row: Row, _device: Device) -> tuple[Tensor, Tensor]:
         dchosen, drejected = (torch.empty_like(each) for each in inputs[2:])
         P = chosen.numel()
-        _odds_ratio_backward_kernel[(triton.cdiv(P, row.block),)](
+        _odds_ratio_backward_kernel[(cdiv(P, row.block),)](
             dchosen, drejected, *inputs, P,
             BLOCK=row.block, num_warps=row.warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scan import NEVER, exponentials
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _COUNTED = 128  # counts a program looks at together
 _ADDED = 8  # row blocks whose sums it adds at once
@@ -195,8 +195,8 @@ class PackSlots:
     def __call__(self, rows: tuple[int, int], columns: tuple[int, int], index: int) -> None:
         """Launches the slots of rows `start` to `stop` in the index-th vocabulary block."""
         (start, stop), (v0, v1) = rows, columns
-        blocks, spans = triton.cdiv(stop - start, COMPACT_ROWS), self.state.spans(v1 - v0)
-        tails = triton.cdiv(v1 - v0, self.tail_block)
+        blocks, spans = cdiv(stop - start, COMPACT_ROWS), self.state.spans(v1 - v0)
+        tails = cdiv(v1 - v0, self.tail_block)
         masses = self.state.mass.shape[0]
         self.start(
             masses * blocks + tails, start, stop - start, v1 - v0, v0, blocks, index,

@@ -26,7 +26,7 @@ from orpo_kernels.kernels.elementwise import tanh, whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import VECTOR
+from orpo_kernels.kernels.tuning import VECTOR, cdiv
 
 LOOKED = 8192
 """Columns of the first block that a chunk's estimates come from."""
@@ -294,7 +294,7 @@ class Scan:
     def __call__(self, rows: tuple[int, int], columns: tuple[int, int]) -> None:
         """Launches rows `start` to `stop`, at the start of the tile; a chunk's first columns twice."""
         (start, stop), (v0, v1) = rows, columns
-        blocks, looks = triton.cdiv(stop - start, COMPACT_ROWS), 0
+        blocks, looks = cdiv(stop - start, COMPACT_ROWS), 0
         if v0 == 0:
             looked = min(v1, LOOKED)
             looks, tiles = self.state.look_spans(looked), self.state.look_tiles

@@ -97,16 +97,17 @@ def _tiles(row: Row, row_blocks: int, columns: int) -> int:
 
 
 def scan_state(
-    inputs: Inputs, shape: ScanShape, groups: Tensor | None, tail: Tensor, pitch: int, looked: int
-) -> ScanState:
+    inputs: Inputs, logits: Tensor, shape: ScanShape, groups: Tensor | None, tail: Tensor,
+    looked: int,
+) -> ScanState:  # fmt: skip
     """The memory of a call.
 
     Args:
         inputs: of the call.
+        logits: (R, pitch), rows on 16 bytes: of a tile.
         shape: of its tiles.
         groups: (M,) int64 in [0, G), None for one group.
         tail: (G, V) float32, added to.
-        pitch: elements from a row of the tile to the next.
         looked: columns of a first look, at most.
 
     Returns:
@@ -128,7 +129,7 @@ def scan_state(
 
     columns, addresses = whole(2, B, shape.listed).unbind(0)
     return ScanState(
-        new((R, pitch), dtype=inputs.wide), floats(4, M), floats(R),
+        logits, floats(4, M), floats(R),
         groups if G == 2 else None, floats(sums, S, R), floats(sums, looks, R),
         new((B, S * span), dtype=torch.int8), whole(B, S), floats(B, S), floats(B, G, S * span),
         floats(B), whole(5, B), whole(2, B), whole(2), columns, addresses,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.start import Start
-from orpo_kernels.kernels.tuning import row_of
+from orpo_kernels.kernels.tuning import cdiv, row_of
 
 
 @triton.jit(
@@ -67,7 +67,7 @@ def score_rows(
     (K, N), new = labels.shape, labels.new_empty
     row = row_of("score_rows", torch.int64, labels.device)
     found, masks = new((K, N)), new((K, N), dtype=torch.bool)
-    counts = new((3, triton.cdiv(N, row.block)), dtype=torch.int32)
+    counts = new((3, cdiv(N, row.block)), dtype=torch.int32)
     with tuning.guard(labels.device):
         start = Start(
             _score_rows_kernel, (found, masks, counts, labels, groups), row,

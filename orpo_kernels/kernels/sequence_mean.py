@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.kernels.tuning import Device, Row, launch
+from orpo_kernels.kernels.tuning import Device, Row, cdiv, launch
 
 _UNALIGNED = ["values_ptr", "labels_ptr", "nll_values_ptr", "nll_labels_ptr", "ids_ptr"]
 
@@ -134,7 +134,7 @@ def sequence_mean_backward(
     def run(row: Row, _device: Device) -> tuple[Tensor, Tensor]:
         dlogps = dmean.new_empty(labels.shape)
         dnll = dmean.new_empty(labels.shape if K == 2 else 0)
-        _sequence_mean_backward_kernel[(triton.cdiv(N, row.block), K)](
+        _sequence_mean_backward_kernel[(cdiv(N, row.block), K)](
             dlogps, dnll if K == 2 else dlogps, dmean, count, first, second, ids,
             N, T, B, ignore_index,
             PACKED=packed, BLOCK=row.block, num_warps=row.warps, enable_fp_fusion=True,

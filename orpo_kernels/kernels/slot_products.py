@@ -19,7 +19,7 @@ from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, Inputs
 from orpo_kernels.kernels.scan_state import product_dtype
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.start import Start, in_vectors, places
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _PIECES = 8  # programs that share the slots of a row block
 
@@ -94,7 +94,7 @@ class SlotProducts:
     ) -> None:
         """Takes what stays the same from panel to panel."""
         row = row_of("slot_products", hidden.dtype, hidden.device)
-        self.blocks = triton.cdiv(inputs.labels.shape[0], COMPACT_ROWS)
+        self.blocks = cdiv(inputs.labels.shape[0], COMPACT_ROWS)
         self.row, self.width = row, hidden.shape[-1]
         self.start = Start(
             _slot_products_kernel,
@@ -114,7 +114,7 @@ class SlotProducts:
 
     def __call__(self, first: int, last: int) -> None:
         """Launches columns `first` to `last` of H, to the start of the products' rows."""
-        parts = triton.cdiv(last - first, self.row.block)
+        parts = cdiv(last - first, self.row.block)
         self.start(
             self.blocks * _PIECES * parts, self.rows, self.width, first, last - first,
             *self.numbers,

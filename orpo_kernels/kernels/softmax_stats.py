@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orpo_kernels.kernels.elementwise import aligned_row, edge_columns, transform
-from orpo_kernels.kernels.tuning import MAX_SPLITS, VECTOR, Device, Row, launch, split_row
+from orpo_kernels.kernels.tuning import MAX_SPLITS, VECTOR, Device, Row, cdiv, launch, split_row
 
 _COMBINED_ROWS = 16  # rows per program of the combining kernel
 _LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -155,7 +155,7 @@ def combine(
 def _launch_combination(partials: Tensor) -> Tensor:
     count, R, splits = partials.shape
     combined = partials.new_empty((count, R))
-    _softmax_stats_combine_kernel[(triton.cdiv(R, _COMBINED_ROWS),)](
+    _softmax_stats_combine_kernel[(cdiv(R, _COMBINED_ROWS),)](
         *pointers(combined), *pointers(partials), R, splits, HAS_LOGIT_SUM=count == 3,
         BLOCK_R=_COMBINED_ROWS, BLOCK_S=MAX_SPLITS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

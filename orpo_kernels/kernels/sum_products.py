@@ -19,7 +19,7 @@ from orpo_kernels.kernels.elementwise import row_place, whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.order_entries import Order
 from orpo_kernels.kernels.start import Start, in_vectors, places
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _SPLIT_SHARE = 32  # one in so many columns, the heaviest, is split over the lanes of its program
 
@@ -139,8 +139,8 @@ class SumProducts:
             },
         )  # fmt: skip
         V = out.shape[0]
-        heavy = triton.cdiv(V, _SPLIT_SHARE)
-        self.items = heavy + triton.cdiv(V - heavy, row.depth)
+        heavy = cdiv(V, _SPLIT_SHARE)
+        self.items = heavy + cdiv(V - heavy, row.depth)
         self.first = (heavy, inputs.labels.shape[0], V, hidden.shape[-1])
         self.last = (
             out.stride(0), products.stride(0), tail[1].stride(0), *places(hidden)
@@ -148,5 +148,5 @@ class SumProducts:
 
     def __call__(self, first: int, last: int) -> None:
         """Launches columns `first` to `last` of H, whose products are there."""
-        parts = triton.cdiv(last - first, self.row.block)
+        parts = cdiv(last - first, self.row.block)
         self.start(self.items * parts, *self.first, first, last - first, *self.last)

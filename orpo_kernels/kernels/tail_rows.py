@@ -18,7 +18,7 @@ from orpo_kernels.kernels.elementwise import whole_vectors
 from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, Inputs
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start, in_vectors
-from orpo_kernels.kernels.tuning import VECTOR, row_of
+from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _SPANS = 32  # looked at together
 
@@ -70,7 +70,7 @@ class DroppedRows:
 
     def __call__(self, start: int, stop: int) -> None:
         """Launches rows `start` to `stop`, whose masses are complete."""
-        self.start(triton.cdiv(stop - start, self.row.block), start, stop - start, *self.last)
+        self.start(cdiv(stop - start, self.row.block), start, stop - start, *self.last)
 
 
 @triton.jit(
@@ -117,10 +117,10 @@ def tail_product(
     found = []
     for weight in weights:
         row = row_of("tail_product", weight.dtype, weight.device)
-        H, programs = weight.shape[1], triton.cdiv(weight.shape[1], row.block)
+        H, programs = weight.shape[1], cdiv(weight.shape[1], row.block)
         wanted = max(1, 8 * tuning.device_info(weight.device).processors // programs)
-        each = triton.cdiv(triton.cdiv(V, wanted), row.depth) * row.depth
-        splits = triton.cdiv(V, each)
+        each = cdiv(cdiv(V, wanted), row.depth) * row.depth
+        splits = cdiv(V, each)
         out = tail.new_empty((splits, G, H))
         start = Start(
             _tail_product_kernel, (out, tail, weight), row,

@@ -8,6 +8,7 @@ forward: an op whose backward calls others than before, or hands them other argu
 name, or what was compiled with an older version of the package fails in the newer one.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,10 @@ def problem_of(arguments: tuple[Any, ...], *, trainable: bool) -> Problem:
 
 def without_autocast(problem: Problem) -> Any:
     """A context in which the problem's own dtypes hold."""
-    return torch.amp.autocast(problem.weight.device.type, enabled=False)
+    kind = problem.weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.amp.autocast(kind, enabled=False)
 
 
 @torch.library.custom_op(

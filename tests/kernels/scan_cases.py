@@ -28,7 +28,8 @@ def state_of(given: Inputs) -> ScanState:
     groups = None if given.second is None else _cuda(M, dtype=torch.int64)
     tail = _cuda(1 if groups is None else 2, V)
     shape = ScanShape(-(-M // 64) * 64, COLUMNS, 1000, 1000, 4)
-    return scan_state(given, shape, groups, tail, -(-COLUMNS // 8) * 8, LOOKED)
+    logits = _cuda(shape.rows, -(-COLUMNS // 8) * 8, dtype=given.wide)
+    return scan_state(given, logits, shape, groups, tail, LOOKED)
 
 
 def _given(dtype: torch.dtype, wide: torch.dtype, everything: bool, odd: bool = False) -> Inputs:

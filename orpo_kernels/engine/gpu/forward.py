@@ -5,14 +5,18 @@
             for a tile:             GEMM, one row kernel, GEMM
         finish                      statistics and g, written in their place
 
-The formulae are those of `tile_loop.py`; logits and slopes of all labels come from one launch
-before the loop. Two kinds of tile. *Blocks* of at most 8,192 columns, whose rows are held in
-registers and read once (`kernels/softmax_block.py`): products are summed in the epilogue of the
-GEMM, relative to a maximum that seldom moves, and P takes the place of the float32 logits. *The
-whole vocabulary* (`kernels/softmax_rows.py`): one product per group, no sum. A group has as many
-rows as a tile, or more where a block of the head is a copy that several tiles should share.
+The formulae are those of `tile_loop.py`; logits and slopes of all labels come from one launch.
+What row kernels need is made ready behind the first product: until then the device may be idle.
+
+Two kinds of tile. *Blocks* of at most 8,192 columns, whose rows are held in registers and read once
+(`kernels/softmax_block.py`): products are summed in the epilogue of the GEMM, relative to a maximum
+that seldom moves, and P takes the place of the float32 logits. *The whole vocabulary*
+(`kernels/softmax_rows.py`): one product per group, no sum. A group has as many rows as a tile, or
+more where a block of the head is a copy that several tiles should share.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,8 +57,8 @@ def forward(inputs: Inputs, plan: ForwardPlan, kept: Tensor | None, out: Results
         out: to be filled.
     """
     M, first = inputs.labels.shape[0], 0
+    state = functools.cache(lambda: label_terms(inputs))
     with tuning.guard(inputs.labels.device):
-        state = label_terms(inputs)
         if kept is not None and plan.kept_shape is not None:
             first = min(M, kept.shape[0])
             _run(inputs, plan.kept_shape, out, state, (0, first), kept)
@@ -70,7 +74,7 @@ def _run(
     inputs: Inputs,
     shape: Shape,
     out: Results,
-    state: Tensor,
+    state: Callable[[], Tensor],
     rows: tuple[int, int],
     kept: Tensor | None,
 ) -> None:
@@ -79,10 +83,9 @@ def _run(
     tiles = _tiles(inputs, shape, kept, stores=with_g or kept is not None)
     sums = sums_of(inputs, shape.group) if with_g else None
     hidden, head = Hidden(inputs, shape.group), HeadBlocks(inputs, shape.columns)
-    softmax = _softmax(inputs, state, tiles, sums)
-    finish = FinishRows(inputs, state, sums, out.statistics, (out.g, out.g_r))
     apart = sums is not None and sums.partial is not None
     views = TileViews(tiles)
+    row_kernels = functools.cache(lambda: _RowKernels.of(inputs, state(), tiles, sums, out))
     for start, stop in spans(rows, shape.group):
         lanes = _lanes(hidden.take(start, stop), sums, (start, stop), shape.rows)
         for block, columns in enumerate(head.blocks):
@@ -91,10 +94,27 @@ def _run(
                 pieces = views.of(lane.rows, entries.edges)
                 for (logits, _), (_, transposed) in zip(pieces, entries.operands, strict=True):
                     matmul_into(logits, lane.hidden, transposed)
-                softmax(lane.rows, lane.first, columns, block)
+                row_kernels().softmax(lane.rows, lane.first, columns, block)
                 if lane.sums is not None:
                     _sum(lane.sums, block == 0, pieces, entries)
-        finish(start, stop, 0, len(head.blocks) - apart)
+        row_kernels().finish(start, stop, 0, len(head.blocks) - apart)
+
+
+class _RowKernels(NamedTuple):
+    """What is launched beside the GEMMs: for a tile, and to end a group of rows."""
+
+    softmax: SoftmaxBlock | SoftmaxRows
+    finish: FinishRows
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, state: Tensor, tiles: Tiles, sums: Sums | None, out: Results
+    ) -> "_RowKernels":
+        """Of one call."""
+        return cls(
+            _softmax(inputs, state, tiles, sums),
+            FinishRows(inputs, state, sums, out.statistics, (out.g, out.g_r)),
+        )
 
 
 class _Lane(NamedTuple):

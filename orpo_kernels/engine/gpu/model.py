@@ -94,16 +94,20 @@ class Job:
         return pitch(self.vocabulary) * self.item
 
 
-def job_of(sizes: Sizes, head_item: int) -> Job:
-    """The job of a call of these sizes, of rows chosen among others.
+def job_of(
+    sizes: Sizes, head_item: int, *, gathers: bool = True, result_item: int | None = None,
+    in_result: bool = True,
+) -> Job:  # fmt: skip
+    """The job of a call of these sizes.
 
-    `head_item` are the bytes of an entry of the head, which are read where it is copied.
+    `head_item` are the bytes of an entry of the head, which are read where it is copied; by default
+    rows are chosen among others, and dW has the dtype of the GEMMs and lends its memory.
     """
+    dtype = sizes.compute_dtype
     return Job(
-        sizes.rows, sizes.vocabulary, sizes.hidden_columns, sizes.label_sets,
-        sizes.compute_dtype.itemsize, sizes.product_dtype.itemsize,
-        head_item=head_item if sizes.weight_is_copied else 0,
-        result_item=sizes.compute_dtype.itemsize, scaled=sizes.compute_dtype == torch.float16,
+        sizes.rows, sizes.vocabulary, sizes.hidden_columns, sizes.label_sets, dtype.itemsize,
+        sizes.product_dtype.itemsize, gathers, head_item if sizes.weight_is_copied else 0,
+        dtype.itemsize if result_item is None else result_item, dtype == torch.float16, in_result,
     )  # fmt: skip
 
 

@@ -77,18 +77,20 @@ class HeadBlocks:
         """
         parts = inputs.weight
         self.blocks = list(spans(span or (0, parts[0].shape[0]), columns))
+        self.weight, self.padded = parts[0], padded
+        self.views: dict[int, BlockViews] = {}
         self.copied: TakeRows | None = None
-        self.views: list[BlockViews] = []
         if len(parts) == 1 and parts[0].dtype == inputs.dtype:
-            self.views = [_views(parts[0], *block, padded=padded) for block in self.blocks]
             return
         buffer = parts[0].new_zeros((pitch(columns), pitch(inputs.columns)), dtype=inputs.dtype)
         self.buffer = buffer[:, : inputs.columns]
         self.copied = TakeRows(self.buffer, parts)
 
     def take(self, block: int) -> BlockViews:
-        """The block-th block."""
+        """The block-th block; its views are made when it is first taken."""
         if self.copied is None:
+            if block not in self.views:
+                self.views[block] = _views(self.weight, *self.blocks[block], padded=self.padded)
             return self.views[block]
         v0, v1 = self.blocks[block]
         self.copied(v0, v1)

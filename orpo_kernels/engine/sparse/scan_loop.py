@@ -20,6 +20,9 @@ and no call is left. Shapes are those of `engine/gpu/plan.py`: the whole vocabul
 many.
 """
 
+import functools
+from typing import NamedTuple
+
 from torch import Tensor
 
 from orpo_kernels.constants import COMPACT_ROWS
@@ -36,13 +39,13 @@ from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.dense_rows import DenseRows
 from orpo_kernels.kernels.finish_rows import FinishRows
 from orpo_kernels.kernels.gather_slots import GatherSlots
-from orpo_kernels.kernels.inputs import Sums, Tiles
+from orpo_kernels.kernels.inputs import Inputs, Sums, Tiles
 from orpo_kernels.kernels.keep_slots import KeepSlots
 from orpo_kernels.kernels.label_terms import label_terms
 from orpo_kernels.kernels.live_columns import LiveColumns
 from orpo_kernels.kernels.pack_slots import PackSlots
 from orpo_kernels.kernels.scan import LOOKED, Scan
-from orpo_kernels.kernels.scan_state import scan_state
+from orpo_kernels.kernels.scan_state import ScanState, scan_state
 from orpo_kernels.kernels.slot_store import ScanShape, SlotStore
 from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
 
@@ -80,49 +83,82 @@ def forward(
     """
     inputs = inputs_of(operands)
     with tuning.guard(inputs.labels.device):
-        sums = label_terms(inputs)
         parts = chunks(inputs.labels.shape[0], inputs.weight[0].shape[0], shape)
         largest = max(stop - start for start, stop in parts)
         shape = shape._replace(rows=-(-largest // COMPACT_ROWS) * COMPACT_ROWS)
         hidden, head = Hidden(inputs, shape.rows), HeadBlocks(inputs, shape.columns)
-        state = scan_state(inputs, shape, tail.groups, tail.sums, pitch(shape.columns), LOOKED)
-        scan, live = Scan(inputs, state, tail.eps), LiveColumns(inputs, state, sums)
-        pack = PackSlots(inputs, state)
-        products = range(len(inputs.weight) if out.wants_g else 0)
-        dense = [DenseRows(inputs, state, part) for part in products]
-        gather = GatherSlots(inputs, state, len(head.blocks)) if out.wants_g else None
-        total = Sums(state.sums, None) if out.wants_g else None
-        finish = FinishRows(inputs, sums, total, out.statistics, (out.g, out.g_r))
-        keep = None if store is None else KeepSlots(state, store, len(head.blocks))
-        dropped = DroppedRows(inputs, state, sums, out.statistics[7])
-        views = TileViews(Tiles(state.logits, None, shape.columns))
+        memory = (shape.rows, pitch(shape.columns))
+        logits = inputs.labels.new_empty(memory, dtype=inputs.wide)
+        views = TileViews(Tiles(logits, None, shape.columns))
+        # Made behind the first product, with which the device is busy meanwhile.
+        launches = functools.cache(
+            lambda: _Launches.of(inputs, logits, shape, tail, out, store, len(head.blocks))
+        )
         looks = not is_capturing(inputs.labels.device)
         for chunk, rows in enumerate(parts):
             x = hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
                 entries = head.take(block)
                 pieces = views.of(rows, entries.edges)
-                for (logits, _), (_, transposed) in zip(pieces, entries.operands, strict=True):
-                    matmul_into(logits, x, transposed)
-                scan(rows, columns)
-                live(rows, columns, block)
-                dense_blocks = HostCopy(live.dense(rows[1] - rows[0])) if looks else None
-                pack(rows, columns, block)  # which the device does while the host waits
+                for (tile, _), (_, transposed) in zip(pieces, entries.operands, strict=True):
+                    matmul_into(tile, x, transposed)
+                on = launches()
+                on.scan(rows, columns)
+                on.live(rows, columns, block)
+                dense_blocks = HostCopy(on.live.dense(rows[1] - rows[0])) if looks else None
+                on.pack(rows, columns, block)  # which the device does while the host waits
                 if dense_blocks is not None and _too_many(dense_blocks.get()):
                     return None
                 looks = False
-                for part in dense:
+                for part in on.dense:
                     part(rows, columns)
-            if gather is not None:
-                gather(rows[1] - rows[0])
-            finish(*rows, 0, 1)
-            dropped(*rows)
-            if keep is not None:
-                keep(*rows, chunk)
+            on = launches()
+            if on.gather is not None:
+                on.gather(rows[1] - rows[0])
+            on.finish(*rows, 0, 1)
+            on.dropped(*rows)
+            if on.keep is not None:
+                on.keep(*rows, chunk)
         product = None
         if out.wants_g:
             product = tail_product(inputs.weight, tail.sums, inputs.dtype)
-        return state.entries.sum(0, keepdim=True), product
+        return launches().state.entries.sum(0, keepdim=True), product
+
+
+class _Launches(NamedTuple):
+    """The kernels of one call, in the order in which a tile and then a chunk starts them."""
+
+    state: ScanState
+    scan: Scan
+    live: LiveColumns
+    pack: PackSlots
+    dense: list[DenseRows]
+    gather: GatherSlots | None
+    finish: FinishRows
+    dropped: DroppedRows
+    keep: KeepSlots | None
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, logits: Tensor, shape: ScanShape, tail: Tail, out: Results,
+        store: SlotStore | None, blocks: int,
+    ) -> "_Launches":  # fmt: skip
+        """With the state of all rows, and the labels' terms, which are launched."""
+        sums = label_terms(inputs)
+        state = scan_state(inputs, logits, shape, tail.groups, tail.sums, LOOKED)
+        products = range(len(inputs.weight) if out.wants_g else 0)
+        total = Sums(state.sums, None) if out.wants_g else None
+        return cls(
+            state,
+            Scan(inputs, state, tail.eps),
+            LiveColumns(inputs, state, sums),
+            PackSlots(inputs, state),
+            [DenseRows(inputs, state, part) for part in products],
+            GatherSlots(inputs, state, blocks) if out.wants_g else None,
+            FinishRows(inputs, sums, total, out.statistics, (out.g, out.g_r)),
+            DroppedRows(inputs, state, sums, out.statistics[7]),
+            None if store is None else KeepSlots(state, store, blocks),
+        )
 
 
 def _too_many(dense: Tensor) -> bool:

@@ -29,7 +29,8 @@ def state_of(slots, blocks, columns, listed):
     weight = (torch.zeros(columns, 8),)
     given = inputs(torch.zeros(64 * blocks, 8), torch.zeros(64 * blocks).long())
     shape = ScanShape(64 * blocks, columns, slots, listed, 1)
-    return scan_state(given._replace(weight=weight), shape, None, torch.zeros(1, columns), 8, 64)
+    given, logits = given._replace(weight=weight), torch.empty(64 * blocks, 8)
+    return scan_state(given, logits, shape, None, torch.zeros(1, columns), 64)
 
 
 def fill(state, counts, dense):
