@@ -121,7 +121,7 @@ def certified_logps(
     if options.is_sparse(dtype) and any(needs):
         groups = options.tail_groups
         groups = None if groups is None else groups.to(device, torch.int64)
-        logps, fields, *_ = sparse.sparse_linear_logps(
+        logps, fields, *_ = sparse.sparse_token_logps(
             *problem, groups, float(options.eps), *needs, True
         )
         certificate = Certificate(*fields.unbind())

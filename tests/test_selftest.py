@@ -66,7 +66,7 @@ def test_covers_every_registered_operation(passed: SelfTestReport) -> None:
     parts = {
         "head_mean_logits",
         "linear_logps_hidden_gradient_", "exact_linear_logps_dweight",
-        "sparse_linear_logps_dweight", "odds_ratio_backward", "sequence_mean_backward",
+        "sparse_token_logps_dweight", "odds_ratio_backward", "sequence_mean_backward",
     }  # fmt: skip
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("orpo_kernels::")}

@@ -69,8 +69,8 @@ def test_finds_a_store_that_never_refuses(monkeypatch: pytest.MonkeyPatch) -> No
 def test_finds_a_tail_that_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tail.Tail.product
     monkeypatch.setattr(tail.Tail, "product", lambda *given: torch.zeros_like(right(*given)))
-    failed = run("sparse_linear_logps", "softmax_compact_online_", "linear_logps")
-    assert {check.op for check in failed} == {"sparse_linear_logps"}
+    failed = run("sparse_token_logps", "softmax_compact_online_", "linear_logps")
+    assert {check.op for check in failed} == {"sparse_token_logps"}
     assert len(failed) == 12
     assert all("dhidden" in check.message for check in failed)
 
@@ -82,5 +82,5 @@ def test_finds_one_tail_for_both_groups(monkeypatch: pytest.MonkeyPatch) -> None
 
     right = sparse_weight.tail_rows
     monkeypatch.setattr(sparse_weight, "tail_rows", together)
-    failed = run("sparse_linear_logps")
+    failed = run("sparse_token_logps")
     assert {check.case for check in failed} == {"trainable head, peaked", "all of it"}

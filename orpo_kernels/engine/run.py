@@ -68,6 +68,8 @@ class SparseState(NamedTuple):
     store: Tensor  # these three: of `Packed`; of slots `SlotStore`, and nothing by block
     table: Tensor
     per_block: Tensor
+    places: Tensor  # these two: of `Places`
+    number: Tensor
 
 
 def exact_state(problem: Problem, *, needs_dhidden: bool) -> ExactState:
@@ -94,6 +96,7 @@ def sparse_state(problem: Problem, plan: SparsePlan, *, needs_dhidden: bool) -> 
         hidden.new_empty(plan.store_bytes, dtype=torch.uint8),
         hidden.new_full((plan.items if has_store else 0, 2), -1, dtype=torch.int64),
         _zeros(hidden, (plan.blocks if has_store and not plan.slots else 0, 2, count), wide),
+        *Places.empty(problem),
     )  # fmt: skip
 
 
@@ -175,6 +178,7 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
     if not problem.trainable:  # scratch, for a head that is not trained
         sums = state.statistics.new_zeros((problem.group_count, problem.weight.shape[0]))
     operands = select(problem, scored)
+    Places(state.places, state.number).note(operands)
     sizes, certificate = operands.sizes, None
     if sizes.rows > 0:
         if says_why():
@@ -298,12 +302,12 @@ def exact_head_gradient(
 
 def sparse_head_gradient(
     problem: Problem, dlogps: Tensor, statistics: Tensor, sums: Tensor, packed: Packed,
-    out: HeadGradients,
+    places: Places, out: HeadGradients,
 ) -> None:  # fmt: skip
     """Fills the gradients of the head, of a sparse forward."""
-    table = HostCopy(packed.table)  # before the host waits for the count of the scored rows
+    table = HostCopy(packed.table)  # behind the forward: the device has more to do in the meantime
     plan, scored = sparse_plan(problem), score(problem.labels, problem.ignore_index)
-    operands = select(problem, scored)
+    operands = select_again(problem, scored, places)
     if operands.sizes.rows == 0:
         _fill_nothing(out)
         return
@@ -311,7 +315,7 @@ def sparse_head_gradient(
     if plan.slots:
         sizing = (_job(problem, operands, out), problem.budget - plan.store_bytes)
         gradient = importlib.import_module("orpo_kernels.engine.sparse.slot_gradient").head_gradient
-        gradient(problem, operands, statistics, dlogps, tail, packed, table.get(), sizing, out)
+        gradient(problem, operands, statistics, dlogps, tail, packed, table, sizing, out)
         return
     figures, a = _of_rows(scored, operands, dlogps, statistics)
     if operands.places is not None:

@@ -19,6 +19,7 @@ from orpo_kernels.engine.run import (
     sparse_plan,
     sparse_state,
 )
+from orpo_kernels.engine.scoring import Places
 from orpo_kernels.engine.sparse.tail import Packed
 from orpo_kernels.ops.shared import (
     SPARSE,
@@ -32,15 +33,16 @@ from orpo_kernels.ops.shared import (
 _TENSORS = 6
 _GROUPS = SPARSE_ARGUMENTS - 2  # the only other tensor of a problem
 _OUTPUTS = 2 + len(SparseState._fields)
+_SAVED = 8  # tensors of the backward before those of the problem
 
 
 @torch.library.custom_op(
-    "orpo_kernels::sparse_linear_logps",
+    "orpo_kernels::sparse_token_logps",
     mutates_args=(),
     schema=f"({SPARSE}, bool needs_dhidden, bool trainable, bool consume_g) "
     f"-> ({', '.join(['Tensor'] * _OUTPUTS)})",
 )
-def sparse_linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
+def sparse_token_logps(*arguments: Any) -> tuple[Tensor, ...]:
     """Log-probs (K, ...), the fields of the certificate (5,), and `SparseState`."""
     needs_dhidden, trainable, _ = arguments[SPARSE_ARGUMENTS:]
     problem = problem_of(arguments[:SPARSE_ARGUMENTS], trainable=trainable)
@@ -49,7 +51,7 @@ def sparse_linear_logps(*arguments: Any) -> tuple[Tensor, ...]:
         return logps, certificate, *state
 
 
-@sparse_linear_logps.register_fake
+@sparse_token_logps.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     needs_dhidden, trainable, _ = arguments[SPARSE_ARGUMENTS:]
     problem = problem_of(arguments[:SPARSE_ARGUMENTS], trainable=trainable)
@@ -59,28 +61,29 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "orpo_kernels::sparse_linear_logps_dweight",
+    "orpo_kernels::sparse_token_logps_dweight",
     mutates_args=(),
     schema="(Tensor dlogps, Tensor statistics, Tensor sums, Tensor store, Tensor table, "
-    f"Tensor per_block, {SPARSE}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"Tensor per_block, Tensor places, Tensor number, {SPARSE}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
 )
-def sparse_linear_logps_dweight(
+def sparse_token_logps_dweight(
     dlogps: Tensor, statistics: Tensor, sums: Tensor, store: Tensor, table: Tensor,
-    per_block: Tensor, *arguments: Any,
+    per_block: Tensor, places: Tensor, number: Tensor, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of weight (V, H), bias (V,) and weight_r (V, r); empty where `needs` says no."""
     problem = problem_of(arguments[:SPARSE_ARGUMENTS], trainable=True)
     results, wanted = empty_head_gradients(problem, arguments[SPARSE_ARGUMENTS])
     with without_autocast(problem):
-        packed = Packed(store, table, per_block)
-        sparse_head_gradient(problem, dlogps, statistics, sums, packed, wanted)
+        packed, of_rows = Packed(store, table, per_block), Places(places, number)
+        sparse_head_gradient(problem, dlogps, statistics, sums, packed, of_rows, wanted)
     return results
 
 
-@sparse_linear_logps_dweight.register_fake
+@sparse_token_logps_dweight.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    problem = problem_of(arguments[6 : 6 + SPARSE_ARGUMENTS], trainable=True)
-    return empty_head_gradients(problem, arguments[6 + SPARSE_ARGUMENTS])[0]
+    problem = problem_of(arguments[_SAVED : _SAVED + SPARSE_ARGUMENTS], trainable=True)
+    return empty_head_gradients(problem, arguments[_SAVED + SPARSE_ARGUMENTS])[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,9 +100,9 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
     ctx.arguments = (*tensors, *ctx.options, groups, ctx.eps)
 
     def head_gradient(wanted: list[bool]) -> Any:
-        return sparse_linear_logps_dweight(
+        return sparse_token_logps_dweight(
             dlogps, state.statistics, state.sums, state.store, state.table, state.per_block,
-            *ctx.arguments, wanted,
+            state.places, state.number, *ctx.arguments, wanted,
         )  # fmt: skip
 
     gradients = backward(
@@ -108,4 +111,4 @@ def _backward(ctx: Any, dlogps: Tensor, *_unused: Tensor) -> tuple[Tensor | None
     return *gradients, *[None] * (SPARSE_ARGUMENTS - _TENSORS + 3)
 
 
-sparse_linear_logps.register_autograd(_backward, setup_context=_setup_context)
+sparse_token_logps.register_autograd(_backward, setup_context=_setup_context)

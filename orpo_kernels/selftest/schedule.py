@@ -20,7 +20,7 @@ from orpo_kernels.selftest.report import Check, dtype_name
 MOST_WORKERS = 8  # 16 were slower: what is left of Python waits for its lock
 # What takes longest comes first, so that none of it is what is waited for in the end: transformers
 # is imported, and the larger kernels are compiled.
-_SLOW = ("fuse_head", "linear_lse", "sparse_linear_logps", "linear_logps", "slot_gradient")
+_SLOW = ("fuse_head", "linear_lse", "sparse_token_logps", "linear_logps", "slot_gradient")
 
 
 def workers_of(device: torch.device) -> int:

@@ -72,7 +72,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield Case("pack_entries", "in order, and out of room", setting, _pack)
     yield Case("compact_weight_gradient", "some columns of a tile", setting, _weight_gradient)
     for variant, eps in VARIANTS:
-        yield Case("sparse_linear_logps", variant.name, setting, _linear_logps, (variant, eps))
+        yield Case("sparse_token_logps", variant.name, setting, _linear_logps, (variant, eps))
 
 
 def _listed(setting: Setting, transform: Transform, capacity: int = COLUMNS) -> Listed:
@@ -147,10 +147,10 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     out = torch.empty(COLUMNS, WIDTH, device=setting.device)
     on_device = (labels.to(setting.device), figures.to(setting.device), mean.to(setting.device))
     inputs = _inputs(hidden, on_device[0])
-    order = gradient.order_entries(store.columns, on_device[0][None], COLUMNS)
-    kept = gradient.Kept(store, order, on_device[1], None, on_device[2])
-    products = torch.empty(SLOTS, 24, device=setting.device)  # a panel of three vectors
-    gradient.from_slots(out, hidden, inputs, kept, rest.to(setting.device), products)
+    lists = gradient.label_lists(on_device[0][None], COLUMNS)
+    kept = gradient.Kept(store, lists, on_device[1], None, on_device[2])
+    parts = [gradient.Part(out, hidden, rest.to(setting.device))]
+    gradient.from_slots(parts, inputs, kept, SLOTS, 24)  # a panel of three vectors
 
     dense = torch.zeros(2, COMPACT_ROWS, COLUMNS, dtype=torch.float64)
     for block, (first, count) in enumerate(table.tolist()):

@@ -131,7 +131,7 @@ def test_a_store_without_room(gpu, monkeypatch, blocks):
 
 
 def test_the_waits_of_a_call(gpu, monkeypatch):
-    # Forward and backward count the scored rows; the forward looks at its first tile, and the
+    # The forward counts the scored rows and tells the backward; it looks at its first tile, and the
     # backward at what is in the store: small copies that the device makes on its way.
     gpu.needs_cuda()
     given = step(gpu, torch.bfloat16, bias=True)
@@ -144,7 +144,7 @@ def test_the_waits_of_a_call(gpu, monkeypatch):
         return copies[-1]
 
     monkeypatch.setattr(host_copy.HostCopy, "get", noted)
-    assert [path.name for path in waits(lambda: run(*given))] == ["scoring.py"] * 2
+    assert [path.name for path in waits(lambda: run(*given))] == ["scoring.py"]
     assert [each.device.type for each in copies] == ["cpu"] * 2
     assert all(each.is_pinned() for each in copies)
 

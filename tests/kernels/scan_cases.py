@@ -8,7 +8,7 @@ from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.keep_slots import KeepSlots
 from orpo_kernels.kernels.live_columns import LiveColumns
-from orpo_kernels.kernels.order_entries import order_entries
+from orpo_kernels.kernels.order_entries import label_lists, order_entries
 from orpo_kernels.kernels.pack_slots import PackSlots
 from orpo_kernels.kernels.scan import LOOKED, Scan
 from orpo_kernels.kernels.scan_state import ScanState, scan_state
@@ -120,7 +120,7 @@ def gradient_launches() -> Yielded:
 
             def add(dtype=dtype, odd=odd):
                 given, hidden = _rows(dtype, odd)
-                order = order_entries(_store().columns, given.labels[None], V)
+                order = order_entries(_store().columns, label_lists(given.labels[None], V))
                 tail = (_cuda(2, V), _cuda(2, hidden.shape[1]))
                 out, products = _cuda(V, hidden.shape[1], dtype=dtype), _cuda(SLOTS, 256)
                 rows = (given, hidden, _cuda(5, M), tail, _cuda(1))

@@ -26,8 +26,10 @@ MOST_OF_A_TILE = 8
 STARTED = ["label_terms", "torch.new_zeros", "first_estimate"]
 # Which rows are scored and in which group, the state, the sums of the tail, the certificate.
 MOST_OUTSIDE = 57
-# Coefficients, and torch's sorts of slots, labels and columns.
-MOST_OF_LISTS = 40
+# Coefficients, q, what is given back and the labels' lists, before the host waits for the number of
+# slots; torch's sorts of these and of columns, after.
+MOST_BEFORE, MOST_OF_SLOTS = 14, 7
+WAIT = "the host waits"
 
 
 @pytest.fixture
@@ -36,10 +38,13 @@ def started(monkeypatch):
     # nonzero has no fake: every row is processed, as while a graph is captured.
     for module in (host_copy, scoring, scan_loop):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    monkeypatch.setattr(slot_gradient, "is_capturing", lambda device: False)
+    monkeypatch.setattr(
+        run, "select_again", lambda problem, scored, places: run.select(problem, scored)
+    )
 
     def start(architecture, mib, *, vocabulary=V, head_dtype=torch.bfloat16, kept=None):
         trains = kept is not None
-        monkeypatch.setattr(slot_gradient, "kept_blocks", lambda table: [kept] * table.shape[0])
 
         def cuda(*shape, dtype=torch.bfloat16):
             return torch.empty(shape, dtype=dtype, device="cuda")
@@ -56,6 +61,13 @@ def started(monkeypatch):
             begin = len(events.all())
             _, _, state = run.sparse_forward(problem, needs_dhidden=True)
             middle = len(events.all())
+            waited = []
+
+            def kept_blocks(table):
+                waited.append(len(events.all()) - middle)
+                return [kept] * table.shape[0]
+
+            monkeypatch.setattr(slot_gradient, "kept_blocks", kept_blocks)
             run.hidden_gradient_(
                 problem, cuda(1, N, dtype=torch.float32), state.statistics, (state.g, state.g_r),
                 state.product,
@@ -64,11 +76,15 @@ def started(monkeypatch):
                 run.sparse_head_gradient(
                     problem, cuda(1, N, dtype=torch.float32), state.statistics, state.sums,
                     Packed(state.store, state.table, state.per_block),
+                    scoring.Places(state.places, state.number),
                     HeadGradients((cuda(vocabulary, H),), None),
                 )  # fmt: skip
             names = events.all()
             shape = run.sparse_plan(problem)
-        return names[begin:middle], names[middle:], shape.scan
+        backward = names[middle:]
+        if waited:  # where the host waits for what is in the store
+            backward.insert(waited[0], WAIT)
+        return names[begin:middle], backward, shape.scan
 
     return start
 
@@ -147,14 +163,20 @@ def test_a_head_that_trains(started, mib):
     forward, backward, shape = started(90, mib, kept=1300)
     loop = list(expected(shape, V, trains=True))
     outside(forward, loop)
-    at = backward.index("coefficients")
-    gradient = backward[at:]
+    gradient = backward[backward.index("coefficients") :]
     assert gradient.count("slot_products") == gradient.count("sum_products")
     assert gradient.count("slot_products") <= (8 if mib >= 256 else H // plans.LEAST_PANEL)
     assert gradient.count("given_back") == 1
-    others = [each for each in gradient if each not in ("slot_products", "sum_products")]
-    assert len(others) <= MOST_OF_LISTS, others
-    assert not {"mm", "index_put", "weight_probs"} & {each.split("::")[-1] for each in gradient}
+    before, after = gradient[: gradient.index(WAIT)], gradient[gradient.index(WAIT) + 1 :]
+    others = [each for each in after if each not in ("slot_products", "sum_products")]
+    assert len(before) <= MOST_BEFORE, before
+    assert len(others) <= MOST_OF_SLOTS, others
+    # The host waits once, for what is in the store, and starts the first products at once: the rest
+    # of what follows, the lists of slots, is started while the device multiplies.
+    assert after[0] == "slot_products"
+    assert "given_back" in before
+    launched = {each.split("::")[-1] for each in gradient}
+    assert not {"mm", "index_put", "weight_probs"} & launched
 
 
 def test_rows_that_keep_nothing_are_done_the_exact_way(started):

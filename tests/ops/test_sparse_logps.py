@@ -155,13 +155,13 @@ def unstored_tiles(case, inputs, labels, groups):
     """(blocks, N) bool, from the table of the op."""
     scale, cap = case.options.get("logit_scale", 1.0), case.options.get("softcap")
     with torch.no_grad():
-        outputs = torch.ops.orpo_kernels.sparse_linear_logps(
+        outputs = torch.ops.orpo_kernels.sparse_token_logps(
             inputs["hidden"], inputs["weight"], torch.stack(labels), inputs.get("bias"),
             inputs.get("hidden_r"), inputs.get("weight_r"), scale, cap,
             case.options.get("ignore_index", -100), torch.float64, case.workspace_bytes, groups,
             EPS, True, True, False,
         )  # fmt: skip
-    table, blocks = outputs[8:]
+    table, blocks = outputs[8:10]
     ignore = case.options.get("ignore_index", -100)
     scored = (torch.stack(labels) != ignore).any(0).view(-1)
     rows = int(scored.sum())
@@ -319,7 +319,7 @@ def test_opcheck(sets):
         hidden, weight, labels, bias, None, None, 1.0, None, -100, torch.float32, None, groups, EPS,
         True, True, False,
     )  # fmt: skip
-    opcheck(torch.ops.orpo_kernels.sparse_linear_logps.default, args)
+    opcheck(torch.ops.orpo_kernels.sparse_token_logps.default, args)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

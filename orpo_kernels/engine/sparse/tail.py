@@ -32,7 +32,9 @@ class Tail:
         else:
             flat = problem.groups.reshape(-1)
             of_row = flat if operands.places is None else flat[operands.places]
-        return cls(problem.eps, torch.where(first >= 0, of_row, -1), sums)
+        if operands.rows.scored is not None:
+            of_row = torch.where(first >= 0, of_row, -1)
+        return cls(problem.eps, of_row, sums)
 
     def mean(self) -> Tensor:
         """The vectors q (G, V): each sums to 1, or is 0 where nothing was dropped."""

@@ -8,11 +8,11 @@ import torch
 
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.engine.sparse.slot_gradient import Kept, from_slots
+from orpo_kernels.engine.sparse.slot_gradient import Kept, Part, from_slots
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.keep_slots import KeepSlots
-from orpo_kernels.kernels.order_entries import order_entries
+from orpo_kernels.kernels.order_entries import label_lists, order_entries
 from orpo_kernels.kernels.scan_state import scan_state
 from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, SlotStore
 
@@ -120,12 +120,11 @@ def test_gradient_of_slots(dtype, rows, V, H, panel):
     true, size = matrix.t() @ hidden - tail, matrix.abs().t() @ hidden.abs() + tail.abs()
 
     given = inputs(everything, labels, second, positions)
-    order = order_entries(store.columns, torch.stack((labels, second)), V)
-    kept = Kept(store, order, figures, unit if dtype == torch.float16 else None, mean)
+    lists = label_lists(torch.stack((labels, second)), V)
+    kept = Kept(store, lists, figures, unit if dtype == torch.float16 else None, mean)
     for out_dtype in {dtype, torch.float32}:
         out = torch.full((V, H), torch.nan, dtype=out_dtype)
-        products = torch.full((sum(counts), panel), torch.nan)
-        from_slots(out, everything, given, kept, rest, products)
+        from_slots([Part(out, everything, rest)], given, kept, sum(counts), panel)
         step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
         # Two operands rounded, the interpreter truncates; the result rounded once.
         limit = 2 * step * size + torch.finfo(out_dtype).eps * true.abs() + 1e-5 * size
@@ -135,7 +134,7 @@ def test_gradient_of_slots(dtype, rows, V, H, panel):
 def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():
     columns = torch.tensor([7, 2, 7, 0, 7], dtype=torch.int32)
     labels = torch.tensor([[2, -1, 9], [7, 2, -1]])
-    order = order_entries(columns, labels, 10)
+    order = order_entries(columns, label_lists(labels, 10))
     assert order.entries.tolist() == [3, 1, 0, 2, 4]
     assert order.ends.tolist() == [0, 1, 1, 2, 2, 2, 2, 2, 5, 5, 5]
     assert order.targets[order.label_ends[0] :].tolist() == [0, 4, 3, 2]

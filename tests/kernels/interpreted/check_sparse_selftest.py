@@ -51,12 +51,12 @@ def test_they_tell_slots_from_entries_kept_by_row(small, monkeypatch):
     monkeypatch.setattr(
         sparse, "_definition", lambda *given, in_slots: definition(*given, in_slots=False)
     )
-    op = "sparse_linear_logps"
+    op = "sparse_token_logps"
     assert failures(torch.float32, op) == {(op, variant.name) for variant, _ in sparse.VARIANTS}
 
 
 def test_they_find_a_tail_that_is_lost(small, monkeypatch):
     right = scan_loop.tail_product
     monkeypatch.setattr(scan_loop, "tail_product", lambda *given: torch.zeros_like(right(*given)))
-    op = "sparse_linear_logps"
+    op = "sparse_token_logps"
     assert failures(torch.float32, op) == {(op, case) for case in PEAKED}
