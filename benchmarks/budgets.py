@@ -5,7 +5,8 @@
 
 A line per implementation, mode and budget: wall time in g, the bare GEMM of the same run, what the
 GPU's kernels take in sum, how many launches that is, peak memory over the inputs, the errors of
-loss and dhidden. Where the wall time is far over the kernels' sum, launches are what costs.
+loss and gradients against float64. What of ours is wrong is not timed, and then the exit code is 1.
+Where the wall time is far over the kernels' sum, launches are what costs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from benchmarks.heads import HEADS, Case
 from benchmarks.implementations import BETA, IMPLEMENTATIONS, Implementation
 from benchmarks.measure import Stopwatch, bare_gemm
 from benchmarks.steps import Step
+from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels import orpo_loss
 from orpo_kernels.constants import DEFAULT_EPS
@@ -73,8 +75,12 @@ def ours(gradient: str, budget: int | None, eps: float = DEFAULT_EPS) -> Impleme
     return Implementation(f"ours-{gradient}", "", prepare, lambda workload, device: None)
 
 
-def measured(line: Line, work: Workload, device: str) -> dict[str, Any]:
-    """Times, launches and memory of one line; why there are none, where it cannot run."""
+def measured(line: Line, work: Workload, truth: Truth, device: str) -> dict[str, Any]:
+    """Errors, times, launches and memory of one line; why there are none, where it cannot run.
+
+    Raises:
+        WrongResult: it does not compute the loss.
+    """
     row: dict[str, Any] = {"name": line.name, "mode": line.mode, "budget_bytes": line.budget}
     reason = line.implementation.missing(work, device)
     if reason:
@@ -87,7 +93,14 @@ def measured(line: Line, work: Workload, device: str) -> dict[str, Any]:
 
     try:
         for _ in range(2):
-            run()
+            step.clear()
+            loss = step.run()
+        row["errors"] = errors(truth, loss, *step.gradients)
+        judge(
+            row["errors"],
+            str(work.hidden.dtype).removeprefix("torch."),
+            peer=not line.name.startswith("ours"),
+        )
         row |= timed(run, bare_gemm(work), device)
         row |= counted(run, device)
         row["peak_bytes"] = peak(step, device)
@@ -146,9 +159,10 @@ def text(row: dict[str, Any]) -> str:
     kernels = ""
     if "launches" in row:
         kernels = f" kernels {row['kernels_ms']:8.2f} ms in {row['launches']:5} launches"
+    wrong = " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
     return (
         f"{start} {row['g']:7.2f} g {row['time_ms']:9.2f} ms{kernels} "
-        f"peak {row['peak_bytes'] / MIB:8.0f} MiB"
+        f"peak {row['peak_bytes'] / MIB:8.0f} MiB  {wrong}"
     )
 
 
@@ -163,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    works: dict[str, Workload] = {}
+    works: dict[str, tuple[Workload, Truth]] = {}
+    wrong = 0
     for line in lines():
         if time.perf_counter() - start > options.seconds:
             print("out of time before", line.mode, line.name)
@@ -171,12 +186,18 @@ def main(arguments: list[str] | None = None) -> int:
         if line.mode not in works:
             works.clear()
             case = Case(options.head, line.mode)
-            works[line.mode] = make_workload(case, options.device, tiny=options.tiny)
-        rows.append(measured(line, works[line.mode], options.device))
+            work = make_workload(case, options.device, tiny=options.tiny)
+            works[line.mode] = (work, compute_truth(work))
+        try:
+            rows.append(measured(line, *works[line.mode], options.device))
+        except WrongResult as error:
+            wrong += 1
+            print(f"{line.mode:10} {line.name:12} WRONG: {error}", flush=True)
+            continue
         print(text(rows[-1]), flush=True)
     if options.json:
         machine.write_results(options.json, options.device, rows, head=options.head)
-    return 0
+    return min(1, wrong)
 
 
 if __name__ == "__main__":

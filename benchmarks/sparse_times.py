@@ -27,7 +27,7 @@ from benchmarks.budgets import MIB, Line, ours, timed
 from benchmarks.heads import HEADS, Case
 from benchmarks.measure import bare_gemm
 from benchmarks.steps import Step
-from benchmarks.truth import Truth, compute_truth, errors
+from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels.constants import DEFAULT_EPS
 
@@ -110,6 +110,7 @@ def measured(job: Job, work: Workload, truth: Truth, device: str) -> dict[str, A
         step.clear()
         loss = step.run()
     row["errors"] = errors(truth, loss, *step.gradients)
+    judge(row["errors"], str(work.hidden.dtype).removeprefix("torch."), peer=False)
     row |= timed(run, bare_gemm(work), device)
     row |= kernels(run, device)
     step.clear()
@@ -195,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="jobs whose title begins so")
     parser.add_argument("--but", help="not those whose title begins so")
     options = parser.parse_args(arguments)
-    start, rows = time.perf_counter(), []
+    start, rows, wrong = time.perf_counter(), [], 0
     known: dict[tuple[str, str], tuple[Workload, Truth]] = {}
     for job in jobs():
         left_out = options.but is not None and job.title.startswith(options.but)
@@ -215,6 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with with_row(job.table), with_logits(job.narrow):
                 rows.append(measured(job, *known[key], options.device))
+        except WrongResult as error:
+            wrong += 1
+            print(f"{job.line.mode:10}{job.title:32}WRONG: {error}", flush=True)
+            continue
         except Exception as error:  # a block size that does not compile
             if job.table is None:
                 raise
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(text(rows[-1], job.kernel), flush=True)
     if options.json:
         machine.write_results(options.json, options.device, rows, head=options.head)
-    return 0
+    return min(1, wrong)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,15 @@ ROWS = 32
 COLUMNS = 128
 CHUNK_BYTES = 256 << 20  # float64 logits at once
 
-# What we refuse to time in our own code. bf16: naive bf16 logits alone cost 1e-2 to 9e-2 in the
-# gradient of confident rows, so a peer may be over it: then its figure is recorded and flagged.
+# A peer over these is recorded and flagged: naive bf16 logits alone cost 1e-2 to 9e-2 in the
+# gradient of confident rows.
 LIMITS = {
     "float32": {"loss": 1e-5, "dhidden": 1e-3, "dweight": 1e-3},
     "bfloat16": {"loss": 5e-3, "dhidden": 3e-2, "dweight": 3e-2},
 }
+# What we refuse to time in our own code, which errs by rounding alone: 2e-3 of both gradients in
+# bf16, and 1.4e-2 of dhidden where it is sparse. A race once cost 1e-2 of dW.
+OWN_LIMITS = {**LIMITS, "bfloat16": {"loss": 1e-4, "dhidden": 2e-2, "dweight": 5e-3}}
 GROSS = 0.3  # over this it is not the same function: nobody is timed
 
 
@@ -150,7 +153,7 @@ def judge(found: dict[str, float], dtype: str, *, peer: bool) -> bool:
     Raises:
         WrongResult: an error is gross, or over the limits in our own code.
     """
-    limits = LIMITS[dtype]
+    limits = (LIMITS if peer else OWN_LIMITS)[dtype]
     over = {name: value for name, value in found.items() if not value <= limits[name]}
     gross = {name: value for name, value in over.items() if not value <= GROSS or math.isnan(value)}
     if gross or (over and not peer):
