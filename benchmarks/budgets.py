@@ -3,8 +3,9 @@
     python -m benchmarks.budgets [--head llama-3-8b] [--seconds 110] [--json FILE]
     python -m benchmarks.budgets --device cpu --tiny        # shows that it runs
 
-A line per implementation, mode and budget: wall time in g, the bare GEMM of the same run, what the
-GPU's kernels take in sum, how many launches that is, peak memory over the inputs, the errors of
+A line per implementation, mode and budget: time in g, the bare GEMM of the same run, of a call that
+finds the device idle, and of one that finds it busy, as in a training step; what the GPU's kernels
+take in sum, how many launches that is, peak memory over the inputs, the errors of
 loss and gradients against float64. What of ours is wrong is not timed, and then the exit code is 1.
 Where the wall time is far over the kernels' sum, launches are what costs.
 """
@@ -111,16 +112,24 @@ def measured(line: Line, work: Workload, truth: Truth, device: str) -> dict[str,
 
 
 def timed(run: Callable[[], None], gemm: Callable[[], None], device: str) -> dict[str, float]:
-    """Wall time of the rounds over the bare GEMMs around them, medians."""
-    clock, ratios, seconds = Stopwatch(device), [], []
+    """Time of the rounds over the bare GEMMs around them, medians.
+
+    `step_g` and `step_ms`: with the device busy when the call begins, as in a training step.
+    """
+    clock, found = Stopwatch(device), dict[str, list[float]]()
     gemm()
     before = clock(gemm)
     for _ in range(ROUNDS if device == "cuda" else 1):
-        seconds.append(clock(run))
+        idle, busy = clock(run), clock(run, ahead=gemm)
         after = clock(gemm)
-        ratios.append(2 * seconds[-1] / (before + after))
+        of_round = {
+            "time_ms": 1e3 * idle, "g": 2 * idle / (before + after),
+            "step_ms": 1e3 * busy, "step_g": 2 * busy / (before + after),
+        }  # fmt: skip
+        for name, value in of_round.items():
+            found.setdefault(name, []).append(value)
         before = after
-    return {"time_ms": 1e3 * statistics.median(seconds), "g": statistics.median(ratios)}
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def counted(run: Callable[[], None], device: str) -> dict[str, float]:
@@ -161,7 +170,8 @@ def text(row: dict[str, Any]) -> str:
         kernels = f" kernels {row['kernels_ms']:8.2f} ms in {row['launches']:5} launches"
     wrong = " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
     return (
-        f"{start} {row['g']:7.2f} g {row['time_ms']:9.2f} ms{kernels} "
+        f"{start} {row['g']:7.2f} g, in a step {row['step_g']:5.2f} "
+        f"{row['time_ms']:9.2f} ms{kernels} "
         f"peak {row['peak_bytes'] / MIB:8.0f} MiB  {wrong}"
     )
 

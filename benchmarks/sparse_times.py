@@ -138,7 +138,8 @@ def text(row: dict[str, Any], kernel: str) -> str:
     """A line, and the kernels that take longest; of a sweep only the kernel it is of."""
     budget = "default" if row["budget_bytes"] is None else f"{row['budget_bytes'] // MIB} MiB"
     wrong = " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-    out = f"{row['mode']:10}{row['title']:32}{budget:9}{row['g']:6.2f} g {row['time_ms']:8.2f} ms"
+    out = f"{row['mode']:10}{row['title']:32}{budget:9}{row['g']:6.2f} g"
+    out += f", in a step {row['step_g']:5.2f} {row['time_ms']:8.2f} ms"
     if "kernels" not in row:
         return f"{out}  {wrong}"
     out += f", kernels {row['kernels_ms']:8.2f} ms in {row['launches']:4}  {wrong}"

@@ -4,8 +4,9 @@ An op turns its flat arguments into a `Problem` and hands it to `engine/run.py`.
 at the values of a tensor, so a problem can be made while the op is traced.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,10 +99,15 @@ class Problem:
 
     def sizes(self, rows: int) -> Sizes:
         """Sizes of `rows` scored rows of this problem."""
+        return Sizes(rows, *self._facts)
+
+    @functools.cached_property
+    def _facts(self) -> tuple[Any, ...]:
+        """The fields of `Sizes` after the rows."""
         device, dtype = self.weight.device, self.dtype
         columns = sum(part.shape[-1] for part in self.hiddens)
         copied = len(self.weights) > 1 or self.weight.dtype != dtype or self.weight.stride(1) != 1
-        return Sizes(
-            rows, self.weight.shape[0], columns, self.labels.shape[0], dtype, copied, device,
+        return (
+            self.weight.shape[0], columns, self.labels.shape[0], dtype, copied, device,
             gemm_widens(device, dtype), runs_triton(device, dtype),
         )  # fmt: skip
