@@ -1,15 +1,37 @@
 """GPU tests: skipped without a device, or run on the CPU to see that they are sound.
 
 ORPO_KERNELS_DRY_RUN=1 runs all that does not need CUDA itself on the CPU, at small sizes.
+
+They are few minutes of compiling, which a GPU's host does side by side: with a thread to each
+worker, long tests first, modules that are long to import where they are used.
 """
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
 DRY_RUN = os.environ.get("ORPO_KERNELS_DRY_RUN") == "1"
+HERE = Path(__file__).parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Twelve workers with sixteen threads each wait for each other; so do their compilers.
+    torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.hookimpl(trylast=True)  # after the sorting of all tests
+def pytest_collection_modifyitems(items):
+    """A short test behind each long one: a worker is given two to begin with."""
+    if any(HERE not in item.path.parents for item in items):
+        return
+    long = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if item not in long]
+    short, others = others[: len(long)], others[len(long) :]
+    first = [each for pair in zip(long, short, strict=False) for each in pair]
+    items[:] = first + long[len(short) :] + others
 
 
 class Gpu(NamedTuple):

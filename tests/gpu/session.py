@@ -34,6 +34,8 @@ SANITIZED = (
     "or without_room"
 )
 
+WORKERS = "14"  # of a host with sixteen cores
+
 
 class Step(NamedTuple):
     """A command, the file its output goes to, its share of the time, and what it imports."""
@@ -84,9 +86,11 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
 def _tests(*, dry_run: bool) -> list[str]:
     """A line for every test as it ends, which a time limit does not take away."""
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--tb=short", "--durations=5"]
-    tests += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    tests += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    tests += ["--continue-on-collection-errors"]
     if not dry_run and importlib.util.find_spec("xdist") is not None:
-        tests += ["-n", "12"]  # kernels are compiled side by side
+        # Kernels are compiled side by side, the long tests first, the next one where one ends.
+        tests += ["-n", WORKERS, "--maxschedchunk", "1"]
     return [*tests, "tests/gpu"]
 
 

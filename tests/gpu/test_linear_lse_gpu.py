@@ -5,18 +5,20 @@ import torch
 
 from orpo_kernels import linear_logps, reference
 from orpo_kernels.engine.linear_lse import linear_lse
+from tests.gpu.cases import pairwise
 from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu
 
 EPS32 = torch.finfo(torch.float32).eps
 OPTIONS = [(1.0, None, False, 1), (0.3, None, True, 2), (-1.7, 3.0, True, 2)]
-SHAPES = [
-    pytest.param(8, 64, 300, id="few rows"),
-    pytest.param(1000, 4096, 32003, id="rows, columns and splits ragged"),
-    pytest.param(300, 4097, 8000, id="odd H: single elements"),
-    pytest.param(5000, 96, 16384, id="H of one step and a half"),
-]
+SHAPES = {
+    "few rows": (8, 64, 300),
+    "rows, columns and splits ragged": (1000, 4096, 32003),
+    "odd H: single elements": (300, 4097, 8000),
+    "H of one step and a half": (5000, 96, 16384),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def operands(gpu, R, H, V, dtype, sets=1, with_bias=False):
@@ -25,11 +27,10 @@ def operands(gpu, R, H, V, dtype, sets=1, with_bias=False):
     return problem(R, H, V, dtype, bias=with_bias, sets=sets, device=gpu.device)
 
 
-@pytest.mark.parametrize(("scale", "softcap", "with_bias", "sets"), OPTIONS)
-@pytest.mark.parametrize(("R", "H", "V"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_against_float64(gpu, dtype, R, H, V, scale, softcap, with_bias, sets):
-    inputs = operands(gpu, R, H, V, dtype, sets, with_bias)
+@pytest.mark.parametrize(("shape", "option", "dtype"), pairwise(SHAPES, OPTIONS, DTYPES), ids=str)
+def test_against_float64(gpu, shape, option, dtype):
+    scale, softcap, with_bias, sets = option
+    inputs = operands(gpu, *SHAPES[shape], dtype, sets, with_bias)
     found = linear_lse(*inputs, scale, softcap, True)
     again = linear_lse(*inputs, scale, softcap, True)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

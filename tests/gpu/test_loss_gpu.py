@@ -7,6 +7,7 @@ from orpo_kernels import linear_logps, odds_ratio_loss, orpo_loss, reference
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.pair_loss import pair_loss
 from orpo_kernels.sequence_mean import sequence_mean
+from tests.gpu.cases import pairwise
 from tests.gpu.waits import waits
 from tests.helpers import assert_accurate
 
@@ -35,9 +36,11 @@ def loss_and_gradients(hidden, weight, bias, labels, **options):
     return out.loss, *torch.autograd.grad(out.loss, wanted)
 
 
-@pytest.mark.parametrize("workspace", [None, 4 * 2**20], ids=["E kept", "recomputed"])
-@pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "workspace"),  # by default E is kept, in 4 MiB it is recomputed
+    pairwise([torch.float32, torch.bfloat16, torch.float16], [None, 8.0], [None, 4 * 2**20]),
+    ids=str,
+)
 def test_against_float64(gpu, dtype, softcap, workspace):
     hidden, weight, bias, labels, nll = problem(gpu.device, dtype, bias=True)
     options = {"nll_labels": nll, "softcap": softcap, "beta": 0.3}
@@ -176,6 +179,7 @@ def test_cuda_graph(gpu):
             assert (ours - true).norm() <= 1e-2 * true.norm()
 
 
+@pytest.mark.slow  # on a GPU
 def test_compiled(gpu):
     hidden, weight, bias, labels, nll = problem(gpu.device, torch.bfloat16, bias=True)
 

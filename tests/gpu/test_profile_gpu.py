@@ -1,17 +1,18 @@
 """A profile on a device: events between the parts, and torch's own count of the memory."""
 
+import importlib.util
 import json
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from orpo_kernels.training.options import parse_options
-from orpo_kernels.training.profile_table import FUSED, LOGITS, Lengths, run
-from orpo_kernels.training.profiling import DATA, HEAD, LAYERS, OPTIMIZER, Plan
-
-pytestmark = pytest.mark.gpu
+NEEDS = ("transformers", "peft", "accelerate", "datasets")
+pytestmark = [
+    pytest.mark.gpu,
+    *(
+        pytest.mark.skipif(importlib.util.find_spec(each) is None, reason=f"no {each}")
+        for each in NEEDS
+    ),
+]
 
 V, T = 32_000, 512  # logits of a pair: 125 MiB in float32, where the layers of H 64 take 10
 CONFIG = {
@@ -21,7 +22,13 @@ CONFIG = {
 MIB = 2**20
 
 
+@pytest.mark.slow
 def test_parts_and_their_memory(gpu, tmp_path):
+    # Here, not above: every worker collects.
+    from orpo_kernels.training.options import parse_options
+    from orpo_kernels.training.profile_table import FUSED, LOGITS, Lengths, run
+    from orpo_kernels.training.profiling import DATA, HEAD, LAYERS, OPTIMIZER, Plan
+
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     plan = Plan(2, tmp_path / "trace.json")

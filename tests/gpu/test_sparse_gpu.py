@@ -14,12 +14,15 @@ from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.kernels import has_slots
 from orpo_kernels.kernels.slot_store import SLOT_BYTES
+from tests.gpu.cases import pairwise
 from tests.gpu.waits import waits
 from tests.helpers import problem
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = [(None, False, False), (None, False, True), (20.0, True, True)]  # softcap, bias, trains
+WORKSPACES = [None, 40 * 2**20]  # the default, and one of several chunks
 EPS = 2.0**-6
 
 
@@ -63,12 +66,11 @@ def relative(found, true):
     return float((found.double() - true).norm() / true.norm())
 
 
-@pytest.mark.parametrize("workspace", [None, 40 * 2**20], ids=["default", "chunks"])
 @pytest.mark.parametrize(
-    ("softcap", "bias", "trains"), [(None, False, False), (None, False, True), (20.0, True, True)]
+    ("option", "dtype", "workspace"), pairwise(OPTIONS, DTYPES, WORKSPACES), ids=str
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_float64(gpu, dtype, softcap, bias, trains, workspace):
+def test_against_float64(gpu, option, dtype, workspace):
+    softcap, bias, trains = option
     given = step(gpu, dtype, trains=trains, bias=bias)
     options = {"softcap": softcap, "workspace_bytes": workspace}
     logps, *found = run(*given, **options)

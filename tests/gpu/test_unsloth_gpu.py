@@ -8,11 +8,6 @@ import importlib.util
 
 import pytest
 
-pytest.importorskip("trl")
-
-from tests.environments.runs import difference, save_conversations, save_model
-from tests.environments.test_unsloth import run
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="needs Unsloth"),
@@ -22,6 +17,9 @@ pytestmark = [
 @pytest.mark.parametrize("chunked", ["1", "0"], ids=["its chunks", "its logits"])
 def test_same_losses(gpu, monkeypatch, tmp_path, chunked):
     gpu.needs_cuda()
+    from tests.environments.runs import difference, save_conversations, save_model
+    from tests.environments.test_unsloth import run
+
     monkeypatch.setenv("UNSLOTH_PREFERENCE_CHUNKED", chunked)
     save_model(tmp_path / "base", "llama")
     save_conversations(tmp_path / "rows.json")

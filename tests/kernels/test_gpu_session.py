@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks import layout_steps
 from tests.gpu import session
+from tests.gpu.cases import pairwise
 
 
 @pytest.mark.slow
@@ -114,3 +116,34 @@ def test_a_step_ends_in_time_or_is_left_out_by_name(tmp_path, capsys):
 
 def _rows(folder):
     return json.loads((folder / "rows.json").read_text())["kernels"]
+
+
+def test_two_values_in_one_case():
+    cases = pairwise("abcd", [1, 2, 3], [True, False])
+    assert len(cases) == 12
+    for one, other, count in ((0, 1, 12), (0, 2, 8), (1, 2, 6)):
+        assert len({(case[one], case[other]) for case in cases}) == count
+    with pytest.raises(ValueError, match="must be the shortest"):
+        pairwise("ab", [1, 2, 3], [1, 2, 3])
+
+
+def test_what_workers_collect():
+    # Every worker does: seconds of each if a library came with it. Of the first two that a worker
+    # is given one is long.
+    code = (
+        "import sys, pytest; pytest.main(['-m', 'gpu', '--co', '-qq', 'tests/gpu', '-n', '0', "
+        "'-p', 'no:hypothesispytest']); print(sorted({'transformers', 'trl', 'peft', 'datasets', "
+        "'hypothesis', 'triton'} & sys.modules.keys()))"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=session.REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--co", "-vv", "tests/gpu", "-n", "0"]
+    done = subprocess.run(words, cwd=session.REPOSITORY, capture_output=True, text=True)
+    names = re.findall(r"<Function (.*)>", done.stdout)
+    assert [name.split("[")[0] for name in names[:8:2]] == [
+        "test_equals_the_padded_batch", "test_equals_the_padded_batch", "test_compiled",
+        "test_parts_and_their_memory",
+    ]  # fmt: skip
+    assert "sdpa" in names[1]
+    assert "sdpa" in names[3]
