@@ -193,9 +193,7 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
             if needs_dhidden:
                 state.product.copy_(tail.product(operands.head, plan.tile.columns))
         rounding = KEPT_ROUNDING if plan.slots else 0.0
-        share = kept[0] / sizes.vocabulary
-        figures = Statistics.of(state.statistics)
-        certificate = certificate_fields(problem, scored, figures, share, rounding)
+        certificate = certificate_fields(problem, scored, state.statistics, kept, rounding)
     if certificate is None:
         certificate = state.statistics.new_zeros(5, dtype=torch.float32)
     logps = scored.logps(Statistics.of(state.statistics)).view(problem.labels.shape)
@@ -206,7 +204,7 @@ def _scanned(
     problem: Problem, operands: Operands, plan: SparsePlan, tail: Tail, out: Results,
     packed: Packed | None, product: Tensor,
 ) -> Tensor:  # fmt: skip
-    """How many entries were kept, (1,); flat logits are left to the exact loop, which keeps all."""
+    """Kept entries, counted in parts; flat logits are left to the exact loop, which keeps all."""
     forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
     store = None if packed is None else SlotStore.of(packed.store, packed.table)
     found = forward(operands, plan.scan, tail, out, store)

@@ -108,6 +108,7 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["sum_products", _class, _dtype] = (Row(256, 4 // _lanes, 8 if _wide_sums else 16),)
     TABLE["coefficients", _class, torch.float32] = (Row(128, 4),)
     TABLE["dropped_rows", _class, torch.float32] = (Row(32, 4),)
+    TABLE["certificate", _class, torch.float32] = (Row(1024, 4),)
     TABLE["combine_rows", _class, torch.float32] = (Row(16, 4),)
     TABLE["score_rows", _class, torch.int64] = (Row(1024, 4),)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from orpo_kernels.kernels.certificate import certificate
 from orpo_kernels.kernels.dense_rows import DenseRows
 from orpo_kernels.kernels.gather_slots import GatherSlots
 from orpo_kernels.kernels.given_back import given_back
@@ -74,6 +75,12 @@ def scan_launches() -> Yielded:
         DroppedRows(given, state_of(given), _state(given), _cuda(N))(0, M)
 
     yield "dropped_rows", "dropped_rows", torch.float32, dropped, narrow
+
+    def certify():
+        labels, entries = (_cuda(size, dtype=torch.int64) for size in (N, M))
+        certificate(labels, _cuda(8, N), entries, V, (1.0, 2.0**-12, 2.0**-8))
+
+    yield "certificate", "certificate", torch.float32, certify, narrow
 
 
 def _products(dtype: torch.dtype, name: str, odd: bool) -> Yielded:

@@ -78,8 +78,8 @@ def forward(
         store: for the slots of a head that trains, or None.
 
     Returns:
-        (1,) int64, how many entries were kept, and (G, H + r) float32, q W, where g is wanted.
-        None, and nothing is filled but the sums, where the logits are too flat.
+        (M / 64,) int64, entries kept of every row block, and (G, H + r) float32, q W, where g is
+        wanted. None, and nothing is filled but the sums, where the logits are too flat.
     """
     inputs = inputs_of(operands)
     with tuning.guard(inputs.labels.device):
@@ -122,7 +122,7 @@ def forward(
         product = None
         if out.wants_g:
             product = tail_product(inputs.weight, tail.sums, inputs.dtype)
-        return launches().state.entries.sum(0, keepdim=True), product
+        return launches().state.entries, product
 
 
 class _Launches(NamedTuple):

@@ -11,6 +11,7 @@ from orpo_kernels.engine.operands import Head, Operands, Statistics, in_rows
 from orpo_kernels.engine.problem import Problem
 from orpo_kernels.engine.scoring import Scored
 from orpo_kernels.engine.tiles import column_sums
+from orpo_kernels.kernels import launcher, runs_triton
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,29 @@ class Packed(NamedTuple):
 
 
 def certificate_fields(
-    problem: Problem, scored: Scored, statistics: Statistics, kept: Tensor, rounding: float
+    problem: Problem, scored: Scored, statistics: Tensor, entries: Tensor, rounding: float
 ) -> Tensor:
-    """The fields of `Certificate`, (5,) float32; `kept`: entries over the vocabulary.
+    """The fields of `Certificate`, (5,) float32; `entries` (any length) are the kept ones, counted.
 
     What was dropped may be as much more than m_t as the kept entries, `rounding` of each, were
     rounded up by. Their sum is that of all, at most the scale times the mass beside the labels
     (with a softcap less), without m_t.
     """
-    is_scored, beside = scored.labels.first >= 0, statistics.beside
-    rows = is_scored.sum().clamp(min=1)
-    mass = torch.where(is_scored, _dropped(statistics) * beside, 0.0)
-    kept_sum = torch.where(is_scored, problem.transform.scale * beside - mass, 0.0).clamp(min=0.0)
-    dropped = mass + rounding / (1.0 - rounding) * kept_sum
-    residual = (problem.eps * dropped.clamp(min=0.0)).sqrt()
-    share = kept / rows
-    fields = (share, mass.sum() / rows, mass.amax(), residual.sum() / rows, residual.amax())
-    return torch.stack([each.to(torch.float32) for each in fields])
+    vocabulary, scale = problem.weight.shape[0], problem.transform.scale
+    rounded = rounding / (1.0 - rounding)
+    if runs_triton(statistics.device, statistics.dtype) and scored.labels.first.shape[0] > 0:
+        numbers = (scale, problem.eps, rounded)
+        launch = launcher("certificate", "certificate")
+        fields: Tensor = launch(scored.labels.first, statistics, entries, vocabulary, numbers)
+        return fields
+    is_scored, figures = scored.labels.first >= 0, Statistics.of(statistics)
+    rows, beside = is_scored.sum().clamp(min=1), figures.beside
+    mass = torch.where(is_scored, _dropped(figures) * beside, 0.0)
+    kept_sum = torch.where(is_scored, scale * beside - mass, 0.0).clamp(min=0.0)
+    residual = (problem.eps * (mass + rounded * kept_sum).clamp(min=0.0)).sqrt()
+    share = entries.sum() / vocabulary / rows
+    of_rows = (share, mass.sum() / rows, mass.amax(), residual.sum() / rows, residual.amax())
+    return torch.stack([each.to(torch.float32) for each in of_rows])
 
 
 def _dropped(statistics: Statistics) -> Tensor:

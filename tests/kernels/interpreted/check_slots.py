@@ -9,6 +9,7 @@ import torch
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.engine.sparse.slot_gradient import Kept, Part, from_slots
+from orpo_kernels.kernels.certificate import certificate
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.keep_slots import KeepSlots
@@ -170,3 +171,28 @@ def test_panels_fit():
         (2**28, 190_000, 320),
     ):
         assert plan.panel_columns(job, budget, 2, count) == columns
+
+
+@pytest.mark.parametrize("rounding", [0.0, 2.0**-8])
+def test_the_certificate(rounding):
+    # Three blocks of rows, the last one ragged; a tenth is not scored and holds what means nothing.
+    N, vocabulary, scale, eps = 2500, 1000, 0.7, 2.0**-12
+    labels = torch.randint(0, vocabulary, (N,))
+    statistics = torch.rand(8, N)
+    unscored = torch.rand(N) < 0.1
+    labels[unscored] = -1
+    statistics[:, unscored] = float("nan")
+    entries = torch.randint(0, 64 * vocabulary, (40,))
+    rho = rounding / (1 - rounding)
+
+    fields = certificate(labels, statistics, entries, vocabulary, (scale, eps, rho))
+    beside, dropped = statistics[2].double()[~unscored], statistics[7].double()[~unscored]
+    mass = dropped * beside
+    residual = (eps * (mass + rho * (scale * beside - mass).clamp(min=0))).sqrt()
+    share = entries.sum().double() / vocabulary / len(mass)
+    expected = torch.stack([share, mass.mean(), mass.amax(), residual.mean(), residual.amax()])
+    torch.testing.assert_close(fields, expected.float(), rtol=1e-6, atol=0)
+
+    statistics[7, 0], labels[0] = float("nan"), 1  # a scored row that went wrong is not hidden
+    fields = certificate(labels, statistics, entries, vocabulary, (scale, eps, rho))
+    assert fields[1:].isnan().all()
