@@ -45,16 +45,16 @@ class Start:
         Args:
             kernel: a `triton.jit` function; every number is in its `do_not_specialize`.
             tensors: on one device; the first is there. They live as long as this does.
-            row: of the tuning table: warps.
+            row: of the tuning table: warps, and the register limit where there is one.
             constants: every `tl.constexpr` parameter, in the order of the signature.
-            options: of compiling, as `tuning.compile_options` says them; by default the warps.
+            options: of compiling, as `tuning.compile_options` says them; by default those of `row`.
         """
         first = tensors[0]
         if first is None:
             raise TypeError("the first tensor of a launch says on which device it is")
         self.kernel, self.tensors, self.constants = kernel, tensors, constants
-        self.options = options or {"num_warps": row.warps, "enable_fp_fusion": True}
         self.device = first.device
+        self.options = options or tuning.start_options(row, tuning.device_info(self.device))
         self.key: tuple[Any, ...] | None = None
         self.run: Any = None
         if first.is_cuda and torch.version.hip is None and not _hooked():

@@ -35,8 +35,9 @@ _PROGRAMS_PER_PROCESSOR = 8
 class Row(NamedTuple):
     """Elements per block, warps per program; of a matrix product also what pipelines it.
 
-    `block` is then columns of the output, `depth` the entries of the sum per step, `stages` the
-    steps in flight and `registers` the most per thread (0: the compiler's choice).
+    `block` is then columns of the output, `depth` the entries of the sum per step and `stages` the
+    steps in flight. `registers` is the most per thread; with 0 the compiler chooses, and may spill
+    a few so that one more program fits a processor.
     """
 
     block: int
@@ -119,18 +120,21 @@ _NARROW_TILES = {
     ("wgmma", "datacenter"): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
     ("tcgen05", "datacenter"): (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
     ("tma", "consumer"): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("pointers", "datacenter"): (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
+    # By 128 x 256 Triton 3.6 spills two registers around the loops.
+    ("pointers", "datacenter"): (Tile(256, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     ("pointers_transformed", "datacenter"): (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
     ("pointers", "consumer"): (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
     ("pointers", "amd"): (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
+    ("pointers_transformed", "amd"): (Tile(128, 64, 32, 8, 2), Tile(64, 64, 32, 4, 2)),
     ("pointers", "other"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 4, 2)),
 }
 _WIDE_TILES = {
     ("wgmma", "datacenter"): (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
     ("tcgen05", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("tma", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-    ("pointers", "datacenter"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
-    ("pointers", "consumer"): (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    # By 64 x 128 Triton 3.6 spills up to 19 registers.
+    ("pointers", "datacenter"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("pointers", "consumer"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("pointers", "amd"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 8, 2)),
     ("pointers", "other"): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 16, 4, 2)),
 }
@@ -148,6 +152,7 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["label_dots", _class, _dtype] = (Row(512, 4),)
 
 _MMA_REGISTERS = 168  # per thread, where mma.sync has a product beside sums that are read
+_ALL_REGISTERS = 255  # of a thread
 
 # A product of 64 slots: 128 registers let two programs of eight warps share a processor (float32
 # rows fill its shared memory with one). `odd`: rows that start on no 16 bytes, unpipelined. The
@@ -172,21 +177,28 @@ for _class, _stages, _limit in (
         TABLE["dense_rows_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
         # Tiles of 64 rows x `depth` columns, `block` of them to a program.
         TABLE["scan", _class, _dtype] = (Row(16, 2, 64),)
-        TABLE["scan_softcap", _class, _dtype] = (Row(32, 4 if _class == "amd" else 8, 32),)
-        TABLE["live_columns", _class, _dtype] = (Row(128, 4),)
+        _softcapped = Row(32, 4 if _class == "amd" else 8, 32)
+        if _dtype == torch.float32:
+            _softcapped = Row(32, 4, 32, 1, _limit)
+        TABLE["scan_softcap", _class, _dtype] = (_softcapped,)
+        TABLE["live_columns", _class, _dtype] = (Row(128, 4, registers=_limit),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
 
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
-for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_80, and four on sm_100
-    TABLE["scan", "datacenter", _dtype] = (Row(16, 4, 64),)
+for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and four on sm_100
+    TABLE["scan", "datacenter", _dtype] = TABLE["scan", "consumer", _dtype] = (Row(16, 4, 64),)
     TABLE["scan", "blackwell", _dtype] = (Row(16, 2, 64),)
-# 16-bit logits with every option on: with twice the warps Triton 3.6 spills on sm_120.
+# 16-bit logits with every option on: else, or with twice the warps, Triton 3.6 spills on sm_120.
 for _dtype in _NARROW:
+    TABLE["pack_slots", "consumer", _dtype] = (Row(256, 4, 32, registers=_ALL_REGISTERS),)
     TABLE["softmax_rows", "consumer", _dtype] = (Row(1024, 4),)
     TABLE["softmax_few_rows", "consumer", _dtype] = (Row(4096, 8),)
-for _dtype in (torch.float32, *_NARROW):  # rows on no vector: more warps spill on sm_100, likewise
+# Rows on no vector: more warps spill on sm_100, likewise.
+for _dtype in (torch.float32, *_NARROW):
     TABLE["given_back", "blackwell", _dtype] = (Row(256, 4, 4),)
+_tile = Tile(64, 64, 32, 4, 1)
+TABLE["linear_lse_elements_transformed", "blackwell", torch.float32] = (_tile,)
 for (_kernel, _class, _dtype), _all in list(TABLE.items()):
     if _class == "datacenter" and (_kernel, "blackwell", _dtype) not in TABLE:
         TABLE[_kernel, "blackwell", _dtype] = tuple(
@@ -303,7 +315,12 @@ def row_holding(kernel: str, dtype: torch.dtype, device: torch.device, columns: 
 
 def compile_options(row: Row, device: Device) -> dict[str, Any]:
     """Keyword arguments of a launch: warps, stages, and the register limit where there is one."""
-    options = {"num_warps": row.warps, "num_stages": row.stages, "enable_fp_fusion": True}
+    return {**start_options(row, device), "num_stages": row.stages}
+
+
+def start_options(row: Row, device: Device) -> dict[str, Any]:
+    """Those of a kernel whose loops say themselves how they are pipelined."""
+    options = {"num_warps": row.warps, "enable_fp_fusion": True}
     if row.registers and device.architecture in ("consumer", "datacenter"):
         options["maxnreg"] = row.registers
     return options
