@@ -89,11 +89,11 @@ def started(monkeypatch):
     return start
 
 
-def expected(shape, vocabulary, *, cast=False, trains=False):
+def expected(shape, vocabulary, *, cast=False, trains=False, rows=N):
     """The launches of the loop, chunk by chunk and block by block."""
     odd = vocabulary % 8 > 0
     yield from ["torch.new_zeros"] * cast
-    for chunk, _ in enumerate(scan_loop.chunks(N, vocabulary, shape)):
+    for chunk, _ in enumerate(scan_loop.chunks(rows, vocabulary, shape)):
         yield "take_rows"
         for v0, v1 in _spans(vocabulary, shape.columns):
             ragged = odd and not cast and v1 == vocabulary
@@ -115,12 +115,21 @@ def test_the_loop_starts_nothing_else(started, architecture, mib):
     forward, backward, shape = started(architecture, mib)
     if architecture == 90:  # both shapes: blocks, and the whole vocabulary
         assert (shape.columns == V) == (mib == 1024)
-    assert shape.columns == V or shape.columns <= LOOKED
+    assert shape.columns == V or shape.columns % 256 == 0
     around = outside(forward, list(expected(shape, V))) + backward
     assert len(around) <= MOST_OUTSIDE, around
     # Once a call: labels, estimates, the product of the tail, and g to dhidden.
     once = ["score_rows", "tail_product", "certificate", "scale_rows"]
     assert [each for each in around if "torch" not in each] == once
+
+
+@pytest.mark.parametrize(("mib", "most"), [(64, 700), (128, 470), (256, 240), (1431, 90)])
+def test_the_host_keeps_up_at_every_budget(mib, most):
+    # 8,192 rows of Llama 3's head on an H200, whose host took 26 us for a launch: 600 of these are
+    # 1.6 bare GEMMs. Tiles are wide rather than high: a row costs sums, hidden and slots too.
+    shape, _ = plan_scan(Job(8192, V, H, 2), 2, mib * MIB, CARDS[90])
+    launches = list(expected(shape, V, rows=8192))
+    assert len(launches) <= most, shape
 
 
 @pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32], ids=str)

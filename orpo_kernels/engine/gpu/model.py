@@ -30,10 +30,12 @@ _RAMP = 0.1  # of the time of an output tile: what a GEMM takes to begin and to 
 _WHOLE = 1.08  # of the parts' sum: a tile of the whole vocabulary, which no cache holds
 
 # Of a sparse forward: columns that a chunk's first look has; the share of the bandwidth that a look
-# reaches; launches after it, and what such a small one takes.
+# reaches; small launches after it and for a chunk, and what one takes; all that a tile and a chunk
+# start.
 _LOOKED = 8192
 _SCANNED = 0.75
-_SCAN_LAUNCHES, _SMALL_S = 3, 2.5e-6
+_SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 2.5e-6
+_STARTS_OF_TILE, _STARTS_OF_CHUNK = 5, 8
 
 # Of kept slots: bytes that one entry of a tile is read by, and the share of the bandwidth that
 # packing, adding products and the tail's product reach.
@@ -180,18 +182,23 @@ def scan_bytes(job: Job, shape: ScanShape, groups: int) -> int:
 
 
 def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:
-    """What a sparse forward should take, where little is kept."""
-    total = 0.0
+    """What a sparse forward should take, where little is kept: of the device, or of the host.
+
+    The host runs ahead of the device wherever it can, so it is their sums that count.
+    """
+    total, starts = 0.0, 0
     for count, here in _pieces(job.rows, shape.rows):
         tiles = 0.0
         for blocks, wide in _pieces(job.vocabulary, shape.columns):
             moved = here * wide * job.wide * (1.0 + 1.0 / _SCANNED) / card.bandwidth
-            small = _SCAN_LAUNCHES * (card.gap_s + _SMALL_S)
+            small = _SMALL_OF_TILE * (card.gap_s + _SMALL_S)
             tile = _gemm_s(job, card, here, wide) + moved + small
-            tiles += blocks * (max(tile, 5 * card.launch_s) + _cast_s(job, card, wide))
+            tiles += blocks * (tile + _cast_s(job, card, wide))
+            starts += count * blocks * (_STARTS_OF_TILE + (job.head_item > 0))
         gathered = 2.0 * here * job.row_bytes / card.bandwidth if job.gathers else 0.0
-        total += count * (tiles + gathered + 6 * (card.gap_s + _SMALL_S))
-    return total
+        total += count * (tiles + gathered + _SMALL_OF_CHUNK * (card.gap_s + _SMALL_S))
+        starts += count * _STARTS_OF_CHUNK
+    return max(total, starts * card.launch_s)
 
 
 def kept_seconds(job: Job, slots: int, card: Card) -> float:

@@ -42,6 +42,7 @@ _SAVES = 0.97  # E is kept where a step takes at most this of the time without
 _SLOT_SHARES = (8, 16, 32, 64)  # one in so many entries of a chunk has room among the slots
 _ROOMY = 1.04  # of the time with least room: what more of it may cost
 _LEAST_SCANNED = 256  # columns of a vocabulary block of the sparse forward
+_COLUMN_STEP = 256  # of wide ones: whole output tiles
 _BUDGET_STEP = 2**20  # what is left of a budget, rounded down, where there is so much
 _SWEEP_STEP = 1024  # entries of the head
 
@@ -200,7 +201,7 @@ def _scan_shapes(job: Job, share: int) -> Iterator[ScanShape]:
         blocks = rows // 64
         slots = max(1024, blocks * job.vocabulary // share)
         listed = min(job.vocabulary, max(1024, 4 * job.vocabulary // share))
-        for columns in dict.fromkeys((job.vocabulary, *_columns(job.vocabulary))):
+        for columns in dict.fromkeys((*_equal_blocks(job.vocabulary), *_columns(job.vocabulary))):
             if columns == job.vocabulary or columns >= _LEAST_SCANNED:
                 yield ScanShape(rows, columns, slots, listed, max(4, blocks // 2))
 
@@ -282,6 +283,13 @@ def _row_counts(rows: int) -> Iterator[int]:
         if count != last:
             yield count
         last = count
+
+
+def _equal_blocks(vocabulary: int) -> Iterator[int]:
+    """Columns of a look, which no register has to hold: all, a half, a third ... of them."""
+    yield vocabulary
+    for blocks in range(2, vocabulary // MOST_HELD + 1):
+        yield math.ceil(vocabulary / (blocks * _COLUMN_STEP)) * _COLUMN_STEP
 
 
 def _columns(vocabulary: int) -> Iterator[int]:
