@@ -14,7 +14,7 @@ import torch
 from orpo_kernels import orpo_loss, reference
 from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop, slot_gradient
-from orpo_kernels.kernels import live_columns, tuning
+from orpo_kernels.kernels import live_columns, scan, tuning
 from orpo_kernels.kernels.scan import LOOKED
 from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, SLOT_BYTES, ScanShape
 from orpo_kernels.linear_logps import certified_logps
@@ -210,6 +210,19 @@ def test_gradients(case, monkeypatch):
     assert certificate.residual_rms_max > dropped.amax()
     share = true.softmax.mask.double().mean()
     torch.testing.assert_close(certificate.kept_share.double(), share, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("workspace", [None, BLOCKS], ids=["the vocabulary", "wide blocks"])
+def test_tiles_that_are_wider_than_their_first_look(workspace, monkeypatch):
+    for module in (scan, scan_loop):
+        monkeypatch.setattr(module, "LOOKED", 128)
+    case = Case(torch.float32, trains=True, bias=True, workspace=workspace)
+    _, certificate, found = run(case, given := problem(case, monkeypatch))
+    true, wider = (truth(case, given, shapes[-1].columns, looked=each) for each in (128, LOOKED))
+    assert all(relative(each, true.gradients[name]) < 3.5e-3 for name, each in found.items())
+    share, less = (each.softmax.mask.double().mean() for each in (true, wider))
+    torch.testing.assert_close(certificate.kept_share.double(), share, rtol=0.02, atol=0)
+    assert share > less
 
 
 def test_what_is_tested_is_not_the_exact_gradient(monkeypatch):
