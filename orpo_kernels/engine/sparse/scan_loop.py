@@ -54,15 +54,17 @@ MOST_DENSE = 0.25
 
 _FIRST_SHARE = 8  # the first tile, which may be in vain, is at most one in so many logits
 _FIRST_ROWS = 256  # or so many rows: for fewer a GEMM reads the head as long
+_WHOLE_ROWS = 256  # of the largest output tile of a GEMM
 
 
 def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]]:
-    """(start, stop) of the first chunk, and of equal ones."""
+    """(start, stop) of the first chunk, and of equal ones, in whole output tiles of a GEMM."""
     even = -(-rows * vocabulary // (_FIRST_SHARE * shape.columns * COMPACT_ROWS)) * COMPACT_ROWS
     first = min(rows, shape.rows, max(_FIRST_ROWS, even))
     count = -(-(rows - first) // shape.rows)
-    step = -(-(rows - first) // (max(1, count) * COMPACT_ROWS)) * COMPACT_ROWS
-    return [(0, first), *spans((first, rows), max(1, step))]
+    equal = -(-(rows - first) // max(1, count))
+    unit = COMPACT_ROWS if shape.rows % _WHOLE_ROWS or equal <= _WHOLE_ROWS else _WHOLE_ROWS
+    return [(0, first), *spans((first, rows), max(1, -(-equal // unit) * unit))]
 
 
 def forward(
