@@ -34,10 +34,19 @@ from benchmarks import BEGUN, machine, settings
 from benchmarks.contention import MOST_WAITING, threads, waiting_share
 from benchmarks.lengths import natural_lengths
 from benchmarks.measure import Stopwatch
-from benchmarks.model_step import LLAMA_1B, TINY, Model, Row, Rows, build
+from benchmarks.model_step import LLAMA_1B, TINY, Model, build
 from benchmarks.peers import BETA, trl_trainer
 from benchmarks.results import FOLDER
-from benchmarks.turns import Seconds, median_iqr, ratios, saying, take_turns
+from benchmarks.turns import (
+    Row,
+    Rows,
+    Seconds,
+    figures_or_reason,
+    median_iqr,
+    ratios,
+    saying,
+    take_turns,
+)
 from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.layout import BatchLayout, lay_out
 
@@ -203,17 +212,14 @@ class Steps:
         return found
 
     def first(self, name: str) -> Row:
-        """Losses, tokens computed and peak memory of the first steps, or why there are none."""
+        """Losses, tokens computed and peak memory of the first steps."""
         cuda = self.device == "cuda"
-        try:
-            attention = self.attend(name)
-            self.losses[name] = loss_of(self.model, name, self.device)
-            self.optimizer.zero_grad(set_to_none=True)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            found = self.run(name)
-        except (ImportError, NotImplementedError, torch.cuda.OutOfMemoryError) as error:
-            return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        attention = self.attend(name)
+        self.losses[name] = loss_of(self.model, name, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = self.run(name)
         return {
             "attention": attention,
             "losses": [float(done.loss) for done in found],
@@ -246,7 +252,8 @@ def run_case(
     device, rows = steps.device, dict[str, Row]()
     tokens = user_tokens(steps.batches)
     for name in IMPLEMENTATIONS:
-        rows[name] = {**case, "implementation": name, "tokens": tokens, **steps.first(name)}
+        rows[name] = {**case, "implementation": name, "tokens": tokens}
+        rows[name] |= figures_or_reason(partial(steps.first, name))
         record.rows.append(rows[name])
         say(f"{case['case']}, {name}: first steps")
     refuse_other_losses(rows, device)

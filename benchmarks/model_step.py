@@ -30,7 +30,16 @@ from benchmarks import BEGUN, machine
 from benchmarks.budgets import counted
 from benchmarks.measure import Stopwatch
 from benchmarks.peers import BETA, trl_trainer
-from benchmarks.turns import Seconds, median_iqr, ratios, saying, take_turns
+from benchmarks.turns import (
+    Row,
+    Rows,
+    Seconds,
+    figures_or_reason,
+    median_iqr,
+    ratios,
+    saying,
+    take_turns,
+)
 from orpo_kernels import ORPOLoss, fuse_head
 
 MIB, GIB = 2**20, 2**30
@@ -60,8 +69,6 @@ BUDGETS = {"ours, 64 MiB": 64 * MIB, DEFAULT: None}
 OFFLOAD_FROM = 4096  # tokens of a sequence: inputs of layers are 0.5 GiB of a 1B model
 TOLERANCE = 2e-2  # of a loss in bfloat16, against TRL's
 REENTRANT = {"use_reentrant": False}
-Row = dict[str, Any]
-Rows = list[Row]
 
 
 class Loss(NamedTuple):
@@ -221,16 +228,13 @@ class Steps:
         return loss.detach()
 
     def first(self, name: str) -> Row:
-        """Loss and peak memory of a first step, the kernels of a second; or why there are none."""
+        """Loss and peak memory of a first step, the kernels of a second."""
         cuda = self.device == "cuda"
         self.optimizer.zero_grad(set_to_none=True)
         with self.losses[name].around():
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            try:
-                loss = self.step(name).item()
-            except torch.cuda.OutOfMemoryError:
-                return {"skipped": "out of memory"}
+            loss = self.step(name).item()
             over = torch.cuda.max_memory_allocated() - self.weights_bytes if cuda else 0
             kernels = counted(lambda: self.step(name), self.device)
         return {"first_loss": loss, "over_weights_bytes": over, **kernels}
@@ -287,7 +291,8 @@ def run_model(
         steps = Steps(model, losses_of(model, T, spec.config["vocab_size"], device), device)
         rows: dict[str, Row] = {}
         for name in steps.losses:
-            rows[name] = {"model": spec.name, "T": T, "loss": name, **steps.first(name)}
+            rows[name] = {"model": spec.name, "T": T, "loss": name}
+            rows[name] |= figures_or_reason(partial(steps.first, name))
             done.append(rows[name])
             save()
             say(f"T {T}, {name}: two steps")

@@ -71,6 +71,32 @@ def test_another_loss_than_trls_is_no_figure(tmp_path: Any, monkeypatch: Any) ->
     assert [row["implementation"] for row in rows if "time_ms" not in row] == ["packed"]
 
 
+@pytest.mark.parametrize(
+    ("error", "outcome", "expected"),
+    [
+        (NotImplementedError("no mask"), "skipped", 0),
+        (RuntimeError("no code\nat all"), "failed", 1),
+    ],
+)
+def test_an_error_of_one_row_is_its_own(
+    tmp_path: Any, monkeypatch: Any, error: Exception, outcome: str, expected: int
+) -> None:
+    right = layout_steps.loss_of
+
+    def wrong(model: Any, name: str, device: str) -> Any:
+        if name == "packed":
+            raise error
+        return right(model, name, device)
+
+    monkeypatch.setattr(layout_steps, "loss_of", wrong)
+    status, rows = layouts(tmp_path)
+    assert status == expected
+    assert [row.get(outcome) for row in rows] == [
+        None, None, f"{type(error).__name__}: {str(error).splitlines()[0]}", None,
+    ]  # fmt: skip
+    assert all("time_ms" in row for row in rows if outcome not in row)
+
+
 @pytest.mark.parametrize("run", [layouts, models])
 def test_out_of_time_before_the_first_row(run: Any, tmp_path: Any, capsys: Any) -> None:
     # What imports took counts: the file is there, and says that there is nothing.

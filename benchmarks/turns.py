@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Seconds = dict[str, list[float]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def take_turns(
@@ -62,6 +66,20 @@ def no_garbage_within() -> Iterator[Callable[[], Any]]:
         gc.unfreeze()
         if enabled:
             gc.enable()
+
+
+def figures_or_reason(run: Callable[[], Row]) -> Row:
+    """What it returns; or why there are no figures: "skipped" what cannot be, "failed" the rest."""
+    try:
+        return run()
+    except (ImportError, NotImplementedError, torch.cuda.OutOfMemoryError) as error:
+        return {"skipped": _first_line(error)}
+    except Exception as error:  # the other rows are worth their time
+        return {"failed": _first_line(error)}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def ratios(taken: Seconds, name: str) -> list[float]:
