@@ -7,7 +7,8 @@ In this order, a line each: the sparse gradient and the exact one, frozen, at th
 and 256 MiB (errors against float64, wall time in bare GEMMs g, launches, the sum of the kernels
 and each of them); eps, with float32 and with 16-bit logits (eps 0: exact); the trainable
 head; block sizes of `scan` and `gather_slots`, by the time of that kernel; flat logits,
-where the sparse gradient should cost what the exact one does, and block sizes of `dense_rows`.
+where the sparse gradient should cost what the exact one does, and block sizes of `dense_rows`; last
+those of the kernels of dW (`--only sum_products`, `--only slot_products`).
 """
 
 import argparse
@@ -44,6 +45,9 @@ GATHERS = (
     (256, 8, 32, 4, 128), (256, 8, 32, 3, 128), (256, 8, 64, 3, 168), (128, 4, 32, 4, 128),
     (128, 4, 64, 3, 0), (128, 8, 64, 4, 128), (256, 4, 32, 3, 0),
 )  # fmt: skip
+# Columns of a panel, warps, slots of a step; columns of a panel, warps, lanes.
+PRODUCTS = ((128, 4, 64), (256, 8, 64), (128, 8, 64), (128, 4, 32), (64, 4, 64))
+SUMS = ((256, 4, 16), (256, 8, 16), (256, 4, 8), (512, 8, 8), (512, 8, 16), (128, 4, 16))
 DENSE = ((128, 8, 32, 3, 0), (256, 8, 32, 3, 0), (256, 8, 64, 2, 0), (128, 8, 64, 3, 0))
 
 
@@ -62,7 +66,7 @@ class Job(NamedTuple):
 
 
 def jobs() -> Iterator[Job]:
-    """Everything, in the order of the module's docstring: inputs are made four times."""
+    """Everything, in the order of the module's docstring: inputs are made five times."""
     yield from _lines("frozen")
     for narrow in (False, True):
         what = f"{16 if narrow else 32}-bit logits"
@@ -77,6 +81,9 @@ def jobs() -> Iterator[Job]:
         line = Line(gradient, "frozen", None, ours(gradient, None))
         yield Job(f"flat {gradient}", line, "flat")
     yield from _sweep("dense_rows", DENSE, "flat")
+    trains = Line("sparse", "trainable", None, ours("sparse", None))
+    yield from _sweep("sum_products", SUMS, "trained", trains)
+    yield from _sweep("slot_products", PRODUCTS, "trained", trains)
 
 
 def _lines(mode: str) -> Iterator[Job]:
@@ -85,9 +92,12 @@ def _lines(mode: str) -> Iterator[Job]:
             yield Job(gradient, Line(gradient, mode, budget, ours(gradient, budget)))
 
 
-def _sweep(name: str, rows: tuple[tuple[int, ...], ...], logits: str) -> Iterator[Job]:
+def _sweep(
+    name: str, rows: tuple[tuple[int, ...], ...], logits: str, line: Line | None = None
+) -> Iterator[Job]:
     for row in rows:
-        yield Job(f"{name} {row}", _frozen(DEFAULT_EPS), logits, (name, row), f"_{name}_kernel")
+        some = line or _frozen(DEFAULT_EPS)
+        yield Job(f"{name} {row}", some, logits, (name, row), f"_{name}_kernel")
 
 
 def _frozen(eps: float) -> Line:
@@ -158,10 +168,10 @@ def with_row(table: tuple[str, tuple[int, ...]] | None) -> Iterator[None]:
     from orpo_kernels.engine.sparse import scan_loop
     from orpo_kernels.kernels import tuning
 
-    name, (block, warps, depth, stages, *registers) = table
+    name, (block, warps, depth, *others) = table
     architecture = tuning.device_info(torch.device("cuda", 0)).architecture
     dtype = torch.float32 if name == "scan" else torch.bfloat16
-    key, row = (name, architecture, dtype), tuning.Row(block, warps, depth, stages, *registers)
+    key, row = (name, architecture, dtype), tuning.Row(block, warps, depth, *others)
     with (
         mock.patch.dict(tuning.TABLE, {key: (row,)}),
         # Flat calls are otherwise left to the exact loop, and none is dense tile by tile.

@@ -28,6 +28,10 @@ def test_it_runs_and_is_right(tmp_path, capsys):
 def test_every_row_of_a_sweep_is_one_of_its_kernel():
     swept = [job for job in sparse_times.jobs() if job.table]
     assert {job.kernel for job in swept} == {
-        "_scan_kernel", "_gather_slots_kernel", "_dense_rows_kernel"
+        "_scan_kernel", "_gather_slots_kernel", "_dense_rows_kernel", "_sum_products_kernel",
+        "_slot_products_kernel",
     }  # fmt: skip
     assert all(job.title.startswith(job.table[0]) for job in swept)
+    # What it is timed in launches it: only a head that trains has a dW.
+    trains = {job.kernel for job in swept if job.line.mode == "trainable"}
+    assert trains == {"_sum_products_kernel", "_slot_products_kernel"}
