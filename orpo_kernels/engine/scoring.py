@@ -118,13 +118,13 @@ def select(problem: Problem, scored: Scored) -> Operands:
     Raises:
         ValueError: labels or tail groups that kernels have scored, and which are no such.
     """
-    labels, counts = scored.labels, scored.counts
+    labels, counts, parts = scored.labels, scored.counts, _parts_of(problem)
     if is_capturing(labels.first.device):
-        return _operands(problem, labels, None, labels.first >= 0)
+        return _operands(problem, parts, labels, None, labels.first >= 0)
     if counts is None:
         index = (labels.first >= 0).nonzero()[:, 0]
         all_of_them = index.shape[0] == problem.count
-        return _operands(problem, labels if all_of_them else labels.take(index), index, None)
+        return _operands(problem, parts, labels if all_of_them else labels.take(index), index, None)
     groups = None if problem.groups is None else problem.groups.reshape(-1).contiguous()
     chosen = launcher("choose_rows", "choose_rows")(*labels, groups, counts)
     count, bad_labels, bad_groups = waited_for(chosen.totals)
@@ -134,7 +134,7 @@ def select(problem: Problem, scored: Scored) -> Operands:
         raise ValueError(_OTHER_GROUPS)
     of_rows = Labels(*(each[:count] for each in chosen.labels), *[None] * (labels.second is None))
     groups = None if chosen.groups is None else chosen.groups[:count]
-    return _operands(problem, of_rows, chosen.places[:count], None)._replace(groups=groups)
+    return _operands(problem, parts, of_rows, chosen.places[:count], None, groups)
 
 
 def waited_for(totals: Tensor) -> list[int]:
@@ -167,26 +167,43 @@ class Places(NamedTuple):
 
 def select_again(problem: Problem, scored: Scored, places: Places) -> Operands:
     """The same rows in the backward."""
-    count, labels = int(places.number), scored.labels
+    count, labels, parts = int(places.number), scored.labels, _parts_of(problem)
     if count < 0:
-        return _operands(problem, labels, None, labels.first >= 0)
+        return _operands(problem, parts, labels, None, labels.first >= 0)
     index = places.rows[:count]
-    return _operands(problem, labels if count == problem.count else labels.take(index), index, None)
+    of_rows = labels if count == problem.count else labels.take(index)
+    return _operands(problem, parts, of_rows, index, None)
+
+
+class _Parts(NamedTuple):
+    """Of all rows, made before the device is waited for."""
+
+    hidden: tuple[Tensor, ...]
+    head: Head
+
+
+def _parts_of(problem: Problem) -> _Parts:
+    hidden = tuple(flat_rows(each) for each in problem.hiddens)
+    return _Parts(hidden, Head(problem.weights, problem.bias, problem.transform, problem.dtype))
 
 
 def _operands(
-    problem: Problem, labels: Labels, index: Tensor | None, mask: Tensor | None
+    problem: Problem,
+    of_all: _Parts,
+    labels: Labels,
+    index: Tensor | None,
+    mask: Tensor | None,
+    groups: Tensor | None = None,
 ) -> Operands:
     """Of the rows `index`, whose labels are given, or of all of them, those outside `mask` as 0."""
-    parts = tuple(flat_rows(each) for each in problem.hiddens)
+    parts, head = of_all
     if index is None or index.shape[0] == problem.count:
         if all(part.ndim == 2 for part in parts):
             index = None
         elif index is None:
             index = torch.arange(problem.count, device=labels.first.device)
     rows = Rows(parts, index, problem.dtype, mask)
-    head = Head(problem.weights, problem.bias, problem.transform, problem.dtype)
-    return Operands(rows, head, labels, problem.sizes(labels.first.shape[0]), index)
+    return Operands(rows, head, labels, problem.sizes(labels.first.shape[0]), index, groups)
 
 
 def is_capturing(device: torch.device) -> bool:
