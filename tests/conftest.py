@@ -31,10 +31,11 @@ def _nothing_old_is_garbage():
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
-    # Fills memory from torch.empty with NaN: a row nobody wrote shows.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Fills memory from torch.empty with NaN: a row nobody wrote shows. Spelt otherwise,
+    # `use_deterministic_algorithms` imports torch's compiler, seconds of every process.
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture
