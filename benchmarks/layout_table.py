@@ -1,4 +1,4 @@
-"""The table of docs/layouts.md and the step in README's headline, from `layouts.json`.
+"""The tables of docs/layouts.md and the step in README's headline, from two `layouts.json`.
 
     python -m benchmarks.layout_table          # writes both
 
@@ -17,6 +17,7 @@ from benchmarks.results import FOLDER
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "layouts.md")
 JSON = FOLDER / "amd-epyc-family-26-model-2-2-cores" / "layouts.json"
+GPU_JSON = FOLDER / "nvidia-h200" / "layouts.json"
 HEADLINE_CASE = "small P2"
 BEST = "shared_prompt"
 _MARKED = re.compile(r"(<!-- steps:begin ([\w-]+) -->\n).*?(<!-- steps:end -->)", re.DOTALL)
@@ -60,16 +61,58 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about]) + "\n"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"headline": headline, "table": table}
+def gpu_table(content: dict[str, Any] | None) -> str:
+    """The same of a GPU, with the attention of each row and peak memory; None: not measured."""
+    if content is None:
+        return "Not measured.\n"
+    lines = [
+        "| | attention | tokens computed | tokens/s (IQR) | of TRL's speed (IQR) | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["results"]:
+        start = f"| {row['case']} {_name(row['implementation'])}"
+        if "time_ms" not in row:
+            lines.append(f"{start} | | | | {row.get('skipped') or row.get('failed')} | |")
+            continue
+        speed, rate = row.get("speed_of_trl"), row["tokens_per_s"]
+        of_trl = f"{speed['median']:.2f} ({speed['iqr']:.2f})" if speed else ""
+        lines.append(
+            f"{start} | {row['attention']} | {row['computed_tokens'] / row['tokens']:.2f} | "
+            f"{_rate(row)} ({rate['iqr']:,.0f}) | {of_trl} | {row['peak_bytes'] / 2**30:.2f} GiB |"
+        )
+    machine, versions = content["machine"], content["versions"]
+    about = (
+        f"{content['results'][0]['model']}, random weights, bfloat16, LoRA on every linear layer, "
+        "gradient checkpointing, AdamW; P pairs in a batch, of real lengths or so many times as "
+        f"long. Peak over the weights. {machine['gpu']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; `{content['command']}`, `{GPU_JSON.relative_to(ROOT)}`."
+    )
+    return "\n".join([*lines, "", about]) + "\n"
 
 
-def filled(text: str, content: dict[str, Any]) -> str:
+def filled(text: str, content: dict[str, Any], gpu: dict[str, Any] | None) -> str:
     """A page with its marked parts made anew.
 
+    Args:
+        text: of the page.
+        content: measured on a CPU.
+        gpu: measured on a GPU.
+
     Raises:
-        KeyError: a marker with a name that is none of `BLOCKS`.
+        KeyError: a marker with a name that nothing has.
     """
-    return _MARKED.sub(lambda found: found[1] + BLOCKS[found[2]](content) + found[3], text)
+    blocks: dict[str, Callable[[], str]] = {
+        "headline": lambda: headline(content),
+        "table": lambda: table(content),
+        "gpu": lambda: gpu_table(gpu),
+    }
+    return _MARKED.sub(lambda found: found[1] + blocks[found[2]]() + found[3], text)
+
+
+def measured() -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What was measured on a CPU, and on a GPU."""
+    gpu = json.loads(GPU_JSON.read_text()) if GPU_JSON.exists() else None
+    return json.loads(JSON.read_text()), gpu
 
 
 def _row(content: dict[str, Any], case: str, implementation: str) -> dict[str, Any]:
@@ -95,9 +138,9 @@ def _machine(content: dict[str, Any]) -> str:
 
 def main() -> int:
     """Fill both pages."""
-    content = json.loads(JSON.read_text())
+    content = measured()
     for page in PAGES:
-        page.write_text(filled(page.read_text(), content))
+        page.write_text(filled(page.read_text(), *content))
     return 0
 
 
