@@ -100,9 +100,9 @@ def assert_logit_sums(sums, tile, bias, scale, softcap):
 
     Every term and every addition is rounded; sums of one sign measured at most 2 eps.
     """
-    tile, bias = tile.cpu().double(), None if bias is None else bias.cpu().double()
+    tile, bias = tile.double(), None if bias is None else bias.double()
     z, _ = reference.transform(tile if bias is None else tile + bias, scale, softcap)
-    error = (sums.cpu().double() - reference.logit_sum(tile, bias, scale, softcap)).abs()
+    error = (sums.double() - reference.logit_sum(tile, bias, scale, softcap)).abs()
     assert sums.shape == error.shape
     assert (error <= 8 * torch.finfo(sums.dtype).eps * z.abs().sum(1)).all()
 
