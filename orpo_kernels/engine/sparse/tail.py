@@ -32,7 +32,7 @@ class Tail:
             of_row = torch.zeros_like(first)
         else:
             flat = problem.groups.reshape(-1)
-            of_row = flat if operands.places is None else flat[operands.places]
+            of_row = flat.contiguous() if operands.places is None else flat[operands.places]
         if operands.rows.scored is not None:
             of_row = torch.where(first >= 0, of_row, -1)
         return cls(problem.eps, of_row, sums)
