@@ -58,7 +58,13 @@ def test_the_kernel_when_there_is_one(chooser, monkeypatch):
     assert chooser(tile, None, torch.full((3, 2), -1), 0, 1.0, None) == "plain"
 
 
-def test_a_gemm_needs_tensor_cores_and_one_dtype(monkeypatch):
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Every card is asked anew, whatever was known of another one."""
+    monkeypatch.setattr(kernels, "has_tensor_cores", kernels.has_tensor_cores.__wrapped__)
+
+
+def test_a_gemm_needs_tensor_cores_and_one_dtype(no_memory, monkeypatch):
     hidden, weight, labels = torch.randn(2, 8), torch.randn(9, 8), torch.full((1, 2), -1)
     assert kernels._has_gemm(hidden, weight, None, labels)
     assert not kernels._has_gemm(hidden, weight.bfloat16(), None, labels)
@@ -72,7 +78,7 @@ def test_a_gemm_needs_tensor_cores_and_one_dtype(monkeypatch):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def card(no_memory, monkeypatch):
     """A card that is not here, of a compute capability."""
 
     def pretend(major, minor):
