@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from benchmarks.heads import HEADS, Case
 from benchmarks.implementations import BETA, IMPLEMENTATIONS, Implementation
-from benchmarks.measure import Stopwatch, bare_gemm
+from benchmarks.measure import Stopwatch, bare_gemm, counted
 from benchmarks.steps import Step
 from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
@@ -130,21 +129,6 @@ def timed(run: Callable[[], None], gemm: Callable[[], None], device: str) -> dic
             found.setdefault(name, []).append(value)
         before = after
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-def counted(run: Callable[[], None], device: str) -> dict[str, float]:
-    """Launches of one step, and what its kernels take in sum."""
-    if device != "cuda":
-        return {}
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        run()
-        torch.cuda.synchronize()
-    kernels = [e for e in prof.key_averages() if e.self_device_time_total > 0]
-    kernels = [e for e in kernels if not e.key.startswith(("Mem", "Activity"))]
-    return {
-        "launches": sum(e.count for e in kernels),
-        "kernels_ms": sum(e.self_device_time_total for e in kernels) / 1e3,
-    }
 
 
 def peak(step: Step, device: str) -> int:

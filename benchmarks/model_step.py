@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import BEGUN, machine
-from benchmarks.budgets import counted
-from benchmarks.measure import Stopwatch
+from benchmarks.measure import Stopwatch, counted
 from benchmarks.peers import BETA, trl_trainer
 from benchmarks.turns import (
     Row,

@@ -16,6 +16,7 @@ from benchmarks.measure import (
     Stopwatch,
     bare_gemm,
     count_gemm_flop,
+    kernels_in,
     passes,
     rounds_for,
 )
@@ -34,6 +35,28 @@ def test_processor_time_leaves_out_what_others_took(monkeypatch):
     assert Stopwatch("cpu")(lambda: time.sleep(0.05)) >= 0.05
     monkeypatch.setenv(settings.CLOCK, "cpu")
     assert Stopwatch("cpu")(lambda: time.sleep(0.05)) < 0.04
+
+
+def test_kernels_among_events():
+    # Of a real profile, what runs on the host, counted as if it ran on a device.
+    x = torch.ones(8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        x.add_(1).mul_(2)
+    cpu = prof.profiler.kineto_results.events()
+    assert kernels_in(cpu) == {"launches": 0, "kernels_ms": 0.0}
+
+    class OnDevice:
+        def __init__(self, event, name):
+            self.event, self.name = event, lambda: name
+            self.duration_ns = event.duration_ns
+
+        def device_type(self):
+            return torch.autograd.DeviceType.CUDA
+
+    events = [event for event in cpu if event.name() in ("aten::add_", "aten::mul_")]
+    names = ["gemm_kernel", "Memcpy DtoH (Device -> Pinned)"]
+    found = kernels_in([OnDevice(*each) for each in zip(events, names, strict=True)])
+    assert found == {"launches": 1, "kernels_ms": events[0].duration_ns() / 1e6}
 
 
 # What each does by construction: materialised 2 and 3, recomputation one more, padding on top.
