@@ -61,7 +61,8 @@ def test_the_kernel_when_there_is_one(chooser, monkeypatch):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Every card is asked anew, whatever was known of another one."""
-    monkeypatch.setattr(kernels, "has_tensor_cores", kernels.has_tensor_cores.__wrapped__)
+    for name in ("has_tensor_cores", "_multiplies_slots"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name).__wrapped__)
 
 
 def test_a_gemm_needs_tensor_cores_and_one_dtype(no_memory, monkeypatch):
