@@ -126,9 +126,10 @@ def quantise(model: nn.Module, device: str) -> None:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and "lm_head" not in name:
+            # Elsewhere the weights that it begins with, and loses here, are drawn on the CPU.
             new = bnb.nn.Linear4bit(
                 layer.in_features, layer.out_features, bias=False, quant_type="nf4",
-                compute_dtype=torch.bfloat16, compress_statistics=True,
+                compute_dtype=torch.bfloat16, compress_statistics=True, device="meta",
             )  # fmt: skip
             new.weight = bnb.nn.Params4bit(
                 layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True,
