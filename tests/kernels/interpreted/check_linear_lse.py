@@ -204,10 +204,11 @@ def test_log_probs_and_weight_gradient_without_a_tile(chosen, low_rank):
         found = linear_logps(
             hidden, weight, labels, bias, low_rank=lora, workspace_bytes=budget, **options
         )
-    block = [*["take_rows"] * low_rank, "linear_lse_pointers_transformed", "combine_rows"]
-    blocks = block * (2 if low_rank else 1)
+    product = [*["take_rows"] * low_rank, "linear_lse_pointers_transformed"]
+    further = [*product, "combine_rows"] * low_rank
     assert launches[before:] == [
-        "score_rows", "choose_rows", "label_terms", "take_rows", *blocks, "finish_rows",
+        "score_rows", "choose_rows", "take_rows", *product, "label_terms", "combine_rows", *further,
+        "finish_rows",
     ]  # fmt: skip
     wide = [each.detach().double() for each in (hidden, weight, bias)]
     wide[1].requires_grad_()
