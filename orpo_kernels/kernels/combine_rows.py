@@ -38,6 +38,7 @@ def _combine_rows_kernel(
     top = tl.maximum(old, tl.max(m, 1))
     total = old_sum * tl.exp(old - top) + tl.sum(s * tl.exp(m - top[:, None]), 1)
 
+    tl.debug_barrier()  # several warps read the figures of a row, one writes them
     tl.store(state, top, mask=row < R)
     tl.store(state + M, total, mask=row < R)
 

@@ -185,18 +185,18 @@ def _live_columns_kernel(
     s = s * factor + total * share
     looked = looked * factor + tl.where(fits > 0, sloped * share, 0.0)
 
+    tl.debug_barrier()  # several warps read the figures of a row, one writes them
     tl.store(rows_ptr, tl.where(scored, _estimate(reference, s, labels), NEVER), mask=exists)
     tl.store(rows_ptr + M, reference, mask=exists)
     tl.store(rows_ptr + 3 * M, looked, mask=exists)
     tl.store(state_ptr, reference * _LN_2, mask=exists)
     tl.store(state_ptr + M, s, mask=exists)
     tl.store(factor_ptr + lane, factor, mask=exists)
-    moved = tl.max((exists & (factor != 1.0)).to(tl.int32), 0)
     tl.store(heads_ptr + block, 1 - fits)
     tl.store(heads_ptr + blocks + block, first_entry)
     tl.store(heads_ptr + 2 * blocks + block, first_slot)
     tl.store(heads_ptr + 3 * blocks + block, tl.where(had_sum > 0, 1, 0))
-    tl.store(heads_ptr + 4 * blocks + block, moved)
+    tl.store(heads_ptr + 4 * blocks + block, tl.max((exists & (factor != 1.0)).to(tl.int32), 0))
     following = 1 - index % 2
     tl.store(ends_ptr + following * allocated + block, first_entry + mine * fits)
     tl.store(lost_ptr + block, tl.where(fits > 0, lost + loses, lost))

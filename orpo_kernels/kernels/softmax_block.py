@@ -8,8 +8,8 @@ R rows, C <= BLOCK columns, M rows of the state, H columns of the accumulator. F
 natural logarithms. The reference m is not the maximum: it moves only when the maximum grows by more
 than `limit` nats, so that the accumulator of P W is almost never rescaled, whatever the logits; P
 is then at most e^limit. Bytes: the tile read, P written (over the tile where it is given as P's
-memory: a program has read its row before it writes); 8 H for a row whose reference moves. One
-program per row, no atomics.
+memory: all warps have read their part of a row before one writes); 8 H for a row whose reference
+moves. One program per row, no atomics.
 
 Where a GEMM cannot add in float32 its product is a `partial` of 16 bits: that of the block before
 is added here.
@@ -112,8 +112,12 @@ def _softmax_block_kernel(
     factor = tl.exp(old - base)
     e = tl.exp(z - base)
 
+    total = old_sum * factor + tl.sum(e, 0)
+
+    # All warps read the row's figures, one writes them; and P may lie over the logits.
+    tl.debug_barrier()
     tl.store(state, reference)
-    tl.store(state + M, old_sum * factor + tl.sum(e, 0))
+    tl.store(state + M, total)
     if STORES:
         offs = (first_prob + pid).to(tl.int64) * whole_vectors(stride_probs, True, VECTOR)
         inside = column < tl.cdiv(C, VECTOR) * VECTOR

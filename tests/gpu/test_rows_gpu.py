@@ -91,37 +91,6 @@ def test_the_kernels_ran(gpu):
     assert "orpo_kernels.kernels.column_sums" in sys.modules
 
 
-def test_p_over_its_logits(gpu):
-    # Where P takes the memory of its logits one warp writes where another one reads: many programs,
-    # again and again, and the bits of P that lies elsewhere. Every row of the table.
-    gpu.needs_cuda()
-    if gpu_backend() != "triton":
-        pytest.skip("triton is not installed or switched off")
-    from orpo_kernels.kernels.inputs import Inputs
-    from orpo_kernels.kernels.weight_probs import WeightProbs
-
-    rows, generator = 8192, torch.Generator(gpu.device).manual_seed(0)
-    for columns in (512, 1536, 4096, 8192):
-        logits = torch.randn(rows, columns, generator=generator, device=gpu.device)
-        figures = torch.randn(5, rows, generator=generator, device=gpu.device)
-        labels = torch.randint(0, columns, (rows,), generator=generator, device=gpu.device)
-        head = logits.new_zeros((columns, 8), dtype=torch.bfloat16)
-        inputs = Inputs(
-            (head[:1],), (head,), None, labels, None, None, None, 1.0, None, torch.bfloat16,
-            torch.float32,
-        )  # fmt: skip
-
-        def p(out, source, inputs=inputs, figures=figures, columns=columns):
-            step = WeightProbs(inputs, out, source, figures, None, columns=columns, kept=False)
-            step((0, rows), 0, (0, columns))
-            return out[:, :columns]
-
-        apart = p(torch.empty_like(logits, dtype=torch.bfloat16), logits)
-        for _ in range(20):
-            over = logits.clone()
-            assert torch.equal(p(over.view(torch.bfloat16), over), apart)
-
-
 def test_more_than_2_31_logits(gpu):
     # 16,800 rows of 128,256: the last rows lie beyond 2^31 elements.
     gpu.needs_cuda()

@@ -4,7 +4,7 @@
 
 Prints registers, spills, shared memory against the limit, the 16-byte loads and stores and the
 units a GEMM runs on; exits with 1 when a kernel spills, does not fit, or lacks a wide access, or
-the tensor cores or copies it must use.
+the tensor cores or copies it must use, or a barrier between what it reads and writes.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from orpo_kernels.kernels import tuning
+from tests.kernels import barriers
 from tests.kernels.compile_cases import Case, cases
 from tests.kernels.dryrun import SHARED_LIMIT, TENSOR_CORES, Resources, dryrun, resources
 
@@ -60,7 +61,10 @@ def report(target: int | str, chosen: list[Case]) -> Iterator[Line]:
                     if case.alone and not streams:
                         continue
                     figures = resources(launch.compiled)
-                    faults = tuple(_faults(figures, target, row, case, streams))
+                    faults = (
+                        *_faults(figures, target, row, case, streams),
+                        *barriers.faults(launch.name, launch.compiled, launch.shared),
+                    )
                     yield Line(str(target), case.label, launch.name, row, figures, faults)
 
 

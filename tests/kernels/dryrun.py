@@ -5,6 +5,7 @@ logged; nothing runs. Not under TRITON_INTERPRET.
 """
 
 import contextlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -33,11 +34,12 @@ PROCESSORS = {75: 40, 80: 108, 86: 28, 89: 24, 90: 132, 100: 148, 120: 36}
 
 
 class Launch(NamedTuple):
-    """A launch: kernel name, grid, and what was compiled for it."""
+    """A launch: kernel name, grid, what was compiled for it; tensors that lie over one another."""
 
     name: str
     grid: tuple[int, ...]
     compiled: Any
+    shared: tuple[tuple[str, str], ...] = ()
 
 
 class Resources(NamedTuple):
@@ -165,7 +167,12 @@ def dryrun(architecture: int | str) -> Iterator[list[Launch]]:
     def get(kernel, grid):
         def launch(*args, **kwargs):
             compiled = kernel.warmup(*args, grid=grid, **kwargs)
-            log.append(Launch(compiled.metadata.name, grid, compiled))
+            tensors = {
+                name: each
+                for name, each in (*zip(kernel.arg_names, args, strict=False), *kwargs.items())
+                if isinstance(each, torch.Tensor)
+            }
+            log.append(Launch(compiled.metadata.name, grid, compiled, _overlapping(tensors)))
 
         return launch
 
@@ -188,6 +195,21 @@ def dryrun(architecture: int | str) -> Iterator[list[Launch]]:
         (
             triton.KernelInterface.__getitem__, driver._active, tuning.device_info, tuning.guard,
         ) = saved  # fmt: skip
+
+
+def _overlapping(tensors: dict[str, torch.Tensor]) -> tuple[tuple[str, str], ...]:
+    """Pairs of tensors whose memory has bytes in common, or lies between the other's rows."""
+    ends = {}
+    for name, each in tensors.items():
+        if each.numel() > 0:
+            last = sum((n - 1) * s for n, s in zip(each.shape, each.stride(), strict=True))
+            start = each.data_ptr()
+            ends[name] = (start, start + (last + 1) * each.element_size())
+    return tuple(
+        (one, other)
+        for one, other in itertools.combinations(ends, 2)
+        if ends[one][0] < ends[other][1] and ends[other][0] < ends[one][1]
+    )
 
 
 def resources(compiled: Any) -> Resources:

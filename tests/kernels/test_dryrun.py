@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 
 import pytest
 import torch
@@ -34,10 +33,6 @@ from orpo_kernels.kernels import (
     sum_products,
     tail_rows,
 )
-from orpo_kernels.kernels.inputs import Tiles
-from orpo_kernels.kernels.softmax_block import SoftmaxBlock
-from orpo_kernels.kernels.weight_probs import WeightProbs
-from tests.kernels import loop_cases
 from tests.kernels.dryrun import PROCESSORS, SHARED_LIMIT, dryrun, resources
 
 BUDGET = 64 * 2**20
@@ -129,36 +124,6 @@ def test_the_loss_waits_for_nothing():
         out = orpo_loss_from_logps(logps, labels, nll_logps, nll_labels)
         with pytest.raises(RuntimeError):
             float(out.loss)
-
-
-# In PTX and in AMD's assembly: 16 bytes loaded and stored, and where a program's warps meet.
-ACCESSES = re.compile(
-    r"(?P<load>ld\.global\S*\.v4|(?:global|buffer)_load_(?:dwordx4|b128))"
-    r"|(?P<barrier>bar\.sync|s_barrier)"
-    r"|(?P<store>st\.global\S*\.v4|(?:global|buffer)_store_(?:dwordx4|b128))"
-)
-
-
-@pytest.mark.parametrize("target", [80, 90, 120, "gfx942"])
-@pytest.mark.parametrize("everything", [False, True])
-def test_p_over_its_logits_is_written_when_all_warps_have_read(target, everything):
-    # P is half as wide: what one warp writes lies where another one's logits are.
-    with dryrun(target) as log:
-        given = loop_cases.inputs(torch.bfloat16, everything)
-        logits = cuda(loop_cases.M, 1536, dtype=torch.float32)
-        tiles = Tiles(logits, logits.view(torch.bfloat16), 1536)
-        rows = cuda(5, loop_cases.M, dtype=torch.float32)
-        probs = WeightProbs(given, tiles.probs, logits, rows, None, columns=1536, kept=False)
-        probs((0, loop_cases.M), 0, (0, 1536))
-        state = cuda(2 + 2 * given.label_sets, loop_cases.M, dtype=torch.float32)
-        SoftmaxBlock(given, state, tiles, None, 8.0)((0, loop_cases.M), 0, (0, 1536), 0)
-    assert [each.name for each in log] == ["_weight_probs_kernel", "_softmax_block_kernel"]
-    for each in log:
-        assert each.compiled.metadata.num_warps > 1
-        code = each.compiled.asm.get("ptx") or each.compiled.asm["amdgcn"]
-        kinds = [found.lastgroup for found in ACCESSES.finditer(code)]
-        last = len(kinds) - 1 - kinds[::-1].index("load")
-        assert "barrier" in kinds[last : kinds.index("store")], each.name
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])

@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from tests.kernels.interpreted.strict import State
+from tests.kernels.overlaps import BY_ELEMENT
 
 
 @triton.jit
@@ -45,10 +46,58 @@ def test_two_programs_write_one_element():
 
 
 def test_one_program_reads_what_another_writes():
-    x = torch.randn(128)
-    shifted = x[1:]  # in place, one element further: program 0 writes what program 1 reads
+    x = torch.randn(192)  # a block further: program 0 writes what program 1 reads
     with pytest.raises(InterpreterError, match="RACE"):
-        copy(n=127, limit=127, x=x[:127], out=shifted)
+        copy(n=128, limit=128, x=x[:128], out=x[64:])
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_a_program_writes_what_it_has_read(further):
+    # In place, and one element further: on a GPU another warp may not have read it.
+    x = torch.randn(65)
+    with pytest.raises(InterpreterError, match=r"HAZARD.*read or written"):
+        copy(n=64, limit=64, x=x[:64], out=x[further:])
+
+
+def test_what_is_listed_may_be_written_by_the_element_that_read_it(monkeypatch):
+    monkeypatch.setitem(BY_ELEMENT, "_copy_kernel", ("x_ptr", "out_ptr"))
+    x = torch.randn(65)
+    before = x.clone()
+    copy(n=64, limit=64, x=x[:64], out=x[:64])
+    assert torch.equal(x[:64], before[:64] * 3)
+    with pytest.raises(InterpreterError, match="HAZARD"):
+        copy(n=64, limit=64, x=x[:64], out=x[1:])
+
+
+@triton.jit
+def _reverse_kernel(x_ptr, HALF: tl.constexpr, BARRIER: tl.constexpr, AGAIN: tl.constexpr):
+    lane = tl.arange(0, 64)
+    x = tl.load(x_ptr + lane)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + (63 - lane), x)
+    if AGAIN:
+        tl.store(x_ptr + HALF + lane, tl.load(x_ptr + lane))
+
+
+def test_a_barrier_orders_the_warps_of_a_program():
+    x = torch.arange(64.0)
+    _reverse_kernel[(1,)](x, HALF=0, BARRIER=True, AGAIN=False)
+    assert x.tolist() == list(range(63, -1, -1))
+    with pytest.raises(InterpreterError, match=r"HAZARD.*read or written"):
+        _reverse_kernel[(1,)](x, HALF=0, BARRIER=False, AGAIN=False)
+    with pytest.raises(InterpreterError, match=r"HAZARD.* loads byte .* written, with no barrier"):
+        _reverse_kernel[(1,)](torch.zeros(128), HALF=64, BARRIER=True, AGAIN=True)
+
+
+@triton.jit
+def _count_kernel(count_ptr):
+    tl.store(count_ptr, tl.load(count_ptr) + 1)
+
+
+def test_a_number_that_every_warp_reads_and_one_writes():
+    with pytest.raises(InterpreterError, match="HAZARD"):
+        _count_kernel[(1,)](torch.zeros(1))
 
 
 @triton.jit

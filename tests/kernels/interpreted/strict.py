@@ -6,6 +6,8 @@ memory out of bounds, wraps int32 silently and runs programs in order. With `ins
 - bf16 widens exactly and rounds to nearest even; its arithmetic and dots are float32's, rounded;
 - every load, store and atomic must lie inside a tensor handed to the launch, not between its rows;
 - no two programs may touch the same byte unless both only read it;
+- nor may a program write a byte that it has read or written, or read one that it has written, with
+  no `tl.debug_barrier` between: its warps run in no order (`overlaps.py` lists what is safe);
 - programs run in a random order, int32 overflow and `tl.device_assert` raise.
 
 It also takes a third of the time of the stock one, which patches the language anew for every call
@@ -24,8 +26,14 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.kernels.overlaps import BY_ELEMENT
+
 Builder = interpreter.InterpreterBuilder
 Handle = interpreter.TensorHandle
+
+# An access of a byte as one number: phase of the launch, shape of what is accessed, element of it.
+_SHAPE, _PHASE = 32, 40  # first bits
+_SEVERAL = (1 << _PHASE) - 1  # elements
 
 
 class Memory:
@@ -34,7 +42,7 @@ class Memory:
     What lies between the rows of a view is none of it.
     """
 
-    def __init__(self, tensor: Any, name: int) -> None:
+    def __init__(self, tensor: Any, name: str) -> None:
         size = tensor.element_size()
         extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         self.start = tensor.data_ptr()
@@ -47,12 +55,14 @@ class Memory:
         rows = (self.stop - self.start - self.width) // self.pitch + 1
         self.writer = np.zeros(rows * self.width, np.int32)  # 0 nobody, else program + 1
         self.reader = np.zeros(rows * self.width, np.int32)  # likewise, -1 several
+        self.loaded = np.zeros(rows * self.width, np.int64)  # the last access of either kind
+        self.stored = np.zeros(rows * self.width, np.int64)
 
     def holds(self, addresses, size):
         within = (addresses - self.start) % self.pitch + size <= self.width
         return (addresses >= self.start) & (addresses + size <= self.stop) & within
 
-    def touch(self, addresses, size, kind, program):
+    def touch(self, addresses, elements, size, kind, program):
         row, byte = np.divmod(addresses - self.start, self.pitch)
         each = (row * self.width + byte)[:, None] + np.arange(size)
         each, me = each.ravel(), program + 1
@@ -69,13 +79,42 @@ class Memory:
             self.reader[each] = np.where(alone, me, -1)
         if kind == "store":
             self.writer[each] = me
+        if kind != "atomic":
+            self.meet(each, np.repeat(elements, size), kind)
+
+    def meet(self, each, elements, kind):
+        """Refuses what no barrier orders among the warps of a program, and notes the access."""
+        phase = State.phase << _PHASE
+        access = phase + elements
+        loaded, stored = self.loaded[each], self.stored[each]
+        refused = stored >= phase
+        if kind == "store":
+            refused = refused | (loaded >= phase)
+            if self.name in BY_ELEMENT.get(State.kernel, ()):
+                refused = ((stored >= phase) & (stored != access)) | (
+                    (loaded >= phase) & (loaded != access)
+                )
+        if refused.any():
+            raise AssertionError(
+                f"HAZARD: {State.kernel} {kind}s byte {each[refused][0]} of tensor {self.name}, "
+                f"which this program has {'read or ' * (kind == 'store')}written, with no barrier "
+                "between"
+            )
+        if kind == "load":
+            again = (loaded >= phase) & (loaded != access)
+            self.loaded[each] = np.where(again, phase + _SEVERAL, access)
+        else:
+            self.stored[each] = access
 
 
 class State:
     """The running launch."""
 
     memories: list[Memory] = []  # noqa: RUF012 - replaced as a whole per launch
+    kernel = ""
     program = 0
+    phase = 0  # one more with every program of the launch, and with every barrier
+    shapes: dict[tuple[int, ...], int] = {}  # noqa: RUF012 - a number for each
     order: list[int] = []  # noqa: RUF012
     grid = (1, 1, 1)
     installed = False
@@ -100,6 +139,8 @@ def _check(pointer, mask, kind):
     size = max(1, pointer.get_element_ty().primitive_bitwidth // 8)
     chosen = mask.data if isinstance(mask, Handle) else np.True_ if mask is None else mask
     addresses, chosen = np.broadcast_arrays(pointer.data, chosen)
+    shape = State.shapes.setdefault(chosen.shape, len(State.shapes))
+    elements = np.flatnonzero(chosen) + (shape << _SHAPE)
     addresses = addresses[chosen].astype(np.int64)
     if addresses.size == 0:
         return
@@ -110,7 +151,7 @@ def _check(pointer, mask, kind):
             continue
         hit = memory.holds(addresses, size)
         if hit.any():
-            memory.touch(addresses[hit], size, kind, State.program)
+            memory.touch(addresses[hit], elements[hit], size, kind, State.program)
         inside |= hit
     if not inside.all():
         where = int(addresses[~inside][0])
@@ -185,12 +226,16 @@ def _checked_memory():
         _check(pointer, mask, "atomic")
         return update(self, operation, pointer, value, mask, *rest)
 
+    def barrier(self):
+        State.phase += 1
+
     def checked_exchange(self, pointer, *rest):
         _check(pointer, None, "atomic")
         return exchange(self, pointer, *rest)
 
     Builder.create_masked_load, Builder.create_masked_store = checked_load, checked_store
     Builder.create_atomic_rmw, Builder.create_atomic_cas = checked_update, checked_exchange
+    Builder.create_barrier = barrier
 
 
 def _shuffled_launches():
@@ -199,11 +244,16 @@ def _shuffled_launches():
 
     def strict_arguments(self, args, kwargs):
         host, host_kwargs = arguments(self, args, kwargs)
-        everything = [*host, *host_kwargs.values()]
-        tensors = [(i, getattr(each, "base", each)) for i, each in enumerate(everything)]
-        State.memories = [
-            Memory(each, i) for i, each in tensors if hasattr(each, "data_ptr") and each.numel()
+        everything = zip(self.arg_names, host, strict=False), host_kwargs.items()
+        tensors = [
+            (name, getattr(each, "base", each)) for part in everything for name, each in part
         ]
+        State.memories = [
+            Memory(each, name)
+            for name, each in tensors
+            if hasattr(each, "data_ptr") and each.numel()
+        ]
+        State.kernel, State.phase = self.fn.__name__, 0
         return host, host_kwargs
 
     def shuffled_dim(self, x, y, z):
@@ -212,6 +262,7 @@ def _shuffled_launches():
 
     def shuffled_idx(self, x, y, z):
         _, y_count, z_count = State.grid
+        State.phase += 1
         State.program = chosen = State.order[(x * y_count + y) * z_count + z]
         rest, z = divmod(chosen, z_count)
         set_idx(self, *divmod(rest, y_count), z)
