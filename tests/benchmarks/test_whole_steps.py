@@ -55,6 +55,20 @@ def test_layouts(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"tiny P1        {name}" in printed for name in (TRL, *LAYOUTS))
 
 
+def test_what_there_is_no_time_for_in_a_case(tmp_path: Any, monkeypatch: Any) -> None:
+    # One layout is timed however late it is: what was compiled for it is worth a figure.
+    late = layout_steps.run_case
+
+    def run_case(steps: Any, case: Any, until: float, *rest: Any) -> None:
+        late(steps, case, 0.0, *rest)
+
+    monkeypatch.setattr(layout_steps, "run_case", run_case)
+    status, rows = layouts(tmp_path)
+    assert status == 0
+    assert ["time_ms" in row for row in rows] == [True, True, False, False]
+    assert {row.get("skipped") for row in rows[2:]} == {"no time left in this run"}
+
+
 def test_another_loss_than_trls_is_no_figure(tmp_path: Any, monkeypatch: Any) -> None:
     right = layout_steps.loss_of
 
