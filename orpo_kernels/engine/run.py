@@ -12,7 +12,7 @@ depend on which rows are scored: the registered ops allocate the same while they
 import importlib
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from orpo_kernels.engine.policy import (
     says_why,
 )
 from orpo_kernels.engine.problem import Problem
-from orpo_kernels.engine.scoring import Places, Scored, score, select, select_again
+from orpo_kernels.engine.scoring import Places, Scored, Selection, score, select, select_again
 from orpo_kernels.engine.sparse import tile_loop as sparse_tile_loop
 from orpo_kernels.engine.sparse.plan import SparsePlan, plan_sparse, takes_slots
 from orpo_kernels.engine.sparse.tail import Packed, Tail, certificate_fields
@@ -177,7 +177,10 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
     sums = state.sums
     if not problem.trainable:  # scratch, for a head that is not trained
         sums = state.statistics.new_zeros((problem.group_count, problem.weight.shape[0]))
-    operands = select(problem, scored)
+    selection, prepared = Selection(problem, scored), None
+    if plan.scan is not None and problem.count > 0:
+        prepared = _scan_loop().Prepared(selection.candidates, plan.scan)
+    operands = selection.operands
     Places(state.places, state.number).note(operands)
     sizes, certificate = operands.sizes, None
     if sizes.rows > 0:
@@ -186,8 +189,9 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         tail = Tail.of(problem, operands, sums)
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
         out = Results(state.statistics, state.g, state.g_r)
-        if plan.scan is not None:
-            kept = _scanned(problem, operands, plan, tail, out, packed, state.product)
+        if prepared is not None:
+            given = (operands, prepared, tail, out, packed)
+            kept = _scanned(problem, plan, *given, state.product)
         else:
             kept = sparse_tile_loop.forward(operands, plan, tail, packed, out)
             if needs_dhidden:
@@ -201,13 +205,12 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
 
 
 def _scanned(
-    problem: Problem, operands: Operands, plan: SparsePlan, tail: Tail, out: Results,
+    problem: Problem, plan: SparsePlan, operands: Operands, prepared: Any, tail: Tail, out: Results,
     packed: Packed | None, product: Tensor,
 ) -> Tensor:  # fmt: skip
     """Kept entries, counted in parts; flat logits are left to the exact loop, which keeps all."""
-    forward = importlib.import_module("orpo_kernels.engine.sparse.scan_loop").forward
     store = None if packed is None else SlotStore.of(packed.store, packed.table)
-    found = forward(operands, plan.scan, tail, out, store)
+    found = _scan_loop().forward(operands, prepared, tail, out, store)
     if found is None:
         exact, left = Results(out.statistics[:-1], *out[1:]), problem.budget - plan.store_bytes
         _exact_on_gpu(
@@ -345,6 +348,11 @@ def _job(problem: Problem, operands: Operands, out: HeadGradients | None = None)
     # Only of a matrix of the whole head can dW lend its memory.
     lends = out is not None and len(problem.weights) == 1 and out.weights[0] is not None
     return problem.job(operands.sizes, gathers=chosen or not plain, in_result=lends)
+
+
+def _scan_loop() -> ModuleType:
+    """The sparse forward of a GPU, imported likewise."""
+    return importlib.import_module("orpo_kernels.engine.sparse.scan_loop")
 
 
 def _on_gpu() -> ModuleType:

@@ -3,7 +3,8 @@
 The host must know how many they are, and waits for the device once to learn it.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,31 +111,62 @@ def _of_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> str:
 
 
 def select(problem: Problem, scored: Scored) -> Operands:
-    """The scored rows of a problem; syncs a GPU once, to count them.
+    """The scored rows of a problem; syncs a GPU once, to count them: see `Selection`."""
+    return Selection(problem, scored).operands
+
+
+class Selection:
+    """The scored rows of a problem, being chosen: a GPU is waited for when they are asked for.
 
     While a CUDA graph is captured nothing may sync: every row is processed, those that are not
     scored as rows of 0 with coefficient 0.
-
-    Raises:
-        ValueError: labels or tail groups that kernels have scored, and which are no such.
     """
-    labels, counts, parts = scored.labels, scored.counts, _parts_of(problem)
-    if is_capturing(labels.first.device):
-        return _operands(problem, parts, labels, None, labels.first >= 0)
-    if counts is None:
-        index = (labels.first >= 0).nonzero()[:, 0]
-        all_of_them = index.shape[0] == problem.count
-        return _operands(problem, parts, labels if all_of_them else labels.take(index), index, None)
-    groups = None if problem.groups is None else problem.groups.reshape(-1).contiguous()
-    chosen = launcher("choose_rows", "choose_rows")(*labels, groups, counts)
-    count, bad_labels, bad_groups = waited_for(chosen.totals)
-    if bad_labels:
-        raise ValueError(_of_labels(problem.labels, problem.ignore_index, problem.weight.shape[0]))
-    if bad_groups:
-        raise ValueError(_OTHER_GROUPS)
-    of_rows = Labels(*(each[:count] for each in chosen.labels), *[None] * (labels.second is None))
-    groups = None if chosen.groups is None else chosen.groups[:count]
-    return _operands(problem, parts, of_rows, chosen.places[:count], None, groups)
+
+    def __init__(self, problem: Problem, scored: Scored) -> None:
+        """Launches the choice."""
+        self.problem, self.scored, self.parts = problem, scored, _parts_of(problem)
+        self.chosen: Any = None
+        if scored.counts is not None and not is_capturing(scored.labels.first.device):
+            groups = None if problem.groups is None else problem.groups.reshape(-1).contiguous()
+            choose = launcher("choose_rows", "choose_rows")
+            self.chosen = choose(*scored.labels, groups, scored.counts)
+
+    @property
+    def candidates(self) -> Operands:
+        """All N positions, of which the scored ones come first: to prepare for before the wait."""
+        if self.chosen is None:
+            return self.operands
+        places, labels, groups, _ = self.chosen
+        rows = Rows(self.parts.hidden, places, self.problem.dtype)
+        sizes = self.problem.sizes(self.problem.count)
+        second = None if labels.shape[0] == 1 else labels[1]
+        return Operands(rows, self.parts.head, Labels(labels[0], second), sizes, places, groups)
+
+    @functools.cached_property
+    def operands(self) -> Operands:
+        """The scored rows.
+
+        Raises:
+            ValueError: labels or tail groups that kernels have scored, and which are no such.
+        """
+        problem, labels = self.problem, self.scored.labels
+        if self.chosen is None and is_capturing(labels.first.device):
+            return _operands(problem, self.parts, labels, None, labels.first >= 0)
+        if self.chosen is None:
+            index = (labels.first >= 0).nonzero()[:, 0]
+            of_rows = labels if index.shape[0] == problem.count else labels.take(index)
+            return _operands(problem, self.parts, of_rows, index, None)
+        places, of_rows, groups, totals = self.chosen
+        count, bad_labels, bad_groups = waited_for(totals)
+        if bad_labels:
+            vocabulary = problem.weight.shape[0]
+            raise ValueError(_of_labels(problem.labels, problem.ignore_index, vocabulary))
+        if bad_groups:
+            raise ValueError(_OTHER_GROUPS)
+        second = None if labels.second is None else of_rows[1, :count]
+        chosen = Labels(of_rows[0, :count], second)
+        groups = None if groups is None else groups[:count]
+        return _operands(problem, self.parts, chosen, places[:count], None, groups)
 
 
 def waited_for(totals: Tensor) -> list[int]:

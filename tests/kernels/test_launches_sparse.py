@@ -92,7 +92,6 @@ def started(monkeypatch):
 def expected(shape, vocabulary, *, cast=False, trains=False, rows=N):
     """The launches of the loop, chunk by chunk and block by block."""
     odd = vocabulary % 8 > 0
-    yield from ["torch.new_zeros"] * cast
     for chunk, _ in enumerate(scan_loop.chunks(rows, vocabulary, shape)):
         yield "take_rows"
         for v0, v1 in _spans(vocabulary, shape.columns):

@@ -67,14 +67,32 @@ def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]
     return [(0, first), *spans((first, rows), max(1, -(-equal // unit) * unit))]
 
 
+class Prepared:
+    """What the first product takes, made before the host knows how many candidates are scored."""
+
+    def __init__(self, candidates: Operands, shape: ScanShape) -> None:
+        """For tiles of this shape."""
+        inputs, memory = inputs_of(candidates), (shape.rows, pitch(shape.columns))
+        hidden, head = Hidden(inputs, shape.rows), HeadBlocks(inputs, shape.columns)
+        if head.copied is None:
+            head.take(0)  # makes its views
+        logits = inputs.labels.new_empty(memory, dtype=inputs.wide)
+        self._parts: list[tuple[ScanShape, Hidden, HeadBlocks, Tensor]] = []
+        self._parts.append((shape, hidden, head, logits))
+
+    def hand_over(self) -> tuple[ScanShape, Hidden, HeadBlocks, Tensor]:
+        """All of it, once: what takes it frees the memory when it ends."""
+        return self._parts.pop()
+
+
 def forward(
-    operands: Operands, shape: ScanShape, tail: Tail, out: Results, store: SlotStore | None = None
+    operands: Operands, prepared: Prepared, tail: Tail, out: Results, store: SlotStore | None = None
 ) -> tuple[Tensor, Tensor | None] | None:
     """Fills the results, g without its tail, and adds what is dropped to `tail.sums`.
 
     Args:
         operands: the scored rows.
-        shape: of the tiles.
+        prepared: of the candidates among which they are the first.
         tail: of these rows.
         out: to be filled; the last row of statistics is `m_t` over the mass beside the labels.
         store: for the slots of a head that trains, or None.
@@ -83,20 +101,19 @@ def forward(
         (M / 64,) int64, entries kept of every row block, and (G, H + r) float32, q W, where g is
         wanted. None, and nothing is filled but the sums, where the logits are too flat.
     """
-    inputs = inputs_of(operands)
-    with tuning.guard(inputs.labels.device):
-        parts = chunks(inputs.labels.shape[0], inputs.weight[0].shape[0], shape)
+    shape, hidden, head, logits = prepared.hand_over()
+    with tuning.guard(logits.device):
+        parts = chunks(operands.sizes.rows, operands.sizes.vocabulary, shape)
         largest = max(stop - start for start, stop in parts)
         shape = shape._replace(rows=-(-largest // COMPACT_ROWS) * COMPACT_ROWS)
-        hidden, head = Hidden(inputs, shape.rows), HeadBlocks(inputs, shape.columns)
-        memory = (shape.rows, pitch(shape.columns))
-        logits = inputs.labels.new_empty(memory, dtype=inputs.wide)
         views = TileViews(Tiles(logits, None, shape.columns))
         # Made behind the first product, with which the device is busy meanwhile.
         launches = functools.cache(
-            lambda: _Launches.of(inputs, logits, shape, tail, out, store, len(head.blocks))
+            lambda: _Launches.of(
+                inputs_of(operands), logits, shape, tail, out, store, len(head.blocks)
+            )
         )
-        looks = not is_capturing(inputs.labels.device)
+        looks = not is_capturing(logits.device)
         for chunk, rows in enumerate(parts):
             x = hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
@@ -123,7 +140,7 @@ def forward(
                 on.keep(*rows, chunk)
         product = None
         if out.wants_g:
-            product = tail_product(inputs.weight, tail.sums, inputs.dtype)
+            product = tail_product(operands.head.parts, tail.sums, operands.head.dtype)
         return launches().state.entries, product
 
 

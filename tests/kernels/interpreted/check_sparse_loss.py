@@ -66,13 +66,13 @@ def problem(case, monkeypatch, *, guarded=False):
     if case.workspace == BLOCKS:
         shape = ScanShape(64, 256, 1024, V, 4)
         monkeypatch.setattr(plan, "plan_scan", lambda *_: (shape, 0))
-    forward = scan_loop.forward
+    prepared = scan_loop.Prepared
 
-    def noted(operands, shape, *rest):
+    def noted(candidates, shape):
         shapes.append(shape)
-        return forward(operands, shape, *rest)
+        return prepared(candidates, shape)
 
-    monkeypatch.setattr(scan_loop, "forward", noted)
+    monkeypatch.setattr(scan_loop, "Prepared", noted)
     monkeypatch.setattr(plan, "_MOST_KEPT", 1)  # the store has room for all
     if not guarded:  # whatever is kept and dropped, no row block is done the exact way
         monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
