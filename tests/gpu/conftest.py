@@ -24,14 +24,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(trylast=True)  # after the sorting of all tests
 def pytest_collection_modifyitems(items):
-    """A short test behind each long one: a worker is given two to begin with."""
+    """A short test behind each long one, of its file where it can: a worker begins with two."""
     if any(HERE not in item.path.parents for item in items):
         return
-    long = [item for item in items if item.get_closest_marker("slow")]
-    others = [item for item in items if item not in long]
-    short, others = others[: len(long)], others[len(long) :]
-    first = [each for pair in zip(long, short, strict=False) for each in pair]
-    items[:] = first + long[len(short) :] + others
+    first, others = [], [item for item in items if not item.get_closest_marker("slow")]
+    for long in items:
+        if long.get_closest_marker("slow"):
+            own = [item for item in others if item.path == long.path] + others
+            first += [long, *own[:1]]
+            others = [item for item in others if item not in own[:1]]
+    items[:] = first + others
 
 
 class Gpu(NamedTuple):
