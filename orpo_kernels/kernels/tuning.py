@@ -199,6 +199,8 @@ for _dtype in (torch.float32, *_NARROW):
     TABLE["given_back", "blackwell", _dtype] = (Row(256, 4, 4),)
 _tile = Tile(64, 64, 32, 4, 1)
 TABLE["linear_lse_elements_transformed", "blackwell", torch.float32] = (_tile,)
+_key = ("softmax_block", "datacenter", torch.float16)
+TABLE[_key] = (Row(8192, 8, registers=_ALL_REGISTERS), *TABLE[_key][1:])  # 8 spills by Triton 3.7
 for (_kernel, _class, _dtype), _all in list(TABLE.items()):
     if _class == "datacenter" and (_kernel, "blackwell", _dtype) not in TABLE:
         TABLE[_kernel, "blackwell", _dtype] = tuple(
