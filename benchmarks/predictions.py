@@ -3,8 +3,8 @@
     python -m benchmarks.predictions [--head llama-3-8b]
 
 For three cards and the budgets they get, by mode: milliseconds and bare GEMMs g. On the H200 also
-the mean of what was measured (`results/nvidia-h200/budgets-*.json`, `sparse-times-*.json`) and how
-far the model's milliseconds are from it. By `orpo_kernels/engine/gpu/model.py`: kernels, and what
+the mean of what was measured last (of `results/nvidia-h200/budgets-*.json`, `sparse-times-*.json`)
+and how far the model's milliseconds are from it. By `orpo_kernels/engine/gpu/model.py`: kernels, and what
 the host takes to start those of a tile; what else a call starts is not in it.
 """
 
@@ -36,7 +36,6 @@ from orpo_kernels.kernels.slot_store import SLOT_BYTES
 MIB = 2**20
 LIVE = 0.0134  # of the columns of 64 rows: what trained-like logits keep
 LABEL_SETS, GROUPS = 2, 2
-WITH_OLD_SUMS = ("trainable", "sparse")  # measured before `sum_products` was written anew
 
 
 class Device(NamedTuple):
@@ -114,26 +113,25 @@ def sparse_seconds(sizes: Sizes, job: Job, budget: int, device: Device, mode: st
 
 
 def measured() -> dict[Key, Measured]:
-    """Of the runs on an H200."""
+    """Of the last runs on an H200."""
     runs: dict[Key, list[tuple[float, float]]] = {}
     for pattern in ("budgets-*.json", "sparse-times-*.json"):
-        for path in sorted((FOLDER / "nvidia-h200").glob(pattern)):
-            for row in json.loads(path.read_text())["results"]:
-                key = _key(row, path.name)
-                if key is not None:
-                    runs.setdefault(key, []).append((row["time_ms"], row["g"]))
+        path = max((FOLDER / "nvidia-h200").glob(pattern))
+        for row in json.loads(path.read_text())["results"]:
+            key = _key(row)
+            if key is not None:
+                runs.setdefault(key, []).append((row["time_ms"], row["g"]))
     return {
         key: Measured(*(statistics.mean(each) for each in zip(*found, strict=True)))
         for key, found in runs.items()
     }
 
 
-def _key(row: dict[str, Any], file: str) -> Key | None:
+def _key(row: dict[str, Any]) -> Key | None:
     name = row.get("name", row.get("title"))
-    gradient = {"ours-exact": "exact", "sparse": "sparse"}.get(str(name))
-    # The first run was of kernels that are no more; so was dW of the sparse gradient.
-    old = file == "sparse-times-1.json" or (row["mode"], gradient) == WITH_OLD_SUMS
-    if gradient is None or old or "g" not in row or row.get("logits", "trained") != "trained":
+    names = {"ours-exact": "exact", "ours-sparse": "sparse", "sparse": "sparse"}
+    gradient = names.get(str(name))
+    if gradient is None or "g" not in row or row.get("logits", "trained") != "trained":
         return None
     return row["mode"], gradient, row["budget_bytes"]
 

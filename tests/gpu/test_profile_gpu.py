@@ -44,5 +44,6 @@ def test_parts_and_their_memory(gpu, tmp_path):
     gpu.needs_cuda()  # what a process holds tells less
     logits = 2 * T * V * 4
     assert found[LOGITS].peak_bytes[HEAD] > logits
-    assert found[FUSED].peak_bytes[HEAD] < logits / 2
+    # 78 MiB on an H200: 16 of workspace, and the 32 that cuBLAS takes once on Hopper.
+    assert found[FUSED].peak_bytes[HEAD] < 0.75 * logits
     assert found[LOGITS].peak_bytes[OPTIMIZER] < logits / 2
