@@ -4,8 +4,8 @@
 
 For three cards and the budgets they get, by mode: milliseconds and bare GEMMs g. On the H200 also
 the mean of what was measured last (of `results/nvidia-h200/budgets-*.json`, `sparse-times-*.json`)
-and how far the model's milliseconds are from it. By `orpo_kernels/engine/gpu/model.py`: kernels, and what
-the host takes to start those of a tile; what else a call starts is not in it.
+and how far the model's milliseconds are from it. By `orpo_kernels/engine/gpu/model.py`: kernels,
+and what the host takes to start those of a tile; what else a call starts is not in it.
 """
 
 import argparse

@@ -30,8 +30,8 @@ from orpo_kernels.selftest.report import (
 
 __all__ = ["Check", "SelfTestReport", "main", "self_test"]
 
-# The command begins no check after so many seconds. The first run on an H200, with a slow host, took
-# 54 s, of which the compilers took most: with 15 s a tenth was checked. What was compiled is
+# The command begins no check after so many seconds. The first run on an H200, whose host was slow,
+# took 54 s, of which the compilers took most: with 15 s a tenth was checked. What was compiled is
 # remembered, and the next run took 15 s.
 LIMIT_S = 60.0
 
