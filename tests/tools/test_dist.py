@@ -68,7 +68,9 @@ def test_torch_chooses_its_triton():
     rule = (ROOT / "Makefile").read_text().partition(".venv/.ready:")[2]
     assert 0 < rule.index("$(TORCH)") < rule.index("import triton") < rule.index("$(EXTRAS)")
     budgets = (ROOT / "tests" / "kernels" / "test_compile.py").read_text()
-    assert re.search(r"triton==(\S+)", rule)[1] == re.search(r'BUDGETS_OF = "(.*)"', budgets)[1]
+    known = re.search(r"BUDGETS_OF = \((.*)\)", budgets)[1]
+    installed = re.search(r"triton==(\S+)", rule)[1]
+    assert f'"{installed}"' in known
 
 
 def test_a_file_that_does_not_work_fails(tmp_path, capsys, monkeypatch):
