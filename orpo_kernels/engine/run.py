@@ -190,8 +190,7 @@ def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Te
         packed = Packed(state.store, state.table, state.per_block) if plan.store_bytes else None
         out = Results(state.statistics, state.g, state.g_r)
         if prepared is not None:
-            given = (operands, prepared, tail, out, packed)
-            kept = _scanned(problem, plan, *given, state.product)
+            kept = _scanned(problem, plan, operands, prepared, tail, out, packed, state.product)
         else:
             kept = sparse_tile_loop.forward(operands, plan, tail, packed, out)
             if needs_dhidden:
@@ -208,7 +207,10 @@ def _scanned(
     problem: Problem, plan: SparsePlan, operands: Operands, prepared: Any, tail: Tail, out: Results,
     packed: Packed | None, product: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Kept entries, counted in parts; flat logits are left to the exact loop, which keeps all."""
+    """Kept entries, counted in parts; flat logits are left to the exact loop, which keeps all.
+
+    `prepared`: of `scan_loop.Prepared`, which this takes over.
+    """
     store = None if packed is None else SlotStore.of(packed.store, packed.table)
     found = _scan_loop().forward(operands, prepared, tail, out, store)
     if found is None:
