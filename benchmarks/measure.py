@@ -24,6 +24,7 @@ GEMM_BUFFER_BYTES = 2 << 30  # on a GPU: as many rows as fit
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 ROUND_BUDGET_S = 5.0  # per result on the main heads
 SMALL_BUDGET_S = 1.5  # on the others
+NAMED = 60  # letters of a kernel's name: those of templates are endless
 LONG_S = 4.0  # a call that takes longer is timed twice
 SLOW_S = 12.0  # this long: once, and not weighed again
 
@@ -104,8 +105,17 @@ def rounds_for(first_s: float, budget_s: float = ROUND_BUDGET_S) -> int:
 
 def counted(run: Callable[[], Any], device: str) -> dict[str, float]:
     """Launches of one call, and what its kernels take in sum; nothing on a CPU."""
-    if device != "cuda":
-        return {}
+    return totals(kernels_of(run)) if device == "cuda" else {}
+
+
+def totals(kernels: dict[str, tuple[int, float]]) -> dict[str, float]:
+    """Launches and milliseconds of all kernels."""
+    launches = sum(count for count, _ in kernels.values())
+    return {"launches": launches, "kernels_ms": sum(ms for _, ms in kernels.values())}
+
+
+def kernels_of(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of each kernel of one call on a GPU, the longest first."""
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         run()
         torch.cuda.synchronize()
@@ -113,17 +123,18 @@ def counted(run: Callable[[], Any], device: str) -> dict[str, float]:
     return kernels_in(prof.profiler.kineto_results.events())  # type: ignore[union-attr]
 
 
-def kernels_in(events: Iterable[Any]) -> dict[str, float]:
-    """Launches and milliseconds of the kernels among a profiler's events."""
-    kernels = [
-        event
-        for event in events
-        if event.device_type() == torch.autograd.DeviceType.CUDA
-        # Copies and fills, buffers of the profiler, ranges that somebody named.
-        and not event.name().startswith(("Mem", "Activity", "Optimizer.", "ProfilerStep"))
-    ]
-    milliseconds = sum(event.duration_ns() for event in kernels) / 1e6
-    return {"launches": len(kernels), "kernels_ms": milliseconds}
+def kernels_in(events: Iterable[Any]) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds by name of the kernels among a profiler's events."""
+    found: dict[str, tuple[int, float]] = {}
+    for event in events:
+        name = event.name()
+        # Not copies and fills, buffers of the profiler, ranges that somebody named.
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not name.startswith(
+            ("Mem", "Activity", "Optimizer.", "ProfilerStep")
+        ):
+            count, milliseconds = found.get(name[:NAMED], (0, 0.0))
+            found[name[:NAMED]] = count + 1, milliseconds + event.duration_ns() / 1e6
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
 class GemmCounter(TorchDispatchMode):

@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from benchmarks.budgets import MIB, Line, ours, timed
 from benchmarks.heads import HEADS, Case
-from benchmarks.measure import bare_gemm
+from benchmarks.measure import bare_gemm, kernels_of, totals
 from benchmarks.steps import Step
 from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
@@ -131,17 +130,8 @@ def kernels(run: Any, device: str) -> dict[str, Any]:
     """Launches of one step and what its kernels take: all of them, and each by name, ms."""
     if device != "cuda":
         return {}
-    with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        run()
-        torch.cuda.synchronize()
-    found = [e for e in prof.key_averages() if e.self_device_time_total > 0]
-    found = [e for e in found if not e.key.startswith(("Mem", "Activity"))]
-    found.sort(key=lambda e: -e.self_device_time_total)
-    return {
-        "launches": sum(e.count for e in found),
-        "kernels_ms": sum(e.self_device_time_total for e in found) / 1e3,
-        "kernels": {e.key[:60]: (e.count, e.self_device_time_total / 1e3) for e in found},
-    }
+    found = kernels_of(run)
+    return {**totals(found), "kernels": found}
 
 
 def text(row: dict[str, Any], kernel: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks.measure import (
     kernels_in,
     passes,
     rounds_for,
+    totals,
 )
 from benchmarks.steps import Step
 from benchmarks.workloads import make_workload
@@ -43,7 +44,7 @@ def test_kernels_among_events():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
         x.add_(1).mul_(2)
     cpu = prof.profiler.kineto_results.events()
-    assert kernels_in(cpu) == {"launches": 0, "kernels_ms": 0.0}
+    assert totals(kernels_in(cpu)) == {"launches": 0, "kernels_ms": 0.0}
 
     class OnDevice:
         def __init__(self, event, name):
@@ -56,7 +57,14 @@ def test_kernels_among_events():
     events = [event for event in cpu if event.name() in ("aten::add_", "aten::mul_")]
     names = ["gemm_kernel", "Memcpy DtoH (Device -> Pinned)"]
     found = kernels_in([OnDevice(*each) for each in zip(events, names, strict=True)])
-    assert found == {"launches": 1, "kernels_ms": events[0].duration_ns() / 1e6}
+    first, second = (event.duration_ns() / 1e6 for event in events)
+    assert found == {"gemm_kernel": (1, first)}
+
+    # Two templates whose names differ late are one line, of both.
+    names = ["template" * 9 + suffix for suffix in "ab"]
+    found = kernels_in([OnDevice(*each) for each in zip(events, names, strict=True)])
+    assert totals(found) == pytest.approx({"launches": 2, "kernels_ms": first + second})
+    assert [count for count, _ in found.values()] == [2]
 
 
 # What each does by construction: materialised 2 and 3, recomputation one more, padding on top.
