@@ -34,8 +34,8 @@ _WHOLE = 1.08  # of the parts' sum: a tile of the whole vocabulary, which no cac
 # start.
 _LOOKED = 8192
 _SCANNED = 0.75
-_SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 2.5e-6
-_STARTS_OF_TILE, _STARTS_OF_CHUNK = 5, 8
+_SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 6e-6
+_STARTS_OF_TILE, _STARTS_OF_CHUNK = 3, 5
 
 # Of kept slots: bytes that one entry of a tile is read by, and the share of the bandwidth that
 # packing, adding products and the tail's product reach.
@@ -199,6 +199,12 @@ def scan_seconds(job: Job, shape: ScanShape, card: Card) -> float:
         total += count * (tiles + gathered + _SMALL_OF_CHUNK * (card.gap_s + _SMALL_S))
         starts += count * _STARTS_OF_CHUNK
     return max(total, starts * card.launch_s)
+
+
+def whole_wave(rows: int, card: Card) -> int:
+    """Fewest columns that with so many rows are whole waves of a GEMM's output tiles."""
+    high, wide, _ = _TILES[1]
+    return wide * card.processors // math.gcd(math.ceil(rows / high), card.processors)
 
 
 def kept_seconds(job: Job, slots: int, card: Card) -> float:

@@ -25,6 +25,7 @@ from orpo_kernels.engine.gpu.model import (
     forward_seconds,
     scan_bytes,
     scan_seconds,
+    whole_wave,
 )
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep
 from orpo_kernels.kernels.slot_store import ScanShape
@@ -37,6 +38,7 @@ _ROW_STEP = 256  # rows of a tile, where there are so many: whole output tiles
 _KEPT_TILES = (512, 1024, 256)
 _KEPT_SHARES = (1.0, 0.85)  # of the room beside the tile that keeps E: the backward needs some
 _AS_FAST = 1.02  # of the fastest time: the leanest of such shapes is taken
+_SCAN_AS_FAST = 1.005  # likewise: 22 tiles of an H200 took 4 % more than 15
 _FOLDED_AS_FAST = 1.003  # likewise: few groups measured 4 % faster than many
 _SAVES = 0.97  # E is kept where a step takes at most this of the time without
 _SLOT_SHARES = (8, 16, 32, 64)  # one in so many entries of a chunk has room among the slots
@@ -182,8 +184,8 @@ def _plan_forward(
 def _plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShape, int]:
     def planned(share: int) -> tuple[ScanShape, int, float]:
         found = _fastest(
-            _scan_shapes(job, share), lambda shape: scan_bytes(job, shape, groups), budget,
-            lambda shape: scan_seconds(job, shape, card),
+            _scan_shapes(job, share, card), lambda shape: scan_bytes(job, shape, groups), budget,
+            lambda shape: scan_seconds(job, shape, card), _SCAN_AS_FAST,
         )  # fmt: skip
         return _fitting(found, job, budget)
 
@@ -196,12 +198,17 @@ def _plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShap
     return leanest[:2]
 
 
-def _scan_shapes(job: Job, share: int) -> Iterator[ScanShape]:
+def _scan_shapes(job: Job, share: int, card: Card) -> Iterator[ScanShape]:
     for rows in dict.fromkeys(math.ceil(each / 64) * 64 for each in _row_counts(job.rows)):
         blocks = rows // 64
         slots = max(1024, blocks * job.vocabulary // share)
         listed = min(job.vocabulary, max(1024, 4 * job.vocabulary // share))
-        for columns in dict.fromkeys((*_equal_blocks(job.vocabulary), *_columns(job.vocabulary))):
+        widths = (
+            *_equal_blocks(job.vocabulary, _COLUMN_STEP),
+            *_equal_blocks(job.vocabulary, whole_wave(rows, card)),
+            *_columns(job.vocabulary),
+        )
+        for columns in dict.fromkeys(widths):
             if columns == job.vocabulary or columns >= _LEAST_SCANNED:
                 yield ScanShape(rows, columns, slots, listed, max(4, blocks // 2))
 
@@ -285,11 +292,11 @@ def _row_counts(rows: int) -> Iterator[int]:
         last = count
 
 
-def _equal_blocks(vocabulary: int) -> Iterator[int]:
-    """Columns of a look, which no register has to hold: all, a half, a third ... of them."""
+def _equal_blocks(vocabulary: int, step: int) -> Iterator[int]:
+    """Columns of a look, which no register has to hold: all, a half, a third ... in whole steps."""
     yield vocabulary
     for blocks in range(2, vocabulary // MOST_HELD + 1):
-        yield math.ceil(vocabulary / (blocks * _COLUMN_STEP)) * _COLUMN_STEP
+        yield min(vocabulary, math.ceil(vocabulary / (blocks * step)) * step)
 
 
 def _columns(vocabulary: int) -> Iterator[int]:

@@ -15,7 +15,7 @@
 Nothing is guessed: a row block whose columns have no room, or that would drop over a fifth of its
 mass, is done the exact way, tile by tile. That is slower than the exact loop: where it is more than
 a quarter of the row blocks of the first tile, the call is left to that loop. The host waits for
-this tile, an 8th of all at most, and for nothing else; while a graph is captured not even for that,
+this tile, a 16th of all at most, and for nothing else; while a graph is captured not even for that,
 and no call is left. Shapes are those of `engine/gpu/plan.py`: the whole vocabulary in one block, or
 many.
 """
@@ -52,15 +52,15 @@ from orpo_kernels.kernels.tail_rows import DroppedRows, tail_product
 MOST_DENSE = 0.25
 """Of the row blocks of the first tile: with more of them dense the exact loop is faster."""
 
-_FIRST_SHARE = 8  # the first tile, which may be in vain, is at most one in so many logits
-_FIRST_ROWS = 256  # or so many rows: for fewer a GEMM reads the head as long
+_FIRST_SHARE = 16  # the first tile, which may be in vain, is at most one in so many logits
+_FIRST_ROWS = 256  # or so many rows, a step of them: for fewer a GEMM reads the head as long
 _WHOLE_ROWS = 256  # of the largest output tile of a GEMM
 
 
 def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]]:
     """(start, stop) of the first chunk, and of equal ones, in whole output tiles of a GEMM."""
-    even = -(-rows * vocabulary // (_FIRST_SHARE * shape.columns * COMPACT_ROWS)) * COMPACT_ROWS
-    first = min(rows, shape.rows, max(_FIRST_ROWS, even))
+    share = rows * vocabulary // (_FIRST_SHARE * shape.columns)
+    first = min(rows, shape.rows, max(_FIRST_ROWS, share // _FIRST_ROWS * _FIRST_ROWS))
     count = -(-(rows - first) // shape.rows)
     equal = -(-(rows - first) // max(1, count))
     unit = COMPACT_ROWS if shape.rows % _WHOLE_ROWS or equal <= _WHOLE_ROWS else _WHOLE_ROWS
