@@ -9,6 +9,7 @@ and what the host takes to start those of a tile; what else a call starts is not
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -108,8 +109,15 @@ def sparse_seconds(sizes: Sizes, job: Job, budget: int, device: Device, mode: st
     left = budget - plan.store_bytes
     if slots > plan.store_bytes // SLOT_BYTES:
         return forward + plan_backward(job, left, device.card).seconds
-    panel = plans.panel_columns(job, left, GROUPS, slots)
-    return forward + slot_gradient_seconds(job, slots, panel, device.card)
+    capacity = plan.store_bytes // SLOT_BYTES
+    room = left - plans.gradient_bytes(job, GROUPS, capacity)
+    edges = plans.planned_edges(job, capacity, room, device.card)
+    spread = [slots * edge // job.vocabulary for edge in edges]
+    counts = [last - first for first, last in itertools.pairwise(spread)]
+    ranges = plans.range_panels(job, edges, counts, room)
+    if ranges is None:
+        raise ValueError(f"{slots} slots have no room for products in {budget} bytes")
+    return forward + slot_gradient_seconds(job, ranges, device.card)
 
 
 def measured() -> dict[Key, Measured]:

@@ -1,9 +1,11 @@
 """Which slots and which labels a column of the vocabulary has: lists, made once a backward.
 
-The labels' may be listed before it is known how many slots there are.
+All of it is made before the host knows how many slots there are: of a store with room for more, what
+is not there comes last.
 
 Sorted by column, stable: the order of every sum is that of the rows. torch's sort is radix on a GPU
-and takes a fraction of a launch of the products. S slots, M rows, K label sets.
+and takes a fraction of a launch of the products. S slots, M rows, K label sets, R ranges of the
+vocabulary.
 """
 
 from typing import NamedTuple
@@ -11,15 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_ALONE = 16
+"""Entries of a column that one lane of a program sums, at most; those of others are split."""
+
+_APART = 2**24  # from the work of one range to that of the next
+
 
 class Order(NamedTuple):
-    """Lists by column: those of column v are entries `ends[v]` to `ends[v + 1]`."""
+    """Lists by column: of column v the products `ends[v]` to `ends[v + 1]`, and targets likewise."""
 
-    entries: Tensor  # (S,) int64: slots
+    places: Tensor  # (S,) int32: of a slot, where its product is among those of all columns
     ends: Tensor  # (V + 1,) int32
     targets: Tensor  # (K M,) int64: row + M label set
     label_ends: Tensor  # (V + 1,) int32
-    columns: Tensor  # (V,) int64: of most work first
+    columns: Tensor  # (V,) int64: range by range, of most work first
+    figures: Tensor  # (2 R,) int32: products before each range's end, split columns likewise
 
 
 class Listed(NamedTuple):
@@ -31,7 +39,7 @@ class Listed(NamedTuple):
 
     @classmethod
     def of(cls, keys: Tensor, edges: Tensor) -> "Listed":
-        """By `keys` (S,) int32, in the order of the entries; -1 for those in no list."""
+        """By `keys` (S,) int32, in the order of the entries; -1 and V for those in no list."""
         ordered, entries = torch.sort(keys, stable=True)
         return cls(entries, torch.searchsorted(ordered, edges, out_int32=True), edges)
 
@@ -42,11 +50,31 @@ def label_lists(labels: Tensor, vocabulary: int) -> Listed:
     return Listed.of(labels.reshape(-1).to(torch.int32), edges)
 
 
-def order_entries(columns: Tensor, labels: Listed) -> Order:
-    """With the lists of slots of `columns` (S,) int32."""
-    slots = Listed.of(columns, labels.edges)
-    work = (slots.ends + labels.ends).diff()
-    return Order(
-        slots.entries, slots.ends, labels.entries, labels.ends,
-        torch.argsort(work, descending=True, stable=True),
-    )  # fmt: skip
+def order_entries(columns: Tensor, count: Tensor, labels: Listed, edges: list[int]) -> Order:
+    """With the lists of slots.
+
+    Args:
+        columns: (S,) int32, of the slots of a store.
+        count: () int64, how many of these there are.
+        labels: of `label_lists`.
+        edges: where ranges of the vocabulary begin and end: 0, ... V.
+
+    Returns:
+        The lists.
+    """
+    vocabulary = edges[-1]
+    each = torch.arange(columns.shape[0], dtype=torch.int32, device=columns.device)
+    slots = Listed.of(torch.where(each < count, columns, vocabulary), labels.edges)
+    places = torch.empty_like(each).scatter_(0, slots.entries, each)
+    # Most work first: by minus what it is, and a range after the other.
+    work = (slots.ends + labels.ends).diff().clamp_(max=_APART - 1).neg_()
+    for edge in edges[1:-1]:
+        work[edge:] += _APART
+    ordered, by_work = torch.sort(work, stable=True)
+    ranges = len(edges) - 1
+    light = torch.arange(
+        -MOST_ALONE, ranges * _APART - MOST_ALONE, _APART, dtype=torch.int32, device=columns.device
+    )
+    split = torch.searchsorted(ordered, light, out_int32=True)
+    figures = torch.stack([*(slots.ends[edge] for edge in edges[1:]), *split.unbind(0)])
+    return Order(places, slots.ends, labels.entries, labels.ends, by_work, figures)

@@ -3,10 +3,11 @@
     product_k = - sum over rows t of the block of slot k of (softmax_t / unit) slot_k[t] h_t
 
 A row of products for each slot, the columns of a *panel* of H; `sum_products` adds those of one
-vocabulary column. 64 rows meet all slots of their block, which lie one after the other: nothing is
-gathered but hidden states. A program has 64 rows, a part of the panel and every P-th tile of the
-slots. Operands are 16-bit, sums float32. NB row blocks, S slots, M rows among N, W columns of the
-panel. Bytes: the slots once per part of the panel, 4 W per slot written.
+vocabulary column, which lie one after the other. 64 rows meet the slots of their block, which do so
+too, in the order of their columns: nothing is gathered but hidden states. A program has 64 rows, a
+part of the panel and an 8th of the slots; of these, those of a range of the vocabulary. Operands are
+16-bit, sums float32. NB row blocks, S slots of the store, R of the range, M rows among N, W columns
+of the panel. Bytes: the slots once per part of the panel, 4 W per slot of the range written.
 """
 
 import triton
@@ -26,20 +27,23 @@ _PIECES = 8  # programs that share the slots of a row block
 
 @triton.jit(
     do_not_specialize=[
-        "M", "H", "first_column", "panel", "stride_products", "period", "stride_slice",
-        "stride_row",
+        "begin", "end", "M", "H", "first_column", "panel", "stride_products", "period",
+        "stride_slice", "stride_row",
     ],
-    do_not_specialize_on_alignment=["table_ptr", "coefficients_ptr", "index_ptr", "unit_ptr"],
+    do_not_specialize_on_alignment=[
+        "table_ptr", "places_ptr", "coefficients_ptr", "index_ptr", "unit_ptr",
+    ],
 )  # fmt: skip
 def _slot_products_kernel(
-    products_ptr,  # (S, W) float32
+    products_ptr,  # (R, W) float32
     slots_ptr,  # (S, ROWS) bfloat16
     table_ptr,  # (NB, 2) int64
+    places_ptr,  # (S,) int32, ascending in a row block
     coefficients_ptr,  # (5, M) float32, of which the second is softmax
     hidden_ptr,  # (N, H)
     index_ptr,  # (M,) int64
     unit_ptr,  # (1,) float32
-    M, H, first_column, panel, stride_products, period, stride_slice, stride_row,
+    begin, end, M, H, first_column, panel, stride_products, period, stride_slice, stride_row,
     HAS_INDEX: tl.constexpr, HAS_UNIT: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -49,9 +53,15 @@ def _slot_products_kernel(
     piece = tl.program_id(0) // parts % PIECES
     block = tl.program_id(0) // (parts * PIECES)
     count = tl.load(table_ptr + 2 * block + 1)
-    if piece * BLOCK_K >= count:
+    share = tl.cdiv(count, PIECES)
+    last = tl.minimum(count, piece * share + share)
+    if piece * share >= last:
         return
     first = tl.load(table_ptr + 2 * block)
+    lowest = tl.load(places_ptr + first + piece * share)
+    highest = tl.load(places_ptr + first + last - 1)
+    if (lowest >= end) | (highest < begin):
+        return
 
     lane = tl.arange(0, ROWS)
     row = block * ROWS + lane
@@ -70,14 +80,14 @@ def _slot_products_kernel(
 
     out_column = (column < whole_vectors(panel, ALIGNED, VECTOR))[None, :]
     stride = whole_vectors(stride_products, True, VECTOR)
-    for start in range(piece * BLOCK_K, count, PIECES * BLOCK_K):
+    for start in range(piece * share, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (k < count)[:, None]
+        to = tl.load(places_ptr + first + k, mask=k < last, other=-1)
         slot = slots_ptr + (first + k)[:, None] * ROWS + lane[None, :]
-        a = tl.load(slot, mask=inside, other=0.0).to(tl.float32) * -softmax[None, :]
+        a = tl.load(slot, mask=(k < last)[:, None], other=0.0).to(tl.float32) * -softmax[None, :]
         product = tl.dot(a.to(DTYPE), h)
-        out = products_ptr + (first + k)[:, None] * stride + column[None, :]
-        tl.store(out, product, mask=inside & out_column)
+        out = products_ptr + (to - begin).to(tl.int64)[:, None] * stride + column[None, :]
+        tl.store(out, product, mask=((to >= begin) & (to < end))[:, None] & out_column)
 
 
 class SlotProducts:
@@ -85,8 +95,9 @@ class SlotProducts:
 
     def __init__(
         self,
-        products: Tensor,  # (S, W) float32, rows on 16 bytes
+        products: Tensor,  # (R, W) float32, rows on 16 bytes
         store: SlotStore,
+        ordered: Tensor,  # (S,) int32: places of the products
         inputs: Inputs,
         hidden: Tensor,  # (N, H), or (B, T, H) with N = B T
         coefficients: Tensor,  # (5, M) float32
@@ -99,7 +110,8 @@ class SlotProducts:
         self.start = Start(
             _slot_products_kernel,
             (
-                products, store.slots, store.table, coefficients, hidden, inputs.positions, unit,
+                products, store.slots, store.table, ordered, coefficients, hidden,
+                inputs.positions, unit,
             ),
             row,
             {
@@ -112,10 +124,10 @@ class SlotProducts:
         self.numbers = (products.stride(0), *places(hidden))
         self.rows = inputs.labels.shape[0]
 
-    def __call__(self, first: int, last: int) -> None:
-        """Launches columns `first` to `last` of H, to the start of the products' rows."""
+    def __call__(self, products: tuple[int, int], first: int, last: int) -> None:
+        """Launches columns `first` to `last` of H of some products, to the start of their rows."""
         parts = cdiv(last - first, self.row.block)
         self.start(
-            self.blocks * _PIECES * parts, self.rows, self.width, first, last - first,
+            self.blocks * _PIECES * parts, *products, self.rows, self.width, first, last - first,
             *self.numbers,
         )  # fmt: skip

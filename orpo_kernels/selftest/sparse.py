@@ -138,6 +138,8 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     labels = torch.randint(0, COLUMNS, (ROWS,), generator=generator)
     labels[::7], labels[1::7] = -1, 3  # a token that comes often
     columns = torch.randint(0, COLUMNS, (SLOTS,), generator=generator, dtype=torch.int32)
+    for each in (columns[: SLOTS - 9], columns[SLOTS - 9 :]):  # in order, of a row block
+        each.copy_(each.sort().values)
     slots = torch.rand(SLOTS, COMPACT_ROWS, generator=generator).bfloat16()
     slots[SLOTS - 9 :, ROWS - COMPACT_ROWS :] = 0.0  # rows that are not there
     table = torch.tensor([[0, SLOTS - 9], [SLOTS - 9, 9]])
@@ -150,7 +152,12 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     lists = gradient.label_lists(on_device[0][None], COLUMNS)
     kept = gradient.Kept(store, lists, on_device[1], None, on_device[2])
     parts = [gradient.Part(out, hidden, rest.to(setting.device))]
-    gradient.from_slots(parts, inputs, kept, SLOTS, 24)  # a panel of three vectors
+    # Two ranges: products of the first lie in the rows of the second.
+    edges, count = [0, COLUMNS // 2, COLUMNS], torch.tensor(SLOTS, device=setting.device)
+    order = gradient.order_entries(store.columns, count, lists, edges)
+    ranges = gradient.ranges_of(edges, order.figures)
+    has_room = gradient.from_slots(parts, inputs, kept, order, ranges, 4 * SLOTS * (WIDTH + 7))
+    yield Figure("without room for products", float(not has_room), 0.0)
 
     dense = torch.zeros(2, COMPACT_ROWS, COLUMNS, dtype=torch.float64)
     for block, (first, count) in enumerate(table.tolist()):

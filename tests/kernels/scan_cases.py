@@ -122,16 +122,18 @@ def gradient_launches() -> Yielded:
             def multiply(dtype=dtype, odd=odd):
                 given, hidden = _rows(dtype, odd)
                 unit = _cuda(1) if dtype == torch.float16 else None
-                rows = (_store(), given, hidden, _cuda(5, M), unit)
-                SlotProducts(_cuda(SLOTS, 256), *rows)(256, 512)
+                store, places = _store(), _cuda(SLOTS, dtype=torch.int32)
+                rows = (store, places, given, hidden, _cuda(5, M), unit)
+                SlotProducts(_cuda(SLOTS, 256), *rows)((0, SLOTS), 256, 512)
 
             def add(dtype=dtype, odd=odd):
                 given, hidden = _rows(dtype, odd)
-                order = order_entries(_store().columns, label_lists(given.labels[None], V))
+                count, labels = _cuda(1, dtype=torch.int64)[0], label_lists(given.labels[None], V)
+                order = order_entries(_store().columns, count, labels, [0, V])
                 tail = (_cuda(2, V), _cuda(2, hidden.shape[1]))
                 out, products = _cuda(V, hidden.shape[1], dtype=dtype), _cuda(SLOTS, 256)
                 rows = (given, hidden, _cuda(5, M), tail, _cuda(1))
-                SumProducts(out, products, order, *rows)(256, 512)
+                SumProducts(out, products, order, *rows)((0, V // 16, V), 0, 256, 512)
 
             def rest(dtype=dtype, odd=odd):
                 given, hidden = _rows(dtype, odd)

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from orpo_kernels.engine.sparse import scan_loop, slot_gradient
 from tests.kernels.dryrun import SHARED_LIMIT, dryrun, resources
+from tests.kernels.test_launches_sparse import evenly
 
 
 def cuda(*shape, dtype=torch.float32):
@@ -37,10 +38,16 @@ def engine(monkeypatch):
     )
 
     def keeps(*counts):
+        found = []
+
+        def kept_blocks(table):
+            found[:] = [counts[i % len(counts)] for i in range(table.shape[0])]
+            return found
+
+        monkeypatch.setattr(slot_gradient, "kept_blocks", kept_blocks)
         monkeypatch.setattr(
-            slot_gradient, "kept_blocks",
-            lambda table: [counts[i % len(counts)] for i in range(table.shape[0])],
-        )  # fmt: skip
+            slot_gradient, "ranges_of", lambda edges, _: [*evenly(edges, sum(found))]
+        )
 
     keeps(1000)
     return keeps

@@ -11,7 +11,7 @@ the mean over 46 shapes, 12 % at most.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,14 @@ _SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 6e-6
 _STARTS_OF_TILE, _STARTS_OF_CHUNK = 3, 5
 
 # Of kept slots: bytes that one entry of a tile is read by, and the share of the bandwidth that
-# packing, adding products and the tail's product reach.
-_SECTOR, _PACKED, _SUMMED = 32, 0.2, 0.67
-# Of dW from slots: the share of the bandwidth that products are written at; columns of a program
-# that sums them, programs for a column of the vocabulary, how many a processor holds, and what one
-# waits for lists, entries and products, one after the other.
-_STREAMED = 0.87
+# packing, gathering rows of the head and the tail's product reach.
+_SECTOR, _PACKED, _GATHERED, _SUMMED = 32, 0.2, 0.87, 0.67
+# Of dW from slots: the shares of the bandwidth that products are written and added at, and what the
+# two launches of a panel take however narrow it is; columns of a program that adds, programs for a
+# column of the vocabulary, how many a processor holds, and what one waits for lists and products,
+# one after the other. Kernels' sums of an H200, `sparse-times-4.json`: 3.2 ms of 4 panels of 1,024
+# columns, 4.4 of 22 of 192.
+_STREAMED, _ADDED, _PANEL_S = 0.94, 0.6, 7e-5
 _SUM_COLUMNS, _SUM_PROGRAMS, _SUM_RESIDENT, _SUM_S = 256, 1 / 32 + 1 / 16, 4, 3.5e-6
 
 # Of the rate of cuBLAS, `linear_lse`: measured on sm_90; elsewhere what Triton's tutorials reach.
@@ -210,21 +212,27 @@ def whole_wave(rows: int, card: Card) -> int:
 def kept_seconds(job: Job, slots: int, card: Card) -> float:
     """What so many kept slots, and the product of the tail, add to a sparse forward."""
     packed = slots * COMPACT_ROWS * _SECTOR / (_PACKED * card.bandwidth)
-    gathered = slots * job.columns * job.item / (_STREAMED * card.bandwidth)
+    gathered = slots * job.columns * job.item / (_GATHERED * card.bandwidth)
     tail = job.vocabulary * job.columns * job.item / (_SUMMED * card.bandwidth)
     return packed + gathered + tail
 
 
-def slot_gradient_seconds(job: Job, slots: int, panel: int, card: Card) -> float:
-    """What dW from so many kept slots should take, in panels of so many columns of H."""
+def slot_gradient_seconds(job: Job, ranges: Iterable[tuple[int, int, int]], card: Card) -> float:
+    """What dW from kept slots should take, range by range of the vocabulary.
+
+    Of each its columns, its slots, and the columns of H that a panel of products has.
+    """
     total = 0.0
-    for count, wide in _pieces(job.columns, panel):
-        products = 4.0 * slots * wide
-        summed = products + wide * (job.vocabulary * job.result_item + job.rows * job.item)
-        programs = math.ceil(wide / _SUM_COLUMNS) * job.vocabulary * _SUM_PROGRAMS
-        waited = programs / (_SUM_RESIDENT * card.processors) * _SUM_S
-        adding = max(summed / (_STREAMED * card.bandwidth), waited)
-        total += count * (products / (_STREAMED * card.bandwidth) + adding + 2 * card.gap_s)
+    for vocabulary, slots, panel in ranges:
+        labels = job.rows * job.item * vocabulary / job.vocabulary
+        for count, wide in _pieces(job.columns, panel):
+            products = 4.0 * slots * wide
+            summed = products + wide * (vocabulary * job.result_item + labels)
+            programs = math.ceil(wide / _SUM_COLUMNS) * vocabulary * _SUM_PROGRAMS
+            waited = programs / (_SUM_RESIDENT * card.processors) * _SUM_S
+            adding = max(summed / (_ADDED * card.bandwidth), waited)
+            both = products / (_STREAMED * card.bandwidth) + adding + _PANEL_S
+            total += count * max(both, 2 * card.launch_s)
     return total
 
 

@@ -11,6 +11,9 @@ is no store.
 """
 
 import contextlib
+import functools
+import itertools
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,10 +29,11 @@ from orpo_kernels.engine.budget import (
     plan_backward,
     shapes,
 )
-from orpo_kernels.engine.gpu.card import card_of
-from orpo_kernels.engine.gpu.model import Job, job_of
+from orpo_kernels.engine.gpu.card import Card, card_of
+from orpo_kernels.engine.gpu.model import Job, job_of, slot_gradient_seconds
 from orpo_kernels.engine.gpu.plan import plan_backward as plan_sweeps
 from orpo_kernels.engine.gpu.plan import plan_scan
+from orpo_kernels.engine.gpu.shapes import pitch
 from orpo_kernels.kernels import has_slots
 from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, aligned
 
@@ -41,12 +45,13 @@ _MOST_KEPT, _LEAST_KEPT = 8, 64
 _MANY_ROWS = 8192  # more than any chunk has
 
 LEAST_PANEL = 64
-"""Columns of the products of slots, at least: in 64 panels they take a third of what the exact loop
-takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
+"""Columns of the products of slots, at least: in 64 panels they take two fifths of what the exact
+loop takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
 
-_MOST_PANEL = 1024  # wider ones are no faster
+# Times that the vocabulary is halved, at most; of slots, the last range has at most one in so many.
+_MOST_HALVINGS, _LAST_SHARE = 6, 8
 
-_ORDER_BYTES = 28  # of a slot in the backward: its place in the lists, and what sorts them
+_ORDER_BYTES = 36  # of a slot in the backward: its place in the lists, and what sorts them
 
 
 class SparsePlan(NamedTuple):
@@ -124,9 +129,10 @@ def _slots_planned(
 def slot_store_bytes(sizes: Sizes, groups: int, budget: int) -> int:
     """Bytes of the store of a trainable head, 0 where text would not have room in it.
 
-    The backward takes it, lists of its slots and a panel of their products, at least.
+    The backward takes it, lists of its slots and, at least, a panel of the products of a last range
+    of the vocabulary with an 8th of them; those of the others lie in dW.
     """
-    each = SLOT_BYTES + _ORDER_BYTES + 4 * LEAST_PANEL
+    each = SLOT_BYTES + _ORDER_BYTES + 4 * LEAST_PANEL // _LAST_SHARE
     room = budget - gradient_bytes(job_of(sizes, sizes.wide_bytes), groups, 0)
     blocks = -(-sizes.rows // COMPACT_ROWS)
     most, least = (blocks * -(-sizes.vocabulary // k) for k in (_MOST_KEPT, _LEAST_KEPT))
@@ -143,12 +149,62 @@ def gradient_bytes(job: Job, groups: int, slots: int) -> int:
     return of_rows + job.vocabulary * (64 + 4 * groups) + 64 * job.columns + slots * _ORDER_BYTES
 
 
-def panel_columns(job: Job, left: int, groups: int, slots: int) -> int:
-    """Columns of the products of so many slots in what the store leaves, whole vectors of them."""
-    room = left - gradient_bytes(job, groups, slots)
-    most = min(_MOST_PANEL, -(-job.columns // LEAST_PANEL) * LEAST_PANEL)
-    fitting = room // (4 * max(1, slots)) // LEAST_PANEL * LEAST_PANEL
-    return max(LEAST_PANEL, min(most, fitting))
+def panel_columns(columns: int, slots: int, room: int) -> int:
+    """Columns of a panel of the products of so many slots, in so many bytes.
+
+    Panels are even, of whole vectors; 0 where the narrowest that is worth it has no room.
+    """
+    whole, vector = pitch(columns), pitch(1)
+    fitting = min(whole, room // (4 * max(1, slots)))
+    unit = LEAST_PANEL if fitting >= LEAST_PANEL else vector
+    fitting = fitting // unit * unit if fitting < whole else whole
+    if fitting < min(LEAST_PANEL, whole):
+        return 0
+    count = -(-whole // fitting)
+    return min(fitting, -(-whole // (count * unit)) * unit)
+
+
+def range_panels(
+    job: Job, edges: list[int], slots: list[int], room: int
+) -> list[tuple[int, int, int]] | None:
+    """Columns, slots and panel of every range of the vocabulary, None where one has no room.
+
+    Products lie in what of dW comes after the range, or in so many bytes.
+    """
+    found = []
+    for (first, last), count in zip(itertools.pairwise(edges), slots, strict=True):
+        lent = (job.vocabulary - last) * job.columns * job.result_item if job.in_result else 0
+        panel = panel_columns(job.columns, count, max(room, lent))
+        if panel == 0:
+            return None
+        found.append((last - first, count, panel))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def planned_edges(job: Job, capacity: int, room: int, card: Card) -> list[int]:
+    """Where ranges of the vocabulary begin and end, as is fastest for what text keeps.
+
+    Each is half of what is left, and so is the last.
+    """
+    slots, vocabulary = min(capacity, _slots(job, _LEAST_KEPT)), job.vocabulary
+
+    def edges(halvings: int) -> list[int]:
+        begins = {vocabulary - (vocabulary >> k) for k in range(halvings + 1)}
+        return sorted(begins | {vocabulary})
+
+    def seconds(halvings: int) -> float:
+        spread = [slots * edge // vocabulary for edge in edges(halvings)]
+        counts = [last - first for first, last in itertools.pairwise(spread)]
+        ranges = range_panels(job, edges(halvings), counts, room)
+        return math.inf if ranges is None else slot_gradient_seconds(job, ranges, card)
+
+    return edges(min(range(_MOST_HALVINGS + 1), key=seconds))
+
+
+def _slots(job: Job, columns: int) -> int:
+    """Of a call that keeps one in so many columns of 64 rows."""
+    return -(-job.rows // COMPACT_ROWS) * -(-job.vocabulary // columns)
 
 
 def _lists_planned(

@@ -1,22 +1,28 @@
 """dW and db of a GPU, from the slots that the forward kept.
 
-    before it is known how many coefficients, lists of labels by column, the tail's rows
-    for a panel of H:
-        slot products           kept slots times rows of hidden states
-        (the first time)        lists of slots by column, made while the device multiplies
-        sum products            dW of the panel, written
+    before it is known how many coefficients, lists of labels and of slots, the tail's rows
+    for a range of the vocabulary:
+        for a panel of H:
+            slot products       kept slots times rows of hidden states
+            sum products        dW of the range and the panel, written
 
     dW_v = sum_t share_t 1[v = y_t] h_t - sum_t softmax_t slot_tv h_t - sum_g q_gv rest_g
 
+The products of a range lie in what of dW comes after it, which is not written yet, where that is
+more than the budget leaves: so a range is half of what is left, and the last has the budget. Ranges
+are a matter of sizes, panels of the slots that a range has; no bit depends on either.
+
 All rows or none: where a row block kept nothing (it is dense, or found no room in the store), dW is
-the exact loop's. Parts of it made in two ways would have to be rounded one by one, and they cancel:
-chosen answers against rejected ones. Which it is the host learns from a table that is copied to it
-behind the forward, the one wait: what does not depend on it is started before, so that the device
-has something to do until the host has read it. While a CUDA graph is captured it cannot be read,
-and dW is exact. db is the same with a column of ones for the hidden states.
+the exact loop's, and so where a range keeps so much that its products have no room. Parts of it
+made in two ways would have to be rounded one by one, and they cancel: chosen answers against
+rejected ones. Which it is the host learns from a table that is copied to it behind the lists, the
+one wait: what does not depend on it is started before, so that the device has something to do until
+the host has read it. While a CUDA graph is captured it cannot be read, and dW is exact. db is the
+same with a column of ones for the hidden states.
 """
 
-from collections.abc import Iterator
+import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,14 +39,18 @@ from orpo_kernels.engine.host_copy import HostCopy
 from orpo_kernels.engine.operands import Operands
 from orpo_kernels.engine.problem import Problem
 from orpo_kernels.engine.scoring import is_capturing
-from orpo_kernels.engine.sparse.plan import panel_columns
+from orpo_kernels.engine.sparse.plan import (
+    gradient_bytes,
+    panel_columns,
+    planned_edges,
+)
 from orpo_kernels.engine.sparse.tail import Packed, Tail
 from orpo_kernels.engine.weight_gradient import HeadGradients
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.coefficients import Slopes, coefficients, unit_of
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.order_entries import Listed, label_lists, order_entries
+from orpo_kernels.kernels.order_entries import Listed, Order, label_lists, order_entries
 from orpo_kernels.kernels.slot_products import SlotProducts
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.sum_products import SumProducts
@@ -108,15 +118,31 @@ def head_gradient(  # noqa: PLR0913 - what `engine/run.py` has of a call
         if packed.store.shape[0] > 0 and not is_capturing(statistics.device):
             store = SlotStore.of(packed.store, packed.table)
             kept = Kept.of(inputs, statistics, slopes, tail, store)
-            parts = list(_parts(inputs, statistics, kept.rows, tail, out))
-            counts = kept_blocks(table.get()[: -(-operands.sizes.rows // COMPACT_ROWS)])
-            if min(counts) >= 0:
-                width = panel_columns(job, budget, tail.sums.shape[0], sum(counts))
-                from_slots(parts, inputs, kept, sum(counts), width)
-                return
-            del kept, parts  # the exact loop has the whole budget
+            capacity, card = store.columns.shape[0], card_of(statistics.device)
+            left = budget - gradient_bytes(job, tail.sums.shape[0], capacity)
+            edges = planned_edges(_lending(job, out), capacity, left, card)
+            rows = -(-operands.sizes.rows // COMPACT_ROWS)
+            order = order_entries(
+                store.columns, store.table[:rows, 1].clamp(min=0).sum(), kept.labels, edges
+            )
+            figures = HostCopy(order.figures)
+            parts = _parts(inputs, statistics, kept.rows, tail, out)
+            if min(kept_blocks(table.get()[:rows])) >= 0:
+                ranges = ranges_of(edges, figures.get())
+                if from_slots(parts, inputs, kept, order, ranges, left):
+                    return
+            del kept, order, parts  # the exact loop has the whole budget
         plan = plan_backward(job, budget, card_of(statistics.device))
         backward.weight_gradient(inputs, statistics, slopes, plan.sweeps, None, out)
+
+
+def _lending(job: Job, out: HeadGradients) -> Job:
+    """Of the part of dW that lends its memory: the largest, where it is one piece."""
+    largest = max(out.wanted, key=lambda each: each.shape[1], default=None)
+    if largest is None or not largest.is_contiguous():
+        return replace(job, in_result=False)
+    columns, item = largest.shape[1], largest.element_size()
+    return replace(job, columns=columns, result_item=item, in_result=True)
 
 
 def kept_blocks(table: Tensor) -> list[int]:
@@ -125,32 +151,108 @@ def kept_blocks(table: Tensor) -> list[int]:
     return counts
 
 
-def from_slots(parts: list[Part], inputs: Inputs, kept: Kept, count: int, width: int) -> None:
-    """Fills parts of dW from so many slots, in panels of so many columns."""
-    products = kept.rows.new_empty((max(1, count), width))
-    order = None
-    for target, hidden, rest in parts:
-        multiply = SlotProducts(products, kept.store, inputs, hidden, kept.rows, kept.unit)
-        add = None
-        for panel in spans(target.shape[1], width):
-            multiply(*panel)
-            # All that follows the wait but the first products: the device has these to do.
-            order = order or order_entries(kept.store.columns[:count], kept.labels)
-            add = add or SumProducts(
-                target, products, order, inputs, hidden, kept.rows, (kept.mean, rest), kept.unit
-            )
-            add(*panel)
+class Range(NamedTuple):
+    """A range of the vocabulary: its columns, likewise those by work, and products."""
+
+    first: int
+    last: int
+    split: int  # columns by work from the first to this one are split
+    product: int
+    end: int
+
+    @property
+    def slots(self) -> int:
+        """How many."""
+        return self.end - self.product
+
+
+def ranges_of(edges: list[int], figures: Tensor) -> list[Range]:
+    """All of them, from the figures of `Order` on the host."""
+    known, count = figures.tolist(), len(edges) - 1
+    pairs = zip(
+        itertools.pairwise(edges), known[count:], itertools.pairwise([0, *known[:count]]),
+        strict=True,
+    )  # fmt: skip
+    return [Range(*columns, split, *products) for columns, split, products in pairs]
+
+
+class Scratch:
+    """Memory of products: what of a part of dW is not written yet, or the budget's."""
+
+    def __init__(self, parts: list[Part], room: int) -> None:
+        """`room` bytes of the budget, taken when they are needed."""
+        largest = max(parts, key=lambda part: part.target.nbytes).target
+        self.lender = largest if largest.is_contiguous() else None
+        self.room, self.own = room, largest.new_empty(0, dtype=torch.float32)
+
+    def _lent(self, part: Part, last: int) -> Tensor:
+        """Bytes that no one needs while the columns of a part up to `last` are summed."""
+        if self.lender is None:
+            return self.own.view(torch.uint8)
+        unwritten = self.lender[last if part.target is self.lender else 0 :]
+        free = unwritten.view(-1).view(torch.uint8)
+        return free[-unwritten.data_ptr() % 16 :]
+
+    def panel(self, part: Part, each: Range) -> int:
+        """Columns of a panel of the products of a range, 0 where these have no room."""
+        room = max(self.room, self._lent(part, each.last).shape[0])
+        return panel_columns(part.target.shape[1], each.slots, room)
+
+    def products(self, part: Part, each: Range, width: int) -> Tensor:
+        """(R, W) float32 of a range and so wide a panel."""
+        shape = (max(1, each.slots), width)
+        size = 4 * shape[0] * width
+        lent = self._lent(part, each.last)
+        if lent.shape[0] >= size:
+            return lent[:size].view(torch.float32).view(shape)
+        if 4 * self.own.shape[0] < size:
+            self.own = self.own.new_empty(0)  # the one before goes first
+            self.own = self.own.new_empty(size // 4)
+        return self.own[: size // 4].view(shape)
+
+
+def from_slots(
+    parts: list[Part], inputs: Inputs, kept: Kept, order: Order, ranges: list[Range], room: int
+) -> bool:
+    """Fills parts of dW from slots; says no where the products of a range have no room."""
+    scratch = Scratch(parts, room)
+    # That which lends its memory comes last.
+    parts = sorted(parts, key=lambda part: part.target is scratch.lender)
+    panels = [[scratch.panel(part, each) for each in ranges] for part in parts]
+    if not all(itertools.chain(*panels)):
+        return False
+    for part, widths in zip(parts, panels, strict=True):
+        for each, width in zip(ranges, widths, strict=True):
+            _fill(part, inputs, kept, order, each, scratch.products(part, each, width))
+    return True
+
+
+def _fill(
+    part: Part, inputs: Inputs, kept: Kept, order: Order, each: Range, products: Tensor
+) -> None:
+    """Some columns of the vocabulary of a part."""
+    target, hidden, rest = part
+    rows = (inputs, hidden, kept.rows)
+    multiply = SlotProducts(products, kept.store, order.places, *rows, kept.unit)
+    out = target[: each.last]  # what comes after it may be the products
+    add = SumProducts(out, products, order, *rows, (kept.mean, rest), kept.unit)
+    for panel in spans(target.shape[1], products.shape[1]):
+        if each.slots:
+            multiply((each.product, each.end), *panel)
+        add((each.first, each.split, each.last), each.product, *panel)
 
 
 def _parts(
     inputs: Inputs, statistics: Tensor, rows: Tensor, tail: Tail, out: HeadGradients
-) -> Iterator[Part]:
+) -> list[Part]:
     """What is wanted, the rows it is made of, and what these give back."""
     wanted = list(zip(out.weights, inputs.hidden, strict=True))
     if out.bias is not None:
         count = inputs.hidden[0].shape[:-1].numel()
         wanted.append((out.bias[:, None], out.bias.new_ones((1, 1)).expand(count, 1)))
-    for target, hidden in wanted:
-        if target is not None:
-            groups = (tail.groups, tail.sums.shape[0])
-            yield Part(target, hidden, given_back(hidden, inputs, statistics, rows, *groups))
+    groups = (tail.groups, tail.sums.shape[0])
+    return [
+        Part(target, hidden, given_back(hidden, inputs, statistics, rows, *groups))
+        for target, hidden in wanted
+        if target is not None
+    ]

@@ -1,15 +1,20 @@
 """Where kept entries are slots: which calls take them, and tiles and stores within the budget."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
-from orpo_kernels.engine.gpu.card import card_of
-from orpo_kernels.engine.gpu.model import job_of
+from orpo_kernels.engine.gpu import model
+from orpo_kernels.engine.gpu.card import Card, card_of
+from orpo_kernels.engine.gpu.model import Job, job_of
 from orpo_kernels.engine.gpu.plan import plan_backward
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.kernels.slot_store import SLOT_BYTES, SlotStore
 from tests.engine.test_budget import BUDGETS, CPU, CUDA, HEADS, sizes
 
+H200 = Card(132, 7.3e14, 4.0e12, 90)
 # A vocabulary that ends within a tile, beside the heads of the exact plans.
 SLOT_HEADS = [*HEADS, (4097, 32_003)]
 
@@ -44,9 +49,47 @@ def test_everything_fits_the_budget(budget, head, trainable):
         left = budget - found.store_bytes
         assert plan_backward(job, left, card_of(CUDA)).workspace_bytes <= left
         slots = found.store_bytes // SLOT_BYTES
-        assert (
-            plan.gradient_bytes(job, 2, slots) + slots * 4 * plan.LEAST_PANEL <= left or not slots
-        )
+        if slots:
+            room = left - plan.gradient_bytes(job, 2, slots)
+            edges = plan.planned_edges(job, slots, room, card_of(CUDA))
+            assert plan.range_panels(job, edges, _even(edges, slots), room)
+
+
+def _even(edges, slots):
+    """Slots of every range, where they are evenly in the vocabulary."""
+    spread = [slots * edge // edges[-1] for edge in edges]
+    return [last - first for first, last in itertools.pairwise(spread)]
+
+
+@pytest.mark.parametrize("mib", [136, 256, 512, 1431])
+def test_products_lie_in_what_is_not_written_yet(mib):
+    # 8,192 rows of Llama 3's head: as many slots as text keeps, and twice as many.
+    job, card = Job(8192, 128_256, 4096, 2), H200
+    for slots in (220_000, 440_000):
+        room = mib * 2**20 // 2
+        edges = plan.planned_edges(job, slots, room, card)
+        ranges = plan.range_panels(job, edges, _even(edges, slots), room)
+        took = model.slot_gradient_seconds(job, ranges, card)
+        assert sum(columns for columns, *_ in ranges) == 128_256
+        for (_, count, panel), last in zip(ranges, edges[1:], strict=True):
+            assert 4 * count * panel <= max(room, (128_256 - last) * 4096 * 2)
+        assert sum(-(-4096 // panel) for *_, panel in ranges) <= (20 if slots < 300_000 else 40)
+        # One range, in the budget's memory: as good where this is large, else much slower.
+        whole = plan.range_panels(job, [0, 128_256], [slots], room)
+        if whole:
+            assert took <= model.slot_gradient_seconds(job, whole, card)
+        if mib == 136:
+            assert whole is None or took < 0.8 * model.slot_gradient_seconds(job, whole, card)
+
+
+def test_a_range_that_keeps_too_much_has_no_room():
+    job, room = Job(8192, 128_256, 4096, 2), 16 * 2**20
+    edges = plan.planned_edges(job, 256_000, room, H200)
+    assert len(edges) > 3
+    counts = [0] * (len(edges) - 2)
+    assert plan.range_panels(job, edges, [*counts, 65_536], room)
+    assert plan.range_panels(job, edges, [*counts, 65_537], room) is None
+    assert plan.range_panels(replace(job, in_result=False), edges, [65_537, *counts], room) is None
 
 
 def test_a_store_holds_what_text_keeps():

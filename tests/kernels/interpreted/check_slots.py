@@ -3,12 +3,19 @@
 Programs run in a random order; no two of them may touch one byte. What is not written is NaN.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.sparse import plan
-from orpo_kernels.engine.sparse.slot_gradient import Kept, Part, from_slots
+from orpo_kernels.engine.sparse.slot_gradient import (
+    Kept,
+    Part,
+    Scratch,
+    from_slots,
+    ranges_of,
+)
 from orpo_kernels.kernels.certificate import certificate
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
@@ -82,30 +89,51 @@ def test_what_is_kept(capacity, kept):
     assert (store.columns[first:] == -1).all()
 
 
-# Rows, columns, H, columns of a panel, memory of hidden.
-SHAPES = [
-    pytest.param(64, 40, 32, 64, id="one row block, one panel"),
-    pytest.param(150, 300, 200, 128, id="ragged rows, two panels"),
-    pytest.param(70, 130, 33, 64, id="H that no vector divides"),
-]
+class Given(NamedTuple):
+    """Slots of a few row blocks, and what dW of them is in float64, with its terms' size."""
+
+    inputs: Inputs
+    hidden: torch.Tensor
+    kept: Kept
+    counts: list[int]
+    rest: torch.Tensor
+    true: torch.Tensor
+    size: torch.Tensor
+
+    def order(self, edges):
+        """Lists of slots, and the ranges of the vocabulary."""
+        count = torch.tensor(sum(self.counts))
+        order = order_entries(self.kept.store.columns, count, self.kept.labels, edges)
+        return order, ranges_of(edges, order.figures)
+
+    def gradient(self, out, edges, room):
+        """Fills `out`; whether it had room."""
+        order, ranges = self.order(edges)
+        part = Part(out, self.hidden, self.rest)
+        return from_slots([part], self.inputs, self.kept, order, ranges, room)
+
+    def check(self, out, dtype):
+        """Two operands rounded, the interpreter truncates; the result rounded once."""
+        step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
+        limit = 2 * step * self.size + 1e-5 * self.size
+        limit += torch.finfo(out.dtype).eps * self.true.abs()
+        assert ((out.double() - self.true).abs() <= limit + 1e-6).all()
 
 
-@pytest.mark.parametrize(("rows", "V", "H", "panel"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_of_slots(dtype, rows, V, H, panel):
+def given_slots(dtype, rows, V, H, counts):
+    """Where the store has room for 30 more, of which nothing is known."""
     N, blocks = rows + 9, -(-rows // 64)
     everything = torch.randn(2, N, H + H % 2).to(dtype)[:, :, :H]  # rows at two strides
     positions = torch.randperm(2 * N)[:rows]
     labels, second = (torch.randint(-1, V, (rows,)) for _ in range(2))
     labels[::3] = 5  # a token that comes often
-    counts = [90, 0, 17][:blocks]
-    store = store_of(sum(counts), blocks)
+    store = store_of(sum(counts) + 30, blocks)
     store.slots.copy_(torch.rand(store.slots.shape))
-    store.columns.copy_(torch.randint(0, V, store.columns.shape))
     matrix, first = torch.zeros(blocks * 64, V, dtype=torch.float64), 0
     for block, count in enumerate(counts):
         store.table[block] = torch.tensor([first, count])
         mine = slice(first, first + count)
+        store.columns[mine] = torch.randint(0, V, (count,)).sort().values.int()
         matrix[64 * block : 64 * block + 64].index_add_(
             1, store.columns[mine].long(), store.slots[mine].double().t()
         )
@@ -119,28 +147,108 @@ def test_gradient_of_slots(dtype, rows, V, H, panel):
     hidden = everything.reshape(2 * N, H)[positions].double()
     tail = mean.double().t() @ rest.double()
     true, size = matrix.t() @ hidden - tail, matrix.abs().t() @ hidden.abs() + tail.abs()
-
-    given = inputs(everything, labels, second, positions)
     lists = label_lists(torch.stack((labels, second)), V)
     kept = Kept(store, lists, figures, unit if dtype == torch.float16 else None, mean)
+    given = inputs(everything, labels, second, positions)
+    return Given(given, everything, kept, counts, rest, true, size)
+
+
+# Rows, columns, H, columns of a panel.
+SHAPES = [
+    pytest.param(64, 40, 32, 32, id="one row block, one panel"),
+    pytest.param(150, 300, 200, 128, id="ragged rows, two panels"),
+    pytest.param(70, 130, 33, 40, id="H that no vector divides"),
+]
+
+
+@pytest.mark.parametrize(("rows", "V", "H", "panel"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_slots(dtype, rows, V, H, panel):
+    given = given_slots(dtype, rows, V, H, [90, 0, 17][: -(-rows // 64)])
     for out_dtype in {dtype, torch.float32}:
         out = torch.full((V, H), torch.nan, dtype=out_dtype)
-        from_slots([Part(out, everything, rest)], given, kept, sum(counts), panel)
-        step = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).eps
-        # Two operands rounded, the interpreter truncates; the result rounded once.
-        limit = 2 * step * size + torch.finfo(out_dtype).eps * true.abs() + 1e-5 * size
-        assert ((out.double() - true).abs() <= limit + 1e-6).all()
+        assert given.gradient(out, [0, V], 4 * sum(given.counts) * panel)
+        given.check(out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_lie_in_what_is_not_written_yet(dtype, monkeypatch):
+    # Three row blocks in four ranges: products of the last one alone take the budget's memory.
+    rows, V, H, edges = 150, 400, 64, [0, 200, 300, 350, 400]
+    given = given_slots(dtype, rows, V, H, [160, 70, 90])
+    _, ranges = given.order(edges)
+    slots, room = [each.slots for each in ranges], 4 * 64 * ranges[-1].slots
+    assert room < 4 * 64 * max(slots)
+    seen, products = [], Scratch.products
+
+    def noted(self, part, each, width):
+        found = products(self, part, each, width)
+        seen.append((width, found.data_ptr() - part.target.data_ptr()))
+        assert self.own.nbytes <= self.room
+        return found
+
+    monkeypatch.setattr(Scratch, "products", noted)
+    out, whole = (torch.full((V, H), torch.nan, dtype=torch.float32) for _ in range(2))
+    assert given.gradient(out, edges, room)
+    given.check(out, dtype)
+    for (width, place), each in zip(seen[:3], ranges, strict=False):
+        assert width == 64
+        assert each.last * H * 4 <= place <= V * H * 4 - 256 * each.slots
+    # No bit of it depends on ranges, panels and memory.
+    assert given.gradient(whole, [0, V], 2**20)
+    assert torch.equal(out, whole)
+    # A matrix with gaps lends nothing.
+    apart = torch.full((V, 2 * H), torch.nan, dtype=torch.float32)[:, :H]
+    assert not given.gradient(apart, edges, room)
+    assert apart.isnan().all()
+    assert given.gradient(apart, edges, 4 * 64 * max(slots))
+    assert torch.equal(apart, whole)
+
+
+def test_what_lends_its_memory_comes_last():
+    # A bias and a low-rank part have the whole of dW; without it the budget's memory, or none.
+    given = given_slots(torch.bfloat16, 150, 400, 64, [160, 70, 90])
+    order, ranges = given.order([0, 400])
+    narrow = given.hidden[..., :8]
+    of_bias = torch.ones(1, 1).bfloat16().expand(given.hidden[..., 0].numel(), 1)
+    parts = [
+        Part(torch.full((400, 64), torch.nan), given.hidden, given.rest),
+        Part(torch.full((400, 8), torch.nan), narrow, given.rest[:, :8].contiguous()),
+        Part(torch.full((400, 1), torch.nan), of_bias, given.rest[:, :1].contiguous()),
+    ]
+    arguments = (given.inputs, given.kept, order, ranges)
+    assert from_slots(parts, *arguments, 4 * 64 * 320)
+    given.check(parts[0].target, torch.bfloat16)
+    found = [part.target.clone() for part in parts]
+    torch.testing.assert_close(found[1], found[0][:, :8], rtol=1e-5, atol=1e-5)
+    assert from_slots(parts[1:], *arguments, 4 * 8 * 320)
+    assert all(torch.equal(part.target, each) for part, each in zip(parts, found, strict=True))
+    assert not from_slots(parts[1:], *arguments, 4 * 8 * 320 - 1)
 
 
 def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():
-    columns = torch.tensor([7, 2, 7, 0, 7], dtype=torch.int32)
+    columns = torch.tensor([7, 2, 7, 0, 7, 9, -5], dtype=torch.int32)  # the last two are not there
     labels = torch.tensor([[2, -1, 9], [7, 2, -1]])
-    order = order_entries(columns, label_lists(labels, 10))
-    assert order.entries.tolist() == [3, 1, 0, 2, 4]
+    order = order_entries(columns, torch.tensor(5), label_lists(labels, 10), [0, 10])
+    assert order.places.tolist()[:5] == [2, 1, 3, 0, 4]
     assert order.ends.tolist() == [0, 1, 1, 2, 2, 2, 2, 2, 5, 5, 5]
     assert order.targets[order.label_ends[0] :].tolist() == [0, 4, 3, 2]
     assert order.columns[:2].tolist() == [7, 2]
     assert order.columns.sort().values.tolist() == list(range(10))
+    assert order.figures.tolist() == [5, 0]
+
+
+def test_ranges_have_their_own_columns_and_split_the_heavy_ones():
+    columns = torch.tensor([7] * 20 + [2] * 17 + [8] * 16, dtype=torch.int32)
+    labels = label_lists(torch.tensor([[8, 1, 1]]), 10)
+    edges = [0, 3, 8, 10]
+    order = order_entries(columns, torch.tensor(53), labels, edges)
+    assert order.columns.tolist() == [2, 1, 0, 7, 3, 4, 5, 6, 8, 9]
+    assert order.places.tolist() == [*range(17, 37), *range(17), *range(37, 53)]
+    # Seventeen entries are too many for a lane: of 8, with a label, too.
+    assert ranges_of(edges, order.figures) == [
+        (0, 3, 1, 0, 17), (3, 8, 4, 17, 37), (8, 10, 9, 37, 53),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -163,14 +271,13 @@ def test_what_is_given_back(groups):
 
 
 def test_panels_fit():
-    # Few slots take the widest panel; as many as the store holds, the narrowest.
-    job = Job(8192, 128256, 4096)
-    for budget, count, columns in (
-        (2**30, 1000, 1024),
-        (2**30, 500_000, 512),
-        (2**28, 190_000, 320),
-    ):
-        assert plan.panel_columns(job, budget, 2, count) == columns
+    # Few slots take the widest panel, more of them even ones of whole vectors, or none.
+    for columns, count, room, expected in (
+        (4096, 1000, 2**30, 4096), (4096, 500_000, 2**30, 512), (4096, 190_000, 2**28, 320),
+        (4096, 200_000, 2**29, 640), (4096, 2**20, 2**28, 64), (4096, 2**20 + 1, 2**28, 0),
+        (33, 100, 16_000, 40), (33, 100, 15_999, 0), (1, 100, 3200, 8), (100, 100, 40_000, 64),
+    ):  # fmt: skip
+        assert plan.panel_columns(columns, count, room) == expected
 
 
 @pytest.mark.parametrize("rounding", [0.0, 2.0**-8])
