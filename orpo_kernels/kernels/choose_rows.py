@@ -1,6 +1,7 @@
 """The scored rows in their order: where they stand, their labels and tail groups, in one launch.
 
     places[k] = position of the k-th row with a label;   y, y2 and the group of it likewise
+    places[N - 1 - k] = position of the k-th row with none
     totals = scored rows, ids outside [0, V), groups but 0 and 1
 
 N positions in blocks, of which `score_rows.py` has counted these three. Every program adds up the
@@ -23,7 +24,7 @@ from orpo_kernels.kernels.tuning import row_of
 class Chosen(NamedTuple):
     """Of the scored rows, which come first in tensors of N; `totals` says how many they are."""
 
-    places: Tensor  # (N,) int64
+    places: Tensor  # (N,) int64, those of all positions
     labels: Tensor  # (K, N) int64
     groups: Tensor | None  # (N,) int64
     totals: Tensor  # (3,) int32
@@ -64,7 +65,8 @@ def _choose_rows_kernel(
     before = _sum(counts_ptr, pid, BLOCK)
     place = before + tl.cumsum(scored.to(tl.int32), 0) - 1
 
-    tl.store(places_ptr + place, position.to(tl.int64), mask=scored)
+    at = tl.where(scored, place, N - position + place)
+    tl.store(places_ptr + at, position.to(tl.int64), mask=exists)
     tl.store(chosen_ptr + place, label, mask=scored)
     if HAS_SECOND:
         second = tl.load(second_ptr + position, mask=exists, other=-1)

@@ -10,6 +10,7 @@ from orpo_kernels import reference
 from orpo_kernels.engine import scoring, tiles
 from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.kernels import tuning
+from orpo_kernels.kernels.choose_rows import choose_rows
 from tests.helpers import assert_accurate, assert_logit_sums
 from tests.kernels.interpreted.plugin import launches
 
@@ -207,6 +208,11 @@ def test_score_and_choose_rows(monkeypatch, sets, with_groups, count):
         expected, expected_rows = chosen(labels, groups)
     assert torch.equal(found.masks, expected.masks)
     assert torch.equal(rows.places, expected_rows.places)
+    # Of the others too: a first product takes rows before it is known how many are scored.
+    second = found.labels.second
+    places = choose_rows(found.labels.first, second, groups, found.counts).places
+    others = (found.labels.first < 0).nonzero()[:, 0]
+    assert torch.equal(places, torch.cat((expected_rows.places, others.flip(0))))
     for one, other in ((found.labels, expected.labels), (rows.labels, expected_rows.labels)):
         assert torch.equal(one.first, other.first)
         assert (one.second is None) == (sets == 1)
