@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from orpo_kernels.engine.scoring import is_capturing
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, in which nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class HostCopy:

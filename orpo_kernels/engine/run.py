@@ -172,14 +172,15 @@ def _kept_of(problem: Problem, budget: int, needs_dhidden: bool) -> int:
 def sparse_forward(problem: Problem, *, needs_dhidden: bool) -> tuple[Tensor, Tensor, SparseState]:
     """Log-probs (K, ...), the certificate (5,), and what the backward needs."""
     scored, plan = _scored(problem), sparse_plan(problem)
+    selection, prepared = Selection(problem, scored), None
+    if plan.scan is not None and problem.count > 0:
+        selection.ask()
+        prepared = _scan_loop().Prepared(selection.candidates, plan.scan)
     # Before the device is waited for, as in `exact_forward`.
     state = sparse_state(problem, plan, needs_dhidden=needs_dhidden)
     sums = state.sums
     if not problem.trainable:  # scratch, for a head that is not trained
         sums = state.statistics.new_zeros((problem.group_count, problem.weight.shape[0]))
-    selection, prepared = Selection(problem, scored), None
-    if plan.scan is not None and problem.count > 0:
-        prepared = _scan_loop().Prepared(selection.candidates, plan.scan)
     operands = selection.operands
     Places(state.places, state.number).note(operands)
     sizes, certificate = operands.sizes, None

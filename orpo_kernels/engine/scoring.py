@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from orpo_kernels.engine.host_copy import HostCopy, is_capturing
 from orpo_kernels.engine.operands import (
     Coefficients,
     Head,
@@ -126,10 +127,16 @@ class Selection:
         """Launches the choice."""
         self.problem, self.scored, self.parts = problem, scored, _parts_of(problem)
         self.chosen: Any = None
+        self.asked: HostCopy | None = None
         if scored.counts is not None and not is_capturing(scored.labels.first.device):
             groups = None if problem.groups is None else problem.groups.reshape(-1).contiguous()
             choose = launcher("choose_rows", "choose_rows")
             self.chosen = choose(*scored.labels, groups, scored.counts)
+
+    def ask(self) -> None:
+        """Sends for the count now: what is launched from here on the host need not wait for."""
+        if self.chosen is not None:
+            self.asked = HostCopy(self.chosen[3])
 
     @property
     def candidates(self) -> Operands:
@@ -157,7 +164,9 @@ class Selection:
             of_rows = labels if index.shape[0] == problem.count else labels.take(index)
             return _operands(problem, self.parts, of_rows, index, None)
         places, of_rows, groups, totals = self.chosen
-        count, bad_labels, bad_groups = waited_for(totals)
+        count, bad_labels, bad_groups = waited_for(
+            totals if self.asked is None else self.asked.get()
+        )
         if bad_labels:
             vocabulary = problem.weight.shape[0]
             raise ValueError(_of_labels(problem.labels, problem.ignore_index, vocabulary))
@@ -236,8 +245,3 @@ def _operands(
             index = torch.arange(problem.count, device=labels.first.device)
     rows = Rows(parts, index, problem.dtype, mask)
     return Operands(rows, head, labels, problem.sizes(labels.first.shape[0]), index, groups)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured, in which nothing may wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

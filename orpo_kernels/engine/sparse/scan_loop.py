@@ -2,7 +2,7 @@
 
     for a chunk of rows:                 (one gather)
         for a vocabulary block:
-            GEMM                         logits
+            GEMM                         logits; of the first tile before the rows are counted
             scan                         row sums, live columns, column sums of the others
                                          (of a chunk's first block twice: first for the estimates)
             live columns                 running sums; which row blocks are dense; room in the pool
@@ -15,9 +15,9 @@
 Nothing is guessed: a row block whose columns have no room, or that would drop over a fifth of its
 mass, is done the exact way, tile by tile. That is slower than the exact loop: where it is more than
 a quarter of the row blocks of the first tile, the call is left to that loop. The host waits for
-this tile, a 16th of all at most, and for nothing else; while a graph is captured not even for that,
-and no call is left. Shapes are those of `engine/gpu/plan.py`: the whole vocabulary in one block, or
-many.
+this tile, a 16th of what might be scored at most, and for nothing else; while a graph is captured
+not even for that, and no call is left. Shapes are those of `engine/gpu/plan.py`: the whole
+vocabulary in one block, or many.
 """
 
 import functools
@@ -30,9 +30,8 @@ from orpo_kernels.engine.gemm import matmul_into
 from orpo_kernels.engine.gpu.call import inputs_of
 from orpo_kernels.engine.gpu.parts import HeadBlocks, Hidden, TileViews, spans
 from orpo_kernels.engine.gpu.shapes import pitch
-from orpo_kernels.engine.host_copy import HostCopy
+from orpo_kernels.engine.host_copy import HostCopy, is_capturing
 from orpo_kernels.engine.operands import Operands
-from orpo_kernels.engine.scoring import is_capturing
 from orpo_kernels.engine.sparse.tail import Tail
 from orpo_kernels.engine.tile_loop import Results
 from orpo_kernels.kernels import tuning
@@ -57,32 +56,61 @@ _FIRST_ROWS = 256  # or so many rows, a step of them: for fewer a GEMM reads the
 _WHOLE_ROWS = 256  # of the largest output tile of a GEMM
 
 
-def chunks(rows: int, vocabulary: int, shape: ScanShape) -> list[tuple[int, int]]:
+def first_rows(candidates: int, vocabulary: int, shape: ScanShape) -> int:
+    """Rows of the first tile, whichever of the candidates are scored."""
+    share = candidates * vocabulary // (_FIRST_SHARE * shape.columns)
+    return min(candidates, shape.rows, max(_FIRST_ROWS, share // _FIRST_ROWS * _FIRST_ROWS))
+
+
+def chunks(rows: int, first: int, shape: ScanShape) -> list[tuple[int, int]]:
     """(start, stop) of the first chunk, and of equal ones, in whole output tiles of a GEMM."""
-    share = rows * vocabulary // (_FIRST_SHARE * shape.columns)
-    first = min(rows, shape.rows, max(_FIRST_ROWS, share // _FIRST_ROWS * _FIRST_ROWS))
+    first = min(rows, first)
     count = -(-(rows - first) // shape.rows)
     equal = -(-(rows - first) // max(1, count))
     unit = COMPACT_ROWS if shape.rows % _WHOLE_ROWS or equal <= _WHOLE_ROWS else _WHOLE_ROWS
     return [(0, first), *spans((first, rows), max(1, -(-equal // unit) * unit))]
 
 
+class _Begun(NamedTuple):
+    """What the first product took, and what the others take."""
+
+    shape: ScanShape
+    first: int
+    hidden: Hidden
+    head: HeadBlocks
+    views: TileViews
+    x: Tensor  # (first, H + r) rows of hidden
+    logits: Tensor
+
+    def multiply(self, rows: tuple[int, int], x: Tensor, block: int) -> None:
+        """Launches the logits of some rows in a vocabulary block."""
+        entries = self.head.take(block)
+        pieces = self.views.of(rows, entries.edges)
+        for (tile, _), (_, transposed) in zip(pieces, entries.operands, strict=True):
+            matmul_into(tile, x, transposed)
+
+
 class Prepared:
-    """What the first product takes, made before the host knows how many candidates are scored."""
+    """The first product, started before the host knows how many candidates are scored."""
 
     def __init__(self, candidates: Operands, shape: ScanShape) -> None:
-        """For tiles of this shape."""
+        """For tiles of this shape. Launches rows and logits of the first."""
         inputs, memory = inputs_of(candidates), (shape.rows, pitch(shape.columns))
+        sizes = candidates.sizes
+        first = first_rows(sizes.rows, sizes.vocabulary, shape)
         hidden, head = Hidden(inputs, shape.rows), HeadBlocks(inputs, shape.columns)
-        if head.copied is None:
-            head.take(0)  # makes its views
         logits = inputs.labels.new_empty(memory, dtype=inputs.wide)
-        self._parts: list[tuple[ScanShape, Hidden, HeadBlocks, Tensor]] = []
-        self._parts.append((shape, hidden, head, logits))
+        views = TileViews(Tiles(logits, None, shape.columns))
+        with tuning.guard(logits.device):
+            x = hidden.take(0, first)
+            begun = _Begun(shape, first, hidden, head, views, x, logits)
+            begun.multiply((0, first), x, 0)
+        self._begun: list[_Begun] = []
+        self._begun.append(begun)
 
-    def hand_over(self) -> tuple[ScanShape, Hidden, HeadBlocks, Tensor]:
+    def hand_over(self) -> _Begun:
         """All of it, once: what takes it frees the memory when it ends."""
-        return self._parts.pop()
+        return self._begun.pop()
 
 
 def forward(
@@ -101,12 +129,12 @@ def forward(
         (M / 64,) int64, entries kept of every row block, and (G, H + r) float32, q W, where g is
         wanted. None, and nothing is filled but the sums, where the logits are too flat.
     """
-    shape, hidden, head, logits = prepared.hand_over()
+    begun = prepared.hand_over()
+    shape, logits, head = begun.shape, begun.logits, begun.head
     with tuning.guard(logits.device):
-        parts = chunks(operands.sizes.rows, operands.sizes.vocabulary, shape)
+        parts = chunks(operands.sizes.rows, begun.first, shape)
         largest = max(stop - start for start, stop in parts)
         shape = shape._replace(rows=-(-largest // COMPACT_ROWS) * COMPACT_ROWS)
-        views = TileViews(Tiles(logits, None, shape.columns))
         # Made behind the first product, with which the device is busy meanwhile.
         launches = functools.cache(
             lambda: _Launches.of(
@@ -115,12 +143,10 @@ def forward(
         )
         looks = not is_capturing(logits.device)
         for chunk, rows in enumerate(parts):
-            x = hidden.take(*rows)
+            x = begun.x[: rows[1]] if chunk == 0 else begun.hidden.take(*rows)
             for block, columns in enumerate(head.blocks):
-                entries = head.take(block)
-                pieces = views.of(rows, entries.edges)
-                for (tile, _), (_, transposed) in zip(pieces, entries.operands, strict=True):
-                    matmul_into(tile, x, transposed)
+                if chunk > 0 or block > 0:
+                    begun.multiply(rows, x, block)
                 on = launches()
                 on.scan(rows, columns)
                 on.live(rows, columns, block)

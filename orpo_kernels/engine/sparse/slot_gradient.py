@@ -35,10 +35,9 @@ from orpo_kernels.engine.gpu.call import inputs_of, slopes_of
 from orpo_kernels.engine.gpu.card import card_of
 from orpo_kernels.engine.gpu.model import Job
 from orpo_kernels.engine.gpu.plan import plan_backward
-from orpo_kernels.engine.host_copy import HostCopy
+from orpo_kernels.engine.host_copy import HostCopy, is_capturing
 from orpo_kernels.engine.operands import Operands
 from orpo_kernels.engine.problem import Problem
-from orpo_kernels.engine.scoring import is_capturing
 from orpo_kernels.engine.sparse.plan import (
     gradient_bytes,
     panel_columns,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from orpo_kernels.engine.budget import Plan, plan_backward, spans
+from orpo_kernels.engine.host_copy import is_capturing
 from orpo_kernels.engine.operands import Operands
-from orpo_kernels.engine.scoring import is_capturing
 from orpo_kernels.engine.sparse.plan import SparsePlan
 from orpo_kernels.engine.sparse.tail import Packed, Tail
 from orpo_kernels.engine.tiles import column_sums, compact_weight_gradient
