@@ -13,7 +13,7 @@ The others are stated where they are used. The first finds a fault in 1 % of the
 dtype; the second is for what is wrong by more than rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -90,6 +90,17 @@ class Case(NamedTuple):
 def exact(tensor: Tensor) -> Tensor:
     """Detached, in float64 on the CPU."""
     return tensor.detach().cpu().double()
+
+
+def gradients_of(
+    outputs: Sequence[Tensor], coefficients: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Of the leaves, of the sum of coefficients times outputs.
+
+    As with the coefficients as `grad_outputs`, for which torch imports sympy first, in 0.15 s.
+    """
+    terms = [(a * x).sum() for a, x in zip(coefficients, outputs, strict=True)]
+    return torch.autograd.grad(torch.stack(terms).sum(), leaves)
 
 
 def largest(tensor: Tensor) -> float:

@@ -17,10 +17,12 @@ from orpo_kernels.selftest.figures import (
     Figure,
     Setting,
     exact,
+    gradients_of,
     largest,
     relative_errors,
     rounded_once,
 )
+from orpo_kernels.selftest.logps import VOCABULARY
 from orpo_kernels.sequence_mean import sequence_mean
 
 # Mean log-probs: the pole at p = 1 first, both forms of log1mexp, what underflows.
@@ -54,7 +56,7 @@ def _sequence_mean(setting: Setting, packed: bool) -> Iterator[Figure]:
     # Two label sets, here the same one: the second scores the first three sequences only.
     true_mean = reference.sequence_mean(true_logps, labels)
     of_sets = weights[0] + torch.where(torch.arange(rows) < rows // 2, weights[1], 0.0)
-    (true_dlogps,) = torch.autograd.grad(true_mean, true_logps, of_sets.double())
+    (true_dlogps,) = gradients_of([true_mean], [of_sets.double()], [true_logps])
     ids, given, scored = None, logps, labels
     if packed:
         order = torch.randperm(rows * positions, generator=generator)
@@ -63,7 +65,7 @@ def _sequence_mean(setting: Setting, packed: bool) -> Iterator[Figure]:
     x = setting.put(given).requires_grad_()
     scored = scored.to(setting.device)
     mean, count = sequence_mean(x, scored, (x, scored), sequence_ids=ids, num_sequences=rows)
-    (dlogps,) = torch.autograd.grad(mean, x, weights.to(setting.device))
+    (dlogps,) = gradients_of([mean], [weights.to(setting.device)], [x])
     yield Figure("mean", relative_errors(mean[0], true_mean)[0], 32 * EPS32)
     yield Figure("mean of the second set", largest(mean[1, :3] - mean[0, :3]), 0.0)
     yield Figure("count", largest(exact(count[0]) - mask.sum(1)), 0.0)
@@ -139,9 +141,9 @@ def _largest_relative(ours: Tensor, true: Tensor) -> float:
 
 
 def _loss(setting: Setting, reduction: str, packed: bool) -> Iterator[Figure]:
-    # 3 pairs of 13 positions, V = 1,009 (a prime); the rejected side of the second pair is empty.
+    # 3 pairs of 13 positions; the rejected side of the second pair is empty.
     generator = setting.generator()
-    rows, positions, hidden_size, vocabulary = 6, 13, 32, 1009
+    rows, positions, hidden_size, vocabulary = 6, 13, 32, VOCABULARY
     labels = torch.randint(0, vocabulary, (rows, positions), generator=generator)
     nll_labels = labels.clone()
     labels[:, :4] = IGNORE_INDEX

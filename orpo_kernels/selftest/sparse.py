@@ -275,10 +275,11 @@ def _definition(
             groups=groups, block=block, **masks, **true.options,
         )  # fmt: skip
 
-    found = gradients(1)
     if in_slots:
         columns = gradients(COMPACT_ROWS).softmax
         found = gradients(COMPACT_ROWS, whole=_dense(columns, true.options["logit_scale"]))
+    else:
+        found = gradients(1)
     widths = [leaves[name].shape[1] for name in ranks]
     named = {"dbias": found.dbias}
     parts = (torch.split(each, widths, 1) for each in (found.dhidden, found.dweight))

@@ -122,8 +122,9 @@ def _logit_sum(setting: Setting, transform: Transform) -> Iterator[Figure]:
 
 
 def _grad(setting: Setting, transform: Transform) -> Iterator[Figure]:
-    # A float32 tile may also be rounded into a separate 16-bit one.
-    narrow = (torch.bfloat16, torch.float16) if setting.dtype == torch.float32 else ()
+    # A float32 tile may also be rounded into a separate 16-bit one: the last that is done.
+    narrows = setting.dtype == torch.float32 and transform == TRANSFORMS[-1]
+    narrow = (torch.bfloat16, torch.float16) if narrows else ()
     for out_dtype in (None, *narrow):
         tile = _tile(setting, transform)
         # The maximum of the whole row may lie in another block, above this tile's.
