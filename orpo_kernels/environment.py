@@ -41,7 +41,7 @@ def environment_report(
     lines = (f"  {name}={' '.join(value.split())}" for name, value in switches().items())
     found = "\n".join(lines) or "  none"
     return (
-        f"{headline(environment(where), backends)}\n"
+        f"{headline(environment(where) | backends)}\n"
         f"switches that are set:\n{found}\n"
         f"who has replaced a model's functions:\n{patches}\n"
     )

@@ -1,23 +1,85 @@
-"""How the self-test runs its checks: side by side, and in a limited time."""
+"""How the self-test runs its checks: side by side, taking turns, and in a limited time."""
+
+import gc
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 from orpo_kernels import selftest
-from orpo_kernels.selftest import schedule
-from tests.test_selftest import CPU
+from orpo_kernels.selftest import schedule, startup
+from orpo_kernels.selftest.figures import Case, Setting
+from orpo_kernels.selftest.schedule import Limit, Plan, Turns
+from tests.test_selftest import CPU, MonkeyPatch, only
+
+TRAINS = Case("fuse_head", "", Setting(CPU, torch.bfloat16), lambda setting: iter(()))
 
 
 def test_side_by_side_gives_the_same_figures() -> None:
     # As on a GPU, where checks wait for a compiler; in an order of their own.
     cases = list(selftest._cases(CPU, 1, with_model=True))
     cases = [case for case in cases if case.op in ("odds_ratio", "orpo_loss", "fuse_head")]
-    expected, _ = schedule.run(cases, CPU, 1, None)
+    expected, _ = schedule.run(cases, CPU)
     state = torch.get_rng_state()
-    checks, left_out = schedule.run(cases, CPU, 4, None)
+    checks, left_out = schedule.run(cases, CPU, Plan(6, Turns(2)))
     assert torch.equal(torch.get_rng_state(), state)
     assert left_out == []
     assert checks == expected
+
+
+def test_a_backward_waits_for_no_other_check() -> None:
+    # On a GPU all backwards would share the one thread that autograd has for it.
+    assert torch._C._is_multithreading_enabled()
+    with schedule._surroundings(CPU):
+        assert not torch._C._is_multithreading_enabled()
+
+
+def test_who_waits_lets_another_work() -> None:
+    turns, worked = Turns(1), threading.Event()
+
+    def work() -> None:
+        with turns.taken():
+            worked.set()
+
+    other = threading.Thread(target=work)
+    with turns.taken():
+        other.start()
+        assert not worked.wait(0.05)
+        with turns.waiting():
+            assert worked.wait(10)
+    other.join()
+    with turns.waiting(), turns.taken():  # of a thread that has no turn: none is given away
+        other = threading.Thread(target=work)
+        worked.clear()
+        other.start()
+        assert not worked.wait(0.05)
+    other.join()
+
+
+def test_transformers_is_waited_for_where_there_is_time(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    long = schedule.WARM_S + 1
+    assert Limit(60.0, unless=lambda: False, import_seconds=long).late(TRAINS)
+    assert not Limit(60.0, unless=lambda: True, import_seconds=long).late(TRAINS)  # compiles
+    assert not Limit(60.0, unless=lambda: False, import_seconds=0.1).late(TRAINS)
+    assert not Limit(None, unless=lambda: False, import_seconds=long).late(TRAINS)
+    monkeypatch.setitem(sys.modules, "transformers.modeling_utils", sys)  # it is there already
+    assert not Limit(60.0, unless=lambda: False, import_seconds=long).late(TRAINS)
+
+
+def test_the_command_says_what_it_did_not_wait_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    monkeypatch.setattr(selftest, "_cases", only("fuse_head"))
+    usual = Limit(60.0, unless=lambda: False, import_seconds=7.0)
+    report = selftest._self_test("cpu", False, lambda *_: usual)
+    expected = "which takes about 7 s, for 2 checks: fuse_head in float32, fuse_head in bfloat16"
+    assert expected in report.skipped[-1]
+    assert expected in capsys.readouterr().out
+    assert not report.passed
 
 
 def test_says_what_no_time_was_left_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,3 +91,51 @@ def test_says_what_no_time_was_left_for(capsys: pytest.CaptureFixture[str]) -> N
     written = capsys.readouterr().out
     assert written.startswith("orpo_kernels ")
     assert "no time was left after 1e-09 s for" in written
+
+
+def test_the_first_line_is_there_before_a_device_is_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: MonkeyPatch
+) -> None:
+    def used(device: torch.device) -> torch.device:
+        raise ValueError("used")
+
+    monkeypatch.setattr(selftest, "usable_device", used)
+    with pytest.raises(ValueError, match="used"):
+        selftest.self_test("cpu")
+    assert capsys.readouterr().out.startswith("orpo_kernels ")
+
+
+def test_on_a_gpu_more_checks_are_begun_than_compilers_work(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "runs_triton", lambda device, dtype: device.type == "cuda")
+    monkeypatch.setattr(schedule, "processors", lambda: 6)
+    cuda = torch.device("cuda")
+    plan = schedule.plan_of(cuda, forks=True)
+    assert plan.workers == 6 < plan.threads
+    assert schedule.plan_of(cuda, forks=False) == Plan(6)
+    assert schedule.plan_of(CPU, forks=False) == schedule.ONE_BY_ONE
+
+
+def test_a_lean_process_imports_no_compiler_of_torchs() -> None:
+    script = """
+import sys
+import torch
+from orpo_kernels import selftest
+from orpo_kernels.selftest import schedule, startup
+cpu = torch.device("cpu")
+ops = {"sequence_mean", "odds_ratio", "pair_loss", "orpo_loss"}
+cases = [case for case in selftest._cases(cpu, 1, with_model=False) if case.op in ops]
+with startup.lean():
+    checks, _ = schedule.run(cases, cpu)
+assert {check.op for check in checks if check.passed} == ops
+assert not {"torch._dynamo", "sympy"} & set(sys.modules), sys.modules.keys()
+schedule.run(cases[:1], cpu)
+assert "torch._dynamo" in sys.modules  # as ever
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_lean_collects_again_afterwards() -> None:
+    assert gc.isenabled()
+    with startup.lean():
+        assert not gc.isenabled()
+    assert gc.isenabled()

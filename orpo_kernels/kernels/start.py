@@ -12,6 +12,7 @@ compile another kernel. Only NVIDIA's backend is started so: AMD's also speciali
 tensor. In the interpreter, in a dry run and elsewhere every launch is the ordinary one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ _MOST = 2**31
 _ALIGNMENT = 16
 
 _compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+
+# Told of every start whose kernel is not compiled yet, before its first launch: the self-test has
+# kernels compiled side by side which a call launches one after another.
+announced: Callable[["Start"], None] | None = None
 
 
 class Start:
@@ -60,6 +65,8 @@ class Start:
         if first.is_cuda and torch.version.hip is None and not _hooked():
             self.key = self._key()
             self._use(_compiled.get(self.key))
+        if self.run is None and announced is not None:
+            announced(self)
 
     def _key(self) -> tuple[Any, ...]:
         kinds = tuple(

@@ -9,31 +9,42 @@ in a few seconds. Bug reports start with its output.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from time import perf_counter
 
 import torch
 
-from orpo_kernels.selftest import logps, losses, model, schedule, sparse, tiles
+from orpo_kernels.kernels import runs_triton
+from orpo_kernels.selftest import (
+    compilers,
+    logps,
+    losses,
+    model,
+    schedule,
+    sparse,
+    startup,
+    tiles,
+)
 from orpo_kernels.selftest.figures import Case, Setting
 from orpo_kernels.selftest.report import (
     DTYPES,
     Check,
     SelfTestReport,
     dtype_name,
-    environment,
     headline,
+    machine_of,
     tile_backends,
+    versions,
 )
 
 __all__ = ["Check", "SelfTestReport", "main", "self_test"]
 
-# The command begins no check after so many seconds. The first run on an H200, whose host was slow,
-# took 54 s, of which the compilers took most: with 15 s a tenth was checked. What was compiled is
-# remembered, and the next run took 15 s.
+# The command begins no check after so many seconds. On a GPU kernels are compiled in them, of which
+# those that are done are remembered; how the limit was chosen: docs/kernels.md.
 LIMIT_S = 60.0
+GPU_LIMIT_S = 16.0
 
 
 def self_test(
@@ -54,42 +65,95 @@ def self_test(
 
     Note:
         A few seconds and a few MB; on a GPU the first time longer, as kernels are compiled, as many
-        at a time as the host has processors. Leaves the random state, autocast, grad mode and the
-        number of threads as they were. On the CPU the tile operations run on all of torch's
-        threads, the rest on one.
+        at a time as the host has processors: on Linux, and where nothing in the process has used
+        the GPU before, in processes forked for that, else in threads. Leaves the random state,
+        autocast, grad mode, garbage collection and the number of threads as they were. On the CPU
+        the tile operations run on all of torch's threads, the rest on one.
     """
-    where = usable_device(device)
+    return _self_test(device, json, lambda *_: schedule.Limit(seconds))
+
+
+def _self_test(
+    device: torch.device | str | None,
+    json: bool,
+    limit_of: Callable[[torch.device, compilers.Workers | None, float], schedule.Limit],
+) -> SelfTestReport:
     start = perf_counter()
-    about, backends = environment(where), tile_backends(where)
-    if not json:
-        sys.stdout.write(headline(about, backends) + "\n")
-        sys.stdout.flush()
-    skipped = []
-    if find_spec("transformers") is None:
-        skipped.append("fuse_head: transformers is not installed")
-    threads, workers = torch.get_num_threads(), schedule.workers_of(where)
     with ExitStack() as stack:
+        stack.enter_context(startup.lean())
+        about = versions()
+        _say(headline(about), json)
+        wanted = _wanted(device)
+        plan = schedule.plan_of(wanted, forks=compilers.can_fork(wanted))
+        loading_seconds, workers = 0.0, None
+        if plan.turns is not None:  # before the device is used
+            loading_seconds = compilers.load_kernels()
+            beside = compilers.compiling_beside(plan.workers, plan.turns.waiting)
+            workers = stack.enter_context(beside)
+        where = usable_device(wanted)
+        backends, machine = tile_backends(where), machine_of(where)
+        _say(headline(machine | backends), json)
+        skipped = []
+        if find_spec("transformers") is None:
+            skipped.append("fuse_head: transformers is not installed")
+        threads = torch.get_num_threads()
         # Problems this small gain nothing from threads; on a busy machine they wait for each other.
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(1)
-        of_tiles = threads if workers == 1 else 1
+        of_tiles = threads if plan.threads == 1 else 1
         cases = tuple(_cases(where, of_tiles, with_model=not skipped))
-        checks, left_out = schedule.run(cases, where, workers, seconds)
-    if left_out:
-        skipped.append(_no_time(left_out, seconds))
-    report = SelfTestReport(about, backends, tuple(checks), tuple(skipped), perf_counter() - start)
+        limit = limit_of(where, workers, loading_seconds)
+        checks, left_out = schedule.run(cases, where, plan, limit)
+    skipped += _left_out(left_out, limit)
+    seconds = perf_counter() - start
+    report = SelfTestReport(about | machine, backends, tuple(checks), tuple(skipped), seconds)
     sys.stdout.write((report.json() if json else report.findings()) + "\n")
     return report
 
 
-def _no_time(cases: Sequence[Case], seconds: float | None) -> str:
-    """Which checks were left out, by op and dtype."""
+def _usual_limit(
+    device: torch.device, workers: compilers.Workers | None, loading_seconds: float
+) -> schedule.Limit:
+    """That of the command."""
+    if not runs_triton(device, torch.float32):
+        return schedule.Limit(LIMIT_S)
+    return schedule.Limit(
+        GPU_LIMIT_S,
+        unless=lambda: workers is None or workers.answers[compilers.COMPILED] > 0,
+        import_seconds=schedule.TRANSFORMERS * loading_seconds,
+    )
+
+
+def _say(text: str, json: bool) -> None:
+    """At once, but where JSON is all that may be printed."""
+    if not json:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def _left_out(cases: Sequence[Case], limit: schedule.Limit) -> list[str]:
+    """Which checks were left out, by op and dtype, and why."""
+    waiting = [case for case in cases if limit.waits(case)]
+    others = [case for case in cases if case not in waiting]
+    lines = []
+    if others:
+        lines.append(
+            f"no time was left after {limit.seconds:g} s for {_named(others)}; run this again "
+            "(what was compiled is remembered) or with --seconds 0 for no limit"
+        )
+    if waiting:
+        took = f"about {limit.import_seconds:.0f} s" if limit.import_seconds else "long"
+        lines.append(
+            f"no time was left to import transformers, which takes {took}, for {_named(waiting)}; "
+            "--seconds 0 takes it"
+        )
+    return lines
+
+
+def _named(cases: Sequence[Case]) -> str:
     count = Counter(f"{case.op} in {dtype_name(case.setting.dtype)}" for case in cases)
     names = ", ".join(name if n == 1 else f"{name} ({n})" for name, n in count.items())
-    return (
-        f"no time was left after {seconds:g} s for {len(cases)} checks: {names}; run this again "
-        "(what was compiled is remembered) or with --seconds 0 for no limit"
-    )
+    return f"{len(cases)} checks: {names}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,12 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
     parser.add_argument(
-        "--seconds", type=float, default=LIMIT_S,
-        help="begin no check after so many, 0: no limit; default: %(default)g",
+        "--seconds", type=float,
+        help=f"begin no check after so many, 0: no limit; default: {GPU_LIMIT_S:g} where kernels "
+        f"are compiled, {LIMIT_S:g} elsewhere",
     )  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        report = self_test(options.device, json=options.json, seconds=options.seconds or None)
+        if options.seconds is None:
+            report = _self_test(options.device, options.json, _usual_limit)
+        else:
+            report = self_test(options.device, json=options.json, seconds=options.seconds or None)
     except ValueError as error:
         sys.stderr.write(f"orpo-kernels selftest: {error}\n")
         return 2
@@ -129,16 +197,28 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     Raises:
         ValueError: it cannot be used.
     """
+    where = _wanted(device)
+    with _refusing(where):
+        torch.empty(1, device=where)
+    return where
+
+
+def _wanted(device: torch.device | str | None) -> torch.device:
+    """The same, which is not used yet."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
+    with _refusing(device):
+        return torch.device(device)
+
+
+@contextmanager
+def _refusing(device: torch.device | str) -> Iterator[None]:
     try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
+        yield
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"device must be one torch can use, got {device}: {reason}") from error
-    return where
 
 
 def _cases(device: torch.device, threads: int, *, with_model: bool) -> Iterator[Case]:

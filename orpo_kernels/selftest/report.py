@@ -107,7 +107,7 @@ class SelfTestReport:
 
     def text(self) -> str:
         """All of it: environment, a table of error / limit, and what failed."""
-        return headline(self.environment, self.backends) + "\n" + self.findings()
+        return headline(self.environment | self.backends) + "\n" + self.findings()
 
     def findings(self) -> str:
         """A table of error / limit, what was left out, and what failed."""
@@ -144,11 +144,12 @@ class SelfTestReport:
         return [line.rstrip() for line in lines]
 
 
-def headline(environment: dict[str, str], backends: dict[str, str]) -> str:
-    """Machine, versions, and what computes each operation."""
-    about = environment | backends
-    width = max(map(len, about))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in about.items())
+_WIDTH = max(map(len, (*PACKAGES, *NATIVE)))  # of a name
+
+
+def headline(about: dict[str, str]) -> str:
+    """Machine, versions, what computes each operation: a line each, parts of it in one column."""
+    return "\n".join(f"{name:<{_WIDTH}}  {value}" for name, value in about.items())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -157,7 +158,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Platform, versions and device; nothing is imported for it, and nothing names the user."""
+    """Platform, versions and device."""
+    return versions() | machine_of(device)
+
+
+def versions() -> dict[str, str]:
+    """Platform and packages; nothing is imported for it, no device is used, no user is named."""
     about = {
         "orpo_kernels": __version__,
         "platform": platform.platform(),
@@ -168,7 +174,12 @@ def environment(device: torch.device) -> dict[str, str]:
         about["cuda" if torch.version.cuda else "hip"] = str(
             torch.version.cuda or torch.version.hip
         )
-    about["device"] = f"{device}: {_device_name(device)}"
+    return about
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """The device, and how it multiplies."""
+    about = {"device": f"{device}: {_device_name(device)}"}
     if device.type == "cpu":
         has = "oneDNN has" if multiplies_bfloat16() else "oneDNN has no kernels for"
         used = dtype_name(operand_dtype(device, torch.bfloat16))

@@ -1,73 +1,182 @@
 """Runs the checks: one after another, or side by side where each first compiles its kernels.
 
-A compiler leaves Python's lock alone for most of its time, so that threads are enough. Results do
-not depend on how many there are: a check draws from generators of its own.
+Python's lock lets one thread work at a time, so that more of them than take turns gain nothing, and
+wait for it. With workers that compile (`compilers.py`) many checks are begun, of which all but a
+few wait for a kernel. Results do not depend on how many there are: a check draws from generators
+of its own.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
 from orpo_kernels.kernels import runs_triton
+from orpo_kernels.selftest.compilers import MOST_WORKERS, processors
 from orpo_kernels.selftest.figures import Case
 from orpo_kernels.selftest.report import Check, dtype_name
 
-MOST_WORKERS = 8  # 16 were slower: what is left of Python waits for its lock
-# What takes longest comes first, so that none of it is what is waited for in the end: transformers
-# is imported, and the larger kernels are compiled.
-_SLOW = ("fuse_head", "linear_lse", "sparse_token_logps", "linear_logps", "slot_gradient")
+# On an H200 whose host has 16 processors: 4 threads took 12.7 s, 16 took 14.8 s, all compiled.
+AT_WORK = 4
+MOST_THREADS = 8  # where they compile themselves
+WARM_S = 5.0  # a self-test ends in, where every kernel was compiled before
+# Of importing Triton and the kernels, how often that takes transformers: 1.4 s for 0.23.
+TRANSFORMERS = 6
+# What takes longest comes first, so that none of it is what is waited for in the end.
+_SLOW = ("linear_lse", "sparse_token_logps", "linear_logps", "slot_gradient")
 
 
-def workers_of(device: torch.device) -> int:
-    """Checks at a time: as many as the host has processors where Triton compiles, else one."""
+class Turns:
+    """Threads that take turns: so many are at work at a time."""
+
+    def __init__(self, count: int) -> None:
+        """`count` of them."""
+        self._free, self._here = threading.Semaphore(count), threading.local()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within, this thread is at work."""
+        with self._free:
+            self._here.taken = True
+            try:
+                yield
+            finally:
+                self._here.taken = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, another is at work meanwhile."""
+        if not getattr(self._here, "taken", False):  # none of ours
+            yield
+            return
+        self._free.release()
+        try:
+            yield
+        finally:
+            self._free.acquire()
+
+
+class Plan(NamedTuple):
+    """How the checks of a run share the machine.
+
+    Attributes:
+        threads: checks that are begun at a time.
+        turns: of them, which are at work.
+        workers: processes that compile beside them.
+    """
+
+    threads: int = 1
+    turns: Turns | None = None
+    workers: int = 0
+
+
+ONE_BY_ONE = Plan()
+
+
+def plan_of(device: torch.device, *, forks: bool) -> Plan:
+    """One check after another, but where Triton compiles.
+
+    Args:
+        device: where the checks compute.
+        forks: whether workers can be had.
+    """
     if not runs_triton(device, torch.float32):
-        return 1
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+        return ONE_BY_ONE
+    if not forks:
+        return Plan(min(MOST_THREADS, processors()))
+    workers = min(MOST_WORKERS, processors())
+    return Plan(2 * workers + AT_WORK, Turns(AT_WORK), workers)
+
+
+class Limit:
+    """When no check is begun any more."""
+
+    def __init__(
+        self,
+        seconds: float | None = None,
+        *,
+        unless: Callable[[], bool] = lambda: True,
+        import_seconds: float = 0.0,
+    ) -> None:
+        """From now on.
+
+        Args:
+            seconds: none is begun after so many; None: all are.
+            unless: whether kernels had to be compiled. Where none had to, all is checked at once
+                but for what waits for transformers: that is imported only if it ends in `WARM_S`.
+            import_seconds: how long that takes, about.
+        """
+        self.seconds, self.import_seconds = seconds, import_seconds
+        self._start, self._unless = perf_counter(), unless
+
+    def late(self, case: Case) -> bool:
+        """Whether it is too late to begin this one."""
+        spent = perf_counter() - self._start
+        if self.seconds is None:
+            return False
+        return spent > self.seconds or (self.waits(case) and not self._can_wait(spent))
+
+    def waits(self, case: Case) -> bool:
+        """Whether it imports transformers first."""
+        return case.op == "fuse_head" and "transformers.modeling_utils" not in sys.modules
+
+    def _can_wait(self, spent: float) -> bool:
+        return self._unless() or spent + self.import_seconds < WARM_S
 
 
 def run(
-    cases: Sequence[Case], device: torch.device, workers: int, seconds: float | None
+    cases: Sequence[Case],
+    device: torch.device,
+    plan: Plan = ONE_BY_ONE,
+    limit: Limit | None = None,
 ) -> tuple[list[Check], list[Case]]:
     """The checks in the order of the cases, and the cases that no time was left for.
 
     Args:
         cases: what to check.
         device: where they compute.
-        workers: how many at a time.
-        seconds: none is begun after so many; None: all are.
+        plan: how many at a time.
+        limit: when none is begun any more; None: all are.
 
     Returns:
         The checks, and the cases left out.
     """
-    until = None if seconds is None else perf_counter() + seconds
+    limit = limit or Limit()
     order = list(range(len(cases)))
-    if workers > 1:
+    if plan.threads > 1:
         order = sorted(order, key=lambda i: _urgency(cases[i]))
-    check = partial(_unless_late, device=device, until=until)
+    check = partial(_unless_late, device=device, turns=plan.turns, limit=limit)
     # One thread of torch's each: problems this small gain nothing from more.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        take = pool.map if workers > 1 else map
+    with ThreadPoolExecutor(plan.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        take = pool.map if plan.threads > 1 else map
         found = dict(zip(order, take(check, [cases[i] for i in order]), strict=True))
     checks = [each for i in range(len(cases)) if (each := found[i]) is not None]
     return checks, [case for i, case in enumerate(cases) if found[i] is None]
 
 
 def _urgency(case: Case) -> tuple[bool, int]:
-    """bfloat16, which most train in, before the others."""
-    slow = _SLOW.index(case.op) if case.op in _SLOW else len(_SLOW)
+    """bfloat16, which most train in, before the others; of each, in the end what imports much."""
+    if case.op == "fuse_head":
+        slow = len(_SLOW) + 1
+    else:
+        slow = _SLOW.index(case.op) if case.op in _SLOW else len(_SLOW)
     return case.setting.dtype != torch.bfloat16, slow
 
 
-def _unless_late(case: Case, *, device: torch.device, until: float | None) -> Check | None:
-    if until is not None and perf_counter() > until:
-        return None
-    with _surroundings(device):
-        return _checked(case)
+def _unless_late(
+    case: Case, *, device: torch.device, turns: Turns | None, limit: Limit
+) -> Check | None:
+    with turns.taken() if turns is not None else nullcontext():
+        if limit.late(case):
+            return None
+        with _surroundings(device):
+            return _checked(case)
 
 
 @contextmanager
@@ -79,6 +188,9 @@ def _surroundings(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        # Else the backwards of all checks share one thread of autograd's for each GPU, in which
+        # every kernel that one of them compiles is waited for by the others.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield
 
 

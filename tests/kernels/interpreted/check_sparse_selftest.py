@@ -34,7 +34,7 @@ def failures(dtype, op=""):
     setting = Setting(torch.device("cpu"), dtype)
     assert has_slots(setting.device, dtype)
     cases = [case for case in sparse.cases(setting) if op in case.op]
-    checks, _ = schedule.run(cases, setting.device, 1, None)
+    checks, _ = schedule.run(cases, setting.device)
     assert len(checks) == len(cases) > 0
     return {(check.op, check.case) for check in checks if not check.passed}
 

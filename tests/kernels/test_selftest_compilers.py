@@ -1,0 +1,185 @@
+"""Kernels of the self-test are compiled in processes beside it, for a GPU that is not here."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from orpo_kernels.kernels import odds_ratio, score_rows, start
+from orpo_kernels.selftest import compilers
+from orpo_kernels.selftest.compilers import COMPILED, FAILED, KNOWN
+from tests.kernels.dryrun import dryrun
+from tests.kernels.test_dryrun import forward_and_backward, launchers  # noqa: F401
+from tests.kernels.test_dryrun_sparse import engine, whole_loss  # noqa: F401
+
+
+@pytest.fixture
+def found(monkeypatch, tmp_path):
+    """Whether Triton found the kernels of this process in its cache, which is empty at first."""
+    hits = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda *, cache_hit, **_rest: hits.append(cache_hit)
+    )
+    compilers.load_kernels()
+    return hits
+
+
+def launch(architecture=90):
+    """Of `odds_ratio`, forward and backward: two kernels that share what they call."""
+    with dryrun(architecture) as log:
+        forget(odds_ratio._odds_ratio_kernel, odds_ratio._odds_ratio_backward_kernel)
+        chosen, rejected = (torch.empty(5, device="cuda") for _ in range(2))
+        odds_ratio.odds_ratio(chosen, rejected)
+        odds_ratio.odds_ratio_backward(chosen, chosen, chosen, rejected)
+        return [each.name for each in log]
+
+
+def forget(*functions):
+    """As in a new process: Triton keeps what it has compiled."""
+    for function in functions:
+        function.device_caches.clear()
+
+
+def test_workers_compile_what_is_launched(found):
+    with compilers.compiling_beside(2) as workers:
+        assert len(launch()) == 2
+    assert found == [True, True]
+    assert workers.answers == {COMPILED: 2}
+    assert knobs.runtime.jit_cache_hook is None
+    with compilers.compiling_beside(2) as workers:
+        launch()
+    assert workers.answers == {KNOWN: 2}
+
+
+def test_each_target_is_compiled_for(found):
+    with compilers.compiling_beside(1) as workers:
+        launch(90)
+        launch(80)
+    assert found == [True] * 4
+    assert workers.answers == {COMPILED: 4}
+
+
+def test_what_two_threads_launch_is_compiled_once(found):
+    told = {"specialization_data": "the same"}
+    fn = SimpleNamespace(module=odds_ratio.__name__, name="_odds_ratio_kernel")
+    with dryrun(90), compilers.compiling_beside(2) as workers:
+        asking = [threading.Thread(target=lambda: workers(fn=fn, compile=told)) for _ in range(4)]
+        for each in asking:
+            each.start()
+        for each in asking:
+            each.join()
+    assert workers.answers == {FAILED: 1}  # "the same" is no specialisation
+
+
+def test_what_is_made_ready_is_compiled_before_it_is_launched(found, monkeypatch):
+    asked = []
+    with dryrun(90), compilers.compiling_beside(1) as workers:
+        forget(score_rows._score_rows_kernel)
+        told = start.announced
+        monkeypatch.setattr(
+            start, "announced", lambda each: (told(each), asked.append(len(workers._asked)))
+        )
+        labels = torch.empty(1, 9, dtype=torch.int64, device="cuda")
+        score_rows.score_rows(labels, -100, 32, None)
+    assert asked == [1]
+    assert found == [True]
+    assert workers.answers == {COMPILED: 1}  # as it was launched, and not with other types
+    assert start.announced is None
+
+
+@pytest.mark.usefixtures("launchers", "engine")
+def test_floats_are_known_by_name(monkeypatch):
+    floats, integers = set(), set()
+
+    def record(self, programs, numbers):
+        names = [each.name for each in self.kernel.params if not each.is_constexpr]
+        for name, number in zip(names[len(self.tensors) :], numbers, strict=True):
+            (floats if isinstance(number, float) else integers).add(name)
+
+    monkeypatch.setattr(start.Start, "_start", record)
+    with dryrun(90):
+        for trains in (False, True):
+            forward_and_backward(300, 64, 4096, bias=trains, trains=trains)
+            whole_loss(300, 64, 4096, bias=trains, trains=trains)
+    assert floats <= compilers.FLOATS
+    assert {"logit_scale", "ratio", "largest_slope"} <= floats
+    assert not integers & compilers.FLOATS
+
+
+def test_without_a_worker_the_thread_compiles(found):
+    with compilers.compiling_beside(1) as workers:
+        workers._all[0].process.kill()
+        workers._all[0].process.join()
+        assert len(launch()) == 2
+    assert found == [False, False]
+    assert COMPILED not in workers.answers
+
+
+def test_what_a_worker_cannot_find_the_thread_compiles(found):
+    @triton.jit
+    def local(out_ptr, BLOCK: tl.constexpr):
+        tl.store(out_ptr + tl.arange(0, BLOCK), 1.0)
+
+    with compilers.compiling_beside(1) as workers, dryrun(90):
+        local[(1,)](torch.empty(8, device="cuda"), BLOCK=8)
+        local[(1,)](torch.empty(8, device="cuda"), BLOCK=16)
+    assert workers.answers == {FAILED: 2}  # and it is still there after the first
+    assert found == [False, False]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_launchers_are_made_where_triton_compiles_them(monkeypatch, compiles):
+    made, driver = [], pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *given: made.append(given))
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    if compiles:  # as Triton 3.6
+        monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    compiled = SimpleNamespace(src="src", metadata="metadata")
+    compilers._make_launcher(compiled, "cuda")
+    compilers._make_launcher(compiled, "hip")
+    assert made == [("src", "metadata")] * compiles
+
+
+def test_another_listener_is_left_alone(found, monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **_told: False)
+    with compilers.compiling_beside(1) as workers:
+        assert workers is None
+
+
+def test_no_fork_where_the_gpu_was_used(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compilers.can_fork(cuda) == sys.platform.startswith("linux")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert not compilers.can_fork(cuda)
+    assert not compilers.can_fork(torch.device("cpu"))
+
+
+def test_keys_do_not_depend_on_what_was_launched_first():
+    script = """
+from triton.runtime.jit import JITFunction
+from orpo_kernels.kernels import odds_ratio
+from orpo_kernels.selftest import compilers
+
+def keys(names):
+    for each in vars(odds_ratio).values():
+        if isinstance(each, JITFunction):
+            each.hash, each.used_global_vals = None, {}
+    compilers.load_kernels()
+    return {name: getattr(odds_ratio, name).cache_key for name in names}
+
+names = ["_odds_ratio_kernel", "_odds_ratio_backward_kernel"]
+assert keys(names) == keys(names[::-1])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ)
