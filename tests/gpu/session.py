@@ -8,10 +8,11 @@ call it with the Python that is there. Each step has its share of the minutes, a
 left of theirs, and writes its own file as it goes, so that a session that is cut short keeps what
 was done. The first three are what a session must bring, in its first four minutes: the tests, the
 table of budgets (`benchmarks/budgets.py`: ours and the peers, launches, the kernels' sum) and that
-of eps (`benchmarks/sparse_times.py`: time and error, float32 and 16-bit logits). A step whose
-libraries are missing is left out, by name; peers that are missing are named in the tables. At the
-end come both tables once more, and last the tests that failed. Exits with 1 when a step failed;
-`session.json` says which.
+of eps (`benchmarks/sparse_times.py`: time and error, float32 and 16-bit logits). Then come the
+self-test, with nothing compiled and with all, and whole steps. A step whose libraries are missing
+is left out, by name; peers that are missing are named in the tables. At the end come both tables
+once more, and last the tests that failed. Exits with 1 when a step failed; `session.json` says
+which.
 """
 
 import argparse
@@ -61,21 +62,25 @@ def steps(out: Path, minutes: float, *, dry_run: bool) -> list[Step]:
         seconds = ["--seconds", f"{54 * share * minutes:.0f}"]
         return [python, "-m", name, *small, "--json", str(out / file), *seconds, *more]
 
+    def timed(name: str, file: str) -> list[str]:
+        return [python, "-m", f"tests.gpu.{name}", *small, "--json", str(out / file)]
+
     sparse, whole = "benchmarks.sparse_times", ("peft", "transformers")
     chosen = [
         Step("tests", _tests(dry_run=dry_run), 0.2),
         Step("budgets", script("benchmarks.budgets", 0.18, "budgets.json"), 0.18),
         Step("eps", script(sparse, 0.06, "eps.json", "--only", "eps"), 0.06),
-        Step("sparse", script(sparse, 0.12, "sparse.json", "--but", "eps"), 0.12),
-        Step("models", script("benchmarks.model_step", 0.14, "models.json"), 0.14, whole),
+        Step("selftest", timed("self_times", "selftest.json"), 0.07),
+        Step("sparse", script(sparse, 0.11, "sparse.json", "--but", "eps"), 0.11),
+        Step("models", script("benchmarks.model_step", 0.12, "models.json"), 0.12, whole),
     ]
-    rows = [python, "-m", "tests.gpu.row_times", *small, "--json", str(out / "rows.json")]
+    rows = Step("rows", timed("row_times", "rows.json"), 0.07)
     if dry_run:  # of the two of one script, one
-        return [*(step for step in chosen if step.name != "sparse"), Step("rows", rows, 0.08)]
+        return [*(step for step in chosen if step.name != "sparse"), rows]
     layouts = [python, "-m", "benchmarks.layout_steps", "--device", "cuda", "--pairs", "1", "2"]
-    layouts += ["--minutes", f"{0.12 * minutes:.2f}", "--json", str(out / "layouts.json")]
+    layouts += ["--minutes", f"{0.1 * minutes:.2f}", "--json", str(out / "layouts.json")]
     needs = (*whole, "trl", "datasets", "accelerate")
-    chosen += [Step("layouts", layouts, 0.14, needs), Step("rows", rows, 0.08)]
+    chosen += [Step("layouts", layouts, 0.11, needs), rows]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
         some = [python, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", "-k", SANITIZED]

@@ -20,7 +20,7 @@ def test_dry_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     session = json.loads((tmp_path / "session.json").read_text())
-    names = ["tests", "budgets", "eps", "models", "rows"]
+    names = ["tests", "budgets", "eps", "selftest", "models", "rows"]
     assert [(step["step"], step["exit"]) for step in session] == [(name, 0) for name in names]
     # Last of all: the table of budgets, that of eps, and the tests that failed.
     last = done.stdout[done.stdout.rindex((tmp_path / "budgets.txt").read_text()) :]
@@ -39,6 +39,9 @@ def test_dry_run(tmp_path):
     assert names == {
         "softmax_stats", "softmax_grad_", "column_sums", "sequence_mean", "odds_ratio", "pair_loss",
     }  # fmt: skip
+    (once,) = json.loads((tmp_path / "selftest.json").read_text())["selftest"]
+    assert (once["name"], once["failed"]) == ("cold", [])
+    assert 0 < once["seconds"] < once["wall_s"]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [each["name"] for each in rows["gemm"]] == ["linear_lse plain torch"]
     assert {each["name"].split()[0] for each in rows["sparse"]} == {
@@ -51,7 +54,7 @@ def test_what_a_dry_run_leaves_out(monkeypatch):
     monkeypatch.setattr(session.shutil, "which", lambda name: f"/bin/{name}")
     steps = {step.name: step for step in session.steps(Path("out"), 9.0, dry_run=False)}
     assert list(steps) == [
-        "tests", "budgets", "eps", "sparse", "models", "layouts", "rows", "sanitizer",
+        "tests", "budgets", "eps", "selftest", "sparse", "models", "layouts", "rows", "sanitizer",
     ]  # fmt: skip
     assert sum(step.share for step in steps.values()) <= 1.0
     # What a session must bring is there within four minutes.
