@@ -11,7 +11,7 @@ column. The estimate is the labels' exponentials, what earlier blocks have shown
 first block, a look of its own at the first columns (`LOOK`), which gives sums alone.
 
 R rows in B blocks of 64; a program reads a span of columns, S spans, L of a look. Exponents are to base 2. Sums
-are kept by element over the tiles of a span and reduced once; only where an estimate is so far too
+are kept by thread over the tiles of a span and reduced once; only where an estimate is so far too
 low that they leave float32 is the span read again, against the maxima of its rows. Labels' logits
 become -inf once per row, instead of a comparison per logit. Float32 arithmetic, no atomics. Bytes:
 the tile once; per 64 rows and column 1 + 4 G.
@@ -31,6 +31,9 @@ from orpo_kernels.kernels.tuning import VECTOR, cdiv
 LOOKED = 8192
 """Columns of the first block that a chunk's estimates come from."""
 
+ADDED = tl.constexpr(4)
+"""Neighbours of a row whose exponentials a thread adds at once: 16 bytes of float32 logits."""
+
 NEVER = tl.constexpr(1e30)
 """Estimate of a row that keeps and drops nothing: every exponential is 0 against it."""
 
@@ -38,6 +41,7 @@ SPANS = 16
 """Spans whose sums a program adds at once."""
 
 _LOWEST = tl.constexpr(-1e30)  # a reference where there is nothing
+_LIVE = tl.constexpr(1e30)  # in the sum of a column, for an entry over the threshold
 _FAR_TOO_LOW = tl.constexpr(2.0**64)  # a row's sum from which on its estimate is
 
 
@@ -115,13 +119,19 @@ def _mark(
 
 
 @triton.jit
+def _of_threads(x, ADDED: tl.constexpr):
+    """Sums of the neighbours that a thread holds: a fourth of the registers."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // ADDED, ADDED)), 2)
+
+
+@triton.jit
 def _against_maxima(
     logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, log2_scale,
     SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Reference and sum of the rows of a span, where an estimate is far too low: no softcap."""
-    top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
     for tile in range(begin, end):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         inside = (column < C)[None, :]
@@ -129,38 +139,44 @@ def _against_maxima(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + first_column + column, mask=column < C, other=0.0)
             x += bias.to(tl.float32)[None, :]
-        top = tl.maximum(top, tl.where(inside, x * log2_scale, float("-inf")))
-    level = tl.maximum(estimate, tl.max(top, 1))
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        top = tl.maximum(top, tl.max(tl.where(inside, x * log2_scale, float("-inf")), 1))
+    level = tl.maximum(estimate, top)
+    sums = tl.zeros((ROWS, COLUMNS // ADDED), tl.float32)
     for tile in range(begin, end):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         e, _u = _tile(
             logits_ptr, offs, bias_ptr, first_column, column, C, level, 1.0, log2_scale,
             SIGN, HAS_BIAS, False, True, VECTOR,
         )  # fmt: skip
-        sums += e
+        sums += _of_threads(e, ADDED)
     return level, tl.sum(sums, 1)
 
 
 @triton.jit
 def _in_second(groups_ptr, row, exists, GROUPS: tl.constexpr):
-    """1 for rows of the second group, 0 for others."""
+    """1 for rows of the second group, 0 for others; whether there are rows of both."""
     if GROUPS == 2:
-        return (tl.load(groups_ptr + row, mask=exists, other=0) == 1).to(tl.float32)
-    return row * 0.0
+        mine = (tl.load(groups_ptr + row, mask=exists, other=0) == 1).to(tl.float32)
+        count = tl.sum(mine, 0)
+        return mine, (count > 0) & (count < tl.sum(exists.to(tl.float32), 0))
+    return row * 0.0, False
 
 
 @triton.jit
 def _drop(
-    live_ptr, tails_ptr, u, in_second, block, column, pitch, threshold, GROUPS: tl.constexpr
+    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Marks the live columns of a tile and stores the sums of the others; both, (COLUMNS,)."""
-    live = tl.max(u, 0) > threshold
-    total = tl.where(live, 0.0, tl.sum(u, 0))
+    total = tl.sum(tl.where(u > threshold, _LIVE, u), 0)  # one reduction says both
+    live = total >= _LIVE
+    total = tl.where(live, 0.0, total)
     tl.store(live_ptr + block.to(tl.int64) * pitch + column, live.to(tl.int8))
     out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
     if GROUPS == 2:
-        second = tl.where(live, 0.0, tl.sum(u * in_second[:, None], 0))
+        second = total * tl.max(in_second, 0)
+        if mixed:
+            second = tl.where(live, 0.0, tl.sum(u * in_second[:, None], 0))
         tl.store(out, total - second)
         tl.store(out + pitch, second)
     else:
@@ -217,10 +233,10 @@ def _scan_kernel(
             looks_ptr, row, exists, R, looks, estimate, estimate * 0.0 + 1.0, 0.0, False, SPANS
         )
         estimate += tl.log2(looked)
-    in_second = _in_second(groups_ptr, first_row + row, exists, GROUPS)
+    in_second, mixed = _in_second(groups_ptr, first_row + row, exists, GROUPS)
     # A row that is not there reads the last one, against an estimate of 1e30.
     offs = tl.minimum(lane, R - 1 - block * ROWS)[:, None] * stride
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums = tl.zeros((ROWS, COLUMNS // ADDED), tl.float32)
     sloped = sums
     lost = tl.zeros((COLUMNS,), tl.float32)
     count = tl.zeros((COLUMNS,), tl.int32)
@@ -231,12 +247,12 @@ def _scan_kernel(
             logits_ptr, offs, bias_ptr, first_column, column, C, estimate, ratio, log2_scale,
             SIGN, HAS_BIAS, HAS_SOFTCAP, RAGGED, VECTOR,
         )  # fmt: skip
-        sums += e
+        sums += _of_threads(e, ADDED)
         if HAS_SOFTCAP:
-            sloped += u
+            sloped += _of_threads(u, ADDED)
         if not LOOK:
             live, total = _drop(
-                live_ptr, tails_ptr, u, in_second, block, column, pitch, threshold, GROUPS
+                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, GROUPS
             )
             lost += total
             count += live.to(tl.int32)

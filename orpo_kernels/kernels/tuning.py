@@ -176,8 +176,9 @@ for _class, _stages, _limit in (
         TABLE["dense_rows", _class, _dtype] = (Row(128, 8, 32, 3 if _stages == 4 else 2),)
         TABLE["dense_rows_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
         # Tiles of 64 rows x `depth` columns, `block` of them to a program.
-        TABLE["scan", _class, _dtype] = (Row(16, 2, 64),)
-        _softcapped = Row(32, 4 if _class == "amd" else 8, 32)
+        # 200 registers: five programs of two warps to a processor, where the compiler takes four.
+        TABLE["scan", _class, _dtype] = (Row(16, 2, 64, registers=200 if _limit else 0),)
+        _softcapped = Row(32, 4 if _class == "amd" else 8, 32, 1, _limit)
         if _dtype == torch.float32:
             _softcapped = Row(32, 4, 32, 1, _limit)
         TABLE["scan_softcap", _class, _dtype] = (_softcapped,)

@@ -124,6 +124,27 @@ def test_mass_is_conserved_where_nothing_is_dense(gpu, shape, monkeypatch):
     torch.testing.assert_close(found.sum(1), torch.ones(N).double(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("last", [64, 40])  # of the first group: whole row blocks, or a mixed one
+def test_a_group_gives_back_its_own(gpu, last, monkeypatch):
+    monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
+    monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
+    torch.manual_seed(0)
+    # Most entries are under eps, those of either group in columns of its own.
+    logits, labels = torch.randn(N, V) * 0.2, torch.zeros(N, dtype=torch.int64)
+    logits[:last, : V // 2] += 1.0
+    logits[last:, V // 2 :] += 1.0
+    _, u = entries(logits, labels)
+    gpu(WHOLE)
+    for groups in ((torch.arange(N) >= last).long(), (torch.arange(N) < last).long()):
+        _, certificate, found = run(logits, labels, groups)
+        assert certificate.tail_mass > 0.2
+        off = found.scatter(1, labels[:, None], 0.0) - u
+        # Of a group's rows the errors sum to 0: of one block, whose estimates are good.
+        for group in (0, 1):
+            rows = off[groups == group]
+            assert rows.sum(0).abs().max() < 0.1 * rows.abs().sum(0).max()
+
+
 @pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_flat_rows_are_done_the_exact_way(gpu, shape):
     # Nothing is over eps, and all of it would be an average: a fifth may be, in blocks.
