@@ -212,7 +212,7 @@ def _scanned(
 
     `prepared`: of `scan_loop.Prepared`, which this takes over.
     """
-    store = None if packed is None else SlotStore.of(packed.store, packed.table)
+    store = None if packed is None else _slot_store(plan, packed)
     found = _scan_loop().forward(operands, prepared, tail, out, store)
     if found is None:
         exact, left = Results(out.statistics[:-1], *out[1:]), problem.budget - plan.store_bytes
@@ -226,6 +226,13 @@ def _scanned(
     if found[1] is not None:
         product.copy_(found[1])
     return kept
+
+
+def _slot_store(plan: SparsePlan, packed: Packed) -> SlotStore | None:
+    """What a trainable head keeps of its slots, None where it keeps nothing."""
+    if plan.store_bytes == 0:
+        return None
+    return SlotStore.of(packed.store, packed.table, remade=plan.remakes)
 
 
 def sparse_plan(problem: Problem) -> SparsePlan:
@@ -309,17 +316,19 @@ def sparse_head_gradient(
     places: Places, out: HeadGradients,
 ) -> None:  # fmt: skip
     """Fills the gradients of the head, of a sparse forward."""
-    table = HostCopy(packed.table)  # behind the forward: the device has more to do in the meantime
     plan, scored = sparse_plan(problem), score(problem.labels, problem.ignore_index)
+    # Behind the forward: the device has more to do in the meantime.
+    table = None if plan.slots else HostCopy(packed.table)
     operands = select_again(problem, scored, places)
     if operands.sizes.rows == 0:
         _fill_nothing(out)
         return
     tail = Tail.of(problem, operands, sums)
-    if plan.slots:
+    if table is None:
         sizing = (_job(problem, operands, out), problem.budget - plan.store_bytes)
         gradient = importlib.import_module("orpo_kernels.engine.sparse.slot_gradient").head_gradient
-        gradient(problem, operands, statistics, dlogps, tail, packed, table, sizing, out)
+        store = _slot_store(plan, packed)
+        gradient(problem, operands, statistics, dlogps, tail, store, sizing, out)
         return
     figures, a = _of_rows(scored, operands, dlogps, statistics)
     if operands.places is not None:

@@ -1,4 +1,4 @@
-"""The slots of a chunk to the store that a trainable head keeps for the backward.
+"""The slots of a chunk to the store that a trainable head keeps for the backward, or their columns.
 
 Row blocks lie there one after the other, each with all of its slots: those with a dense tile are
 left out, and so is the first that finds no room and whatever comes after it. The backward does
@@ -41,8 +41,8 @@ def _keep_slots_kernel(
     slots_ptr, addresses_ptr, columns_ptr,  # (slots, ROWS) bfloat16; (B, P) int32
     heads_ptr, ends_ptr,  # (5, B), (B,) int32
     chunk, first_block, blocks, listed, capacity,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WITH_SLOTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES
@@ -71,13 +71,14 @@ def _keep_slots_kernel(
     for start in range(piece * BLOCK_K, count, PIECES * BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < count
-        address = tl.load(addresses_ptr + listed_at + k, mask=inside, other=0).to(tl.int64)
         column = tl.load(columns_ptr + listed_at + k, mask=inside, other=0)
-        source = slots_ptr + address[:, None] * VECTOR + lane[None, :]
-        slot = tl.load(source, mask=inside[:, None], other=0.0)
-        out = kept_ptr + (first + k).to(tl.int64)[:, None] * ROWS + lane[None, :]
-        tl.store(out, slot, mask=inside[:, None])
         tl.store(kept_columns_ptr + first + k, column, mask=inside)
+        if WITH_SLOTS:
+            address = tl.load(addresses_ptr + listed_at + k, mask=inside, other=0).to(tl.int64)
+            source = slots_ptr + address[:, None] * VECTOR + lane[None, :]
+            slot = tl.load(source, mask=inside[:, None], other=0.0)
+            out = kept_ptr + (first + k).to(tl.int64)[:, None] * ROWS + lane[None, :]
+            tl.store(out, slot, mask=inside[:, None])
 
 
 class KeepSlots:
@@ -90,16 +91,17 @@ class KeepSlots:
         self.start = Start(
             _keep_slots_kernel,
             (
-                store.slots, store.columns, store.table, state.used.new_empty(2), state.slots,
-                state.addresses, state.columns, state.heads, counts,
+                state.slots if store.slots is None else store.slots, store.columns, store.table,
+                state.used.new_empty(2), state.slots, state.addresses, state.columns, state.heads,
+                counts,
             ),
             row,
             {
-                "ROWS": COMPACT_ROWS, "PIECES": _PIECES, "BLOCK_B": _COUNTED,
+                "WITH_SLOTS": store.slots is not None, "ROWS": COMPACT_ROWS, "PIECES": _PIECES, "BLOCK_B": _COUNTED,
                 "BLOCK_K": row.block, "VECTOR": VECTOR,
             },
         )  # fmt: skip
-        self.last = (state.shape.listed, store.slots.shape[0])
+        self.last = (state.shape.listed, store.columns.shape[0])
 
     def __call__(self, start: int, stop: int, chunk: int) -> None:
         """Launches rows `start` to `stop`, of the chunk-th chunk."""

@@ -8,6 +8,7 @@ and takes a fraction of a launch of the products. S slots, M rows, K label sets,
 vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def label_lists(labels: Tensor, vocabulary: int) -> Listed:
     return Listed.of(labels.reshape(-1).to(torch.int32), edges)
 
 
-def order_entries(columns: Tensor, count: Tensor, labels: Listed, edges: list[int]) -> Order:
+def order_entries(columns: Tensor, count: Tensor, labels: Listed, edges: Sequence[int]) -> Order:
     """With the lists of slots.
 
     Args:
@@ -64,12 +65,13 @@ def order_entries(columns: Tensor, count: Tensor, labels: Listed, edges: list[in
     """
     vocabulary = edges[-1]
     each = torch.arange(columns.shape[0], dtype=torch.int32, device=columns.device)
-    slots = Listed.of(torch.where(each < count, columns, vocabulary), labels.edges)
+    slots = Listed.of(columns.masked_fill(each >= count, vocabulary), labels.edges)
     places = torch.empty_like(each).scatter_(0, slots.entries, each)
     # Most work first: by minus what it is, and a range after the other.
-    work = (slots.ends + labels.ends).diff().clamp_(max=_APART - 1).neg_()
+    before = slots.ends + labels.ends
+    work = (before[:-1] - before[1:]).clamp_(min=1 - _APART)
     for edge in edges[1:-1]:
-        work[edge:] += _APART
+        work[edge:].add_(_APART)
     ordered, by_work = torch.sort(work, stable=True)
     ranges = len(edges) - 1
     light = torch.arange(

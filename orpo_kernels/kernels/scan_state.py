@@ -74,10 +74,15 @@ class ScanState(NamedTuple):
 
     def numbers(self, inputs: Inputs) -> tuple[float, float]:
         """Ratio and scale of the exponents, as `exponentials` takes them."""
-        scale, softcap = inputs.numbers
-        if inputs.softcap is None:
-            return 1.0, scale * _LOG2_E
-        return scale / softcap, softcap * _LOG2_E
+        return exponents(inputs)
+
+
+def exponents(inputs: Inputs) -> tuple[float, float]:
+    """Ratio and scale of the exponents, as `exponentials` takes them."""
+    scale, softcap = inputs.numbers
+    if inputs.softcap is None:
+        return 1.0, scale * _LOG2_E
+    return scale / softcap, softcap * _LOG2_E
 
 
 def product_dtype(inputs: Inputs) -> torch.dtype:

@@ -18,6 +18,9 @@ KEPT_ROUNDING = 2.0**-8
 SLOT_BYTES = 2 * COMPACT_ROWS + 4
 """Of a slot in the store, and its column."""
 
+COLUMN_BYTES = 4
+"""Of a slot of which the store has the column alone."""
+
 _ALIGNMENT = 16
 
 MOST_SPAN = 1024
@@ -53,18 +56,20 @@ def span_columns(row_blocks: int, columns: int) -> int:
 class SlotStore(NamedTuple):
     """Slots of all chunks, on the device.
 
-    slots (S, 64) bfloat16: kept entries of a column, of 64 rows; columns (S,) int32, of them;
-    table (NB or more, 2) int64: first slot of a row block and how many, -1 of one that has none
-    here and is recomputed.
+    slots (S, 64) bfloat16: kept entries of a column, of 64 rows, None where the backward makes them
+    again; columns (S,) int32, of them, ascending in a row block; table (NB or more, 2) int64: first
+    slot of a row block and how many, -1 of one that has none here and is recomputed.
     """
 
-    slots: Tensor
+    slots: Tensor | None
     columns: Tensor
     table: Tensor
 
     @classmethod
-    def of(cls, buffer: Tensor, table: Tensor) -> "SlotStore":
-        """The store in a buffer (bytes,) uint8 that starts on 16 bytes."""
+    def of(cls, buffer: Tensor, table: Tensor, *, remade: bool = False) -> "SlotStore":
+        """The store in a buffer (bytes,) uint8 that starts on 16 bytes; `remade`: without slots."""
+        if remade:
+            return cls(None, buffer[: buffer.shape[0] // 4 * 4].view(torch.int32), table)
         count = buffer.shape[0] // SLOT_BYTES
         end = count * 2 * COMPACT_ROWS
         slots = buffer[:end].view(torch.bfloat16).view(count, COMPACT_ROWS)

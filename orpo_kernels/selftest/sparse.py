@@ -150,13 +150,15 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     on_device = (labels.to(setting.device), figures.to(setting.device), mean.to(setting.device))
     inputs = _inputs(hidden, on_device[0])
     lists = gradient.label_lists(on_device[0][None], COLUMNS)
-    kept = gradient.Kept(store, lists, on_device[1], None, on_device[2])
+    kept = gradient.Kept(store, on_device[1], None, on_device[2])
     parts = [gradient.Part(out, hidden, rest.to(setting.device))]
     # Two ranges: products of the first lie in the rows of the second.
     edges, count = [0, COLUMNS // 2, COLUMNS], torch.tensor(SLOTS, device=setting.device)
     order = gradient.order_entries(store.columns, count, lists, edges)
     ranges = gradient.ranges_of(edges, order.figures)
-    has_room = gradient.from_slots(parts, inputs, kept, order, ranges, 4 * SLOTS * (WIDTH + 7))
+    counts = table[:, 1].tolist()
+    room = 4 * SLOTS * (WIDTH + 7)
+    has_room = gradient.from_slots(parts, inputs, kept, order, ranges, room, counts)
     yield Figure("without room for products", float(not has_room), 0.0)
 
     dense = torch.zeros(2, COMPACT_ROWS, COLUMNS, dtype=torch.float64)

@@ -13,7 +13,7 @@ from orpo_kernels import linear_logps, reference
 from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.kernels import has_slots
-from orpo_kernels.kernels.slot_store import SLOT_BYTES
+from orpo_kernels.kernels.slot_store import COLUMN_BYTES, SLOT_BYTES
 from tests.gpu.cases import pairwise
 from tests.gpu.waits import waits
 from tests.helpers import problem
@@ -118,7 +118,7 @@ def test_a_store_without_room(gpu, monkeypatch, blocks):
     assert min(counts[0]) > 0
 
     room = plan.aligned((sum(counts[0][:blocks]) + blocks) * SLOT_BYTES)
-    monkeypatch.setattr(plan, "slot_store_bytes", lambda *_: room)
+    monkeypatch.setattr(plan, "slot_stores", lambda *_: [plan.Store(room, False)])
     found = run(*given, workspace_bytes=budget)
     if blocks:  # without a store there is no table
         assert [each >= 0 for each in counts[1]] == [i < blocks for i in range(len(counts[0]))]
@@ -130,6 +130,29 @@ def test_a_store_without_room(gpu, monkeypatch, blocks):
     for mine, before, exact in zip(found[2:], stored[2:], (dweight, dbias), strict=True):
         assert relative(mine, exact) < 1e-5
         assert relative(before, exact) > 1e-3  # over what slots alone would be wrong by
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slots_that_are_made_again(gpu, monkeypatch, dtype, option):
+    # A store of columns alone: the same forward, and dW as right as from the slots themselves.
+    gpu.needs_cuda()
+    softcap, bias, _ = option
+    given = step(gpu, dtype, bias=bias)
+    budget, planned = 256 * 2**20, plan.plan_scan
+    monkeypatch.setattr(
+        plan, "plan_scan", lambda job, groups, _, card: planned(job, groups, budget // 2, card)
+    )
+    found = []
+    for remade, size in ((False, SLOT_BYTES), (True, COLUMN_BYTES)):
+        store = plan.Store(plan.aligned(size * given[1].shape[0] * -(-len(given[4]) // 64)), remade)
+        monkeypatch.setattr(plan, "slot_stores", lambda *_, store=store: [store])
+        found.append(run(*given, workspace_bytes=budget, softcap=softcap))
+    (logps, dhidden, *stored), (again, dhidden_again, *remade) = found
+    assert torch.equal(logps, again)
+    assert torch.equal(dhidden, dhidden_again)
+    for mine, other in zip(remade, stored, strict=True):
+        assert relative(mine, other.double()) < 2e-3
 
 
 def test_the_waits_of_a_call(gpu, monkeypatch):

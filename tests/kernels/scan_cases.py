@@ -1,5 +1,8 @@
 """The launches of the sparse forward of a GPU, for the compile report: every kernel of it."""
 
+import functools
+from typing import Any
+
 import torch
 
 from orpo_kernels.kernels.certificate import certificate
@@ -11,6 +14,7 @@ from orpo_kernels.kernels.keep_slots import KeepSlots
 from orpo_kernels.kernels.live_columns import LiveColumns
 from orpo_kernels.kernels.order_entries import label_lists, order_entries
 from orpo_kernels.kernels.pack_slots import PackSlots
+from orpo_kernels.kernels.remake_slots import remake_slots
 from orpo_kernels.kernels.scan import LOOKED, Scan
 from orpo_kernels.kernels.scan_state import ScanState, scan_state
 from orpo_kernels.kernels.slot_products import SlotProducts
@@ -109,11 +113,15 @@ def _products(dtype: torch.dtype, name: str, odd: bool) -> Yielded:
 def gradient_launches() -> Yielded:
     """Likewise, of what a trainable head adds."""
 
-    def keep():
-        KeepSlots(state_of(_given(torch.bfloat16, torch.float32, False)), _store(), 2)(0, M, 1)
+    def keep(with_slots=True):
+        store = _store() if with_slots else _store()._replace(slots=None)
+        KeepSlots(state_of(_given(torch.bfloat16, torch.float32, False)), store, 2)(0, M, 1)
 
     asked = {"wide_loads": False}
     yield "keep_slots", "keep_slots", torch.bfloat16, keep, asked
+    columns = functools.partial(keep, with_slots=False)
+    yield "keep_slots, columns alone", "keep_slots", torch.bfloat16, columns, asked
+    yield from _remade(asked)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         for odd in (False, True):
@@ -147,6 +155,28 @@ def gradient_launches() -> Yielded:
             wide = {"wide_loads": not odd}
             yield f"sum_products {name}{what}", "sum_products", dtype, add, wide
             yield f"given_back {name}{what}", "given_back", dtype, rest, wide
+
+
+def _remade(asked: dict[str, Any]) -> Yielded:
+    # In 16 bits alone, of a head of either width.
+    for dtype in (torch.bfloat16, torch.float16):
+        for everything, odd, head in (
+            (False, False, dtype), (True, False, dtype), (True, True, dtype),
+            (False, False, torch.float32),
+        ):  # fmt: skip
+
+            def remake(dtype=dtype, everything=everything, odd=odd, head=head):
+                given = _given(head, torch.float32, everything, odd)._replace(dtype=dtype)
+                if odd:
+                    hidden = tuple(_cuda(N, w.shape[1], dtype=head) for w in given.weight)
+                    given = given._replace(hidden=hidden)
+                remake_slots(_store()._replace(slots=None), given, _cuda(5, M), [SLOTS])
+
+            what = f"{'all options' if everything else 'plain'}{', odd H' * odd}"
+            what += f", {head} head".replace("torch.", "") * (head != dtype)
+            name = str(dtype).removeprefix("torch.")
+            meant = {**asked, "meant": "_remake_slots_kernel", "operands": "elements", "since": 80}
+            yield f"remake_slots {name}, {what}", f"remake_slots{'_odd' * odd}", head, remake, meant
 
 
 def _store() -> SlotStore:

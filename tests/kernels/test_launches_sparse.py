@@ -29,7 +29,7 @@ STARTED = ["label_terms", "torch.new_zeros", "first_estimate"]
 # Which rows are scored and in which group, the state, the sums of the tail, the certificate.
 MOST_OUTSIDE = 29
 # Coefficients, q, what is given back, the lists of labels and of slots: all of it before the host
-# waits for the number of slots. After it products alone, and memory for them.
+# waits for the number of slots. After it slots that are made again, products, and their memory.
 MOST_BEFORE, MOST_AFTER = 40, 3
 WAIT = "the host waits"
 
@@ -227,16 +227,21 @@ def test_a_head_that_trains(started, mib):
     forward, backward, shape = started(90, mib, kept=1300)
     loop = list(expected(shape, V, trains=True))
     around(forward, loop)
-    gradient = backward[backward.index("coefficients") :]
+    gradient = backward[backward.index("scale_rows") + 1 :]
     assert gradient.count("slot_products") == gradient.count("sum_products")
     assert gradient.count("slot_products") <= 20
     assert gradient.count("given_back") == 1
     before, after = gradient[: gradient.index(WAIT)], gradient[gradient.index(WAIT) + 1 :]
+    assert gradient.count("remake_slots") == (mib == 64)
     others = [each for each in after if each not in ("slot_products", "sum_products")]
     assert len(before) <= MOST_BEFORE, before
     assert len(others) <= MOST_AFTER, others
     # The host waits once, for what is in the store, and starts the products at once.
-    assert "given_back" in before
+    # What the device does until the host has read the number is behind the lists.
+    meanwhile = before[before.index("coefficients") :]
+    assert "given_back" in meanwhile
+    assert "torch.sort" in before
+    assert "torch.sort" not in meanwhile
     launched = {each.split("::")[-1] for each in gradient}
     assert not {"mm", "index_put", "weight_probs"} & launched
 

@@ -217,6 +217,12 @@ def kept_seconds(job: Job, slots: int, card: Card) -> float:
     return packed + gathered + tail
 
 
+def remade_seconds(job: Job, slots: int, card: Card) -> float:
+    """What it should take to make so many slots again: gathered rows of the head, and hidden."""
+    read = 1.5 * slots * job.columns * job.item / (_GATHERED * card.bandwidth)
+    return read + 2.0 * COMPACT_ROWS * slots / card.bandwidth + card.gap_s
+
+
 def slot_gradient_seconds(job: Job, ranges: Iterable[tuple[int, int, int]], card: Card) -> float:
     """What dW from kept slots should take, range by range of the vocabulary.
 

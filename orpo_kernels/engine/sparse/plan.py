@@ -5,15 +5,16 @@ and plain torch keep. Slots are what a GPU keeps whose tensor cores multiply the
 kernels (`kernels/scan.py`): a column is kept for 64 rows.
 
 A trainable head keeps its entries from forward to backward: lists in an eighth of the budget, slots
-in a quarter, or less, so that the backward has room for their products. Lists that do not fit are
-recomputed. Where any slots do not fit dW is the exact loop's; where they are likely not to, there
-is no store.
+in a quarter, or their columns alone, by the cost model: the backward then makes them again, and the
+forward has nearly the whole budget for its tiles. Lists that do not fit are recomputed. Where any
+slots do not fit dW is the exact loop's; where they are likely not to, there is no store.
 """
 
 import contextlib
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,12 +31,18 @@ from orpo_kernels.engine.budget import (
     shapes,
 )
 from orpo_kernels.engine.gpu.card import Card, card_of
-from orpo_kernels.engine.gpu.model import Job, job_of, slot_gradient_seconds
+from orpo_kernels.engine.gpu.model import (
+    Job,
+    job_of,
+    remade_seconds,
+    scan_seconds,
+    slot_gradient_seconds,
+)
 from orpo_kernels.engine.gpu.plan import plan_backward as plan_sweeps
 from orpo_kernels.engine.gpu.plan import plan_scan
 from orpo_kernels.engine.gpu.shapes import pitch
 from orpo_kernels.kernels import has_slots
-from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, aligned
+from orpo_kernels.kernels.slot_store import COLUMN_BYTES, SLOT_BYTES, ScanShape, aligned
 
 _LIST_SHARE, _SLOT_SHARE = 8, 4  # a store is at most this part of the budget
 _LIST_ROW_BYTES = 2**11  # a row of a list keeps about 50 entries, 400 bytes
@@ -51,7 +58,8 @@ loop takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
 # Times that the vocabulary is halved, at most; of slots, the last range has at most one in so many.
 _MOST_HALVINGS, _LAST_SHARE = 6, 8
 
-_ORDER_BYTES = 36  # of a slot in the backward: its place in the lists, and what sorts them
+# Of a slot in the backward: what sorts them, and its place in the order.
+_ORDER_BYTES, _PLACE_BYTES = 36, 4
 
 
 class SparsePlan(NamedTuple):
@@ -65,6 +73,7 @@ class SparsePlan(NamedTuple):
         reserved_bytes: taken beside a tile, in the forward and in the backward.
         slots: whether kept entries are slots.
         scan: of slots, the shape of their forward.
+        remakes: whether the store has the columns of slots alone.
     """
 
     tile: Plan
@@ -74,6 +83,12 @@ class SparsePlan(NamedTuple):
     reserved_bytes: int
     slots: bool
     scan: ScanShape | None = None
+    remakes: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Slots that have room in the store."""
+        return self.store_bytes // (COLUMN_BYTES if self.remakes else SLOT_BYTES)
 
 
 def takes_slots(sizes: Sizes) -> bool:
@@ -100,53 +115,102 @@ def plan_sparse(
     Raises:
         ValueError: the budget is too small for one tile, forward or backward.
     """
-    planned = _slots_planned if slots else _lists_planned
+    if slots:
+        return _slots_planned(sizes, groups, budget, trainable=trainable)
     store = 0
-    if trainable and slots:
-        store = slot_store_bytes(sizes, groups, budget)
-    elif trainable:
+    if trainable:
         row_bytes = _LIST_ROW_BYTES if sizes.on_cpu else 16 * _LIST_ROW_BYTES
         store = min(budget // _LIST_SHARE, sizes.rows * row_bytes) // 16 * 16
     if store > 0:
         with contextlib.suppress(TooSmallError):
-            return planned(sizes, groups, budget, store, trainable)
-    return planned(sizes, groups, budget, 0, trainable)
+            return _lists_planned(sizes, groups, budget, store, trainable)
+    return _lists_planned(sizes, groups, budget, 0, trainable)
 
 
-def _slots_planned(
-    sizes: Sizes, groups: int, budget: int, store: int, trainable: bool
-) -> SparsePlan:
+def _slots_planned(sizes: Sizes, groups: int, budget: int, *, trainable: bool) -> SparsePlan:
     job, card = job_of(sizes, sizes.wide_bytes), card_of(sizes.device)
-    shape, need = plan_scan(job, groups, budget - store, card)
-    if trainable:  # rows that are recomputed, whichever they are
-        plan_sweeps(replace(job, in_result=False), budget - store, card)
-    tile = Plan(shape.rows, shape.columns, need + store, COMPACT_ROWS)
-    blocks = -(-sizes.vocabulary // shape.columns)
-    items = -(-sizes.rows // COMPACT_ROWS)
-    return SparsePlan(tile, blocks, items, store, store, True, shape)
+
+    def planned(store: Store) -> SparsePlan:
+        left = budget - store.size
+        shape, need = plan_scan(job, groups, left, card)
+        if trainable:  # rows that are recomputed, whichever they are
+            plan_sweeps(replace(job, in_result=False), left, card)
+        tile = Plan(shape.rows, shape.columns, need + store.size, COMPACT_ROWS)
+        blocks = -(-sizes.vocabulary // shape.columns)
+        items = -(-sizes.rows // COMPACT_ROWS)
+        return SparsePlan(tile, blocks, items, store.size, store.size, True, shape, store.remade)
+
+    def seconds(plan: SparsePlan) -> float:
+        left = budget - plan.store_bytes
+        return trainable_seconds(job, groups, left, plan.scan, plan.capacity, plan.remakes, card)
+
+    found = []
+    for store in slot_stores(sizes, groups, budget) if trainable else []:
+        with contextlib.suppress(TooSmallError):
+            found.append(planned(store))
+    return min(found, key=seconds) if found else planned(Store(0, False))
 
 
-def slot_store_bytes(sizes: Sizes, groups: int, budget: int) -> int:
-    """Bytes of the store of a trainable head, 0 where text would not have room in it.
+@functools.lru_cache(maxsize=1024)
+def trainable_seconds(
+    job: Job, groups: int, left: int, scan: ScanShape | None, capacity: int, remakes: bool,
+    card: Card,
+) -> float:  # fmt: skip
+    """What a forward of slots and dW from them should take, with so many bytes beside the store."""
+    slots = min(capacity, _slots(job, _LEAST_KEPT))
+    room = left - gradient_bytes(job, groups, capacity, capacity * remakes)
+    edges = planned_edges(job, capacity, room, card)
+    ranges = range_panels(job, edges, even_slots(edges, slots), room)
+    if scan is None or ranges is None:
+        return math.inf
+    remade = remade_seconds(job, slots, card) if remakes else 0.0
+    return scan_seconds(job, scan, card) + remade + slot_gradient_seconds(job, ranges, card)
+
+
+class Store(NamedTuple):
+    """Bytes that a trainable head keeps of its slots; `remade`: of their columns alone."""
+
+    size: int
+    remade: bool
+
+
+def slot_stores(sizes: Sizes, groups: int, budget: int) -> list[Store]:
+    """Stores a trainable head may have, none where text would not have room in any.
 
     The backward takes it, lists of its slots and, at least, a panel of the products of a last range
-    of the vocabulary with an 8th of them; those of the others lie in dW.
+    of the vocabulary with an 8th of them; those of the others lie in dW. Slots of 16-bit products
+    can be made again, in the backward's memory.
     """
-    each = SLOT_BYTES + _ORDER_BYTES + 4 * LEAST_PANEL // _LAST_SHARE
-    room = budget - gradient_bytes(job_of(sizes, sizes.wide_bytes), groups, 0)
-    blocks = -(-sizes.rows // COMPACT_ROWS)
-    most, least = (blocks * -(-sizes.vocabulary // k) for k in (_MOST_KEPT, _LEAST_KEPT))
-    count = min(most, budget // _SLOT_SHARE // SLOT_BYTES, room // each)
-    return aligned(count * SLOT_BYTES) if count >= least else 0
+    job = job_of(sizes, sizes.wide_bytes)
+    room = budget - gradient_bytes(job, groups, 0)
+    last = 4 * LEAST_PANEL // _LAST_SHARE
+    of_slots = SLOT_BYTES + max(_ORDER_BYTES, _PLACE_BYTES + last)
+    of_columns = COLUMN_BYTES + max(_ORDER_BYTES, _PLACE_BYTES + 2 * COMPACT_ROWS + last)
+    counts = [(min(room // of_slots, budget // _SLOT_SHARE // SLOT_BYTES), SLOT_BYTES, False)]
+    if job.item == 2:
+        counts.append((room // of_columns, COLUMN_BYTES, True))
+    return [
+        Store(aligned(min(count, _slots(job, _MOST_KEPT)) * size), remade)
+        for count, size, remade in counts
+        if count >= _slots(job, _LEAST_KEPT)
+    ]
 
 
-def gradient_bytes(job: Job, groups: int, slots: int) -> int:
+def gradient_bytes(job: Job, groups: int, slots: int, remade: int = 0) -> int:
     """What the gradient of the head takes for so many kept slots, beside them and their products.
 
-    Lists of the vocabulary and what sorts them; of labels, likewise; coefficients; the tail.
+    Lists of the vocabulary and what sorts them; of labels, likewise; coefficients; the tail; of
+    slots, their places; and those that are made again.
     """
     of_rows = job.rows * (20 + 32 * job.label_sets)
-    return of_rows + job.vocabulary * (64 + 4 * groups) + 64 * job.columns + slots * _ORDER_BYTES
+    of_slots = slots * _PLACE_BYTES + 2 * COMPACT_ROWS * remade
+    return of_rows + job.vocabulary * (64 + 4 * groups) + 64 * job.columns + of_slots
+
+
+def even_slots(edges: Sequence[int], slots: int) -> list[int]:
+    """Slots of every range, where they are evenly in the vocabulary."""
+    spread = [slots * edge // edges[-1] for edge in edges]
+    return [last - first for first, last in itertools.pairwise(spread)]
 
 
 def panel_columns(columns: int, slots: int, room: int) -> int:
@@ -165,7 +229,7 @@ def panel_columns(columns: int, slots: int, room: int) -> int:
 
 
 def range_panels(
-    job: Job, edges: list[int], slots: list[int], room: int
+    job: Job, edges: Sequence[int], slots: list[int], room: int
 ) -> list[tuple[int, int, int]] | None:
     """Columns, slots and panel of every range of the vocabulary, None where one has no room.
 
@@ -182,21 +246,19 @@ def range_panels(
 
 
 @functools.lru_cache(maxsize=1024)
-def planned_edges(job: Job, capacity: int, room: int, card: Card) -> list[int]:
+def planned_edges(job: Job, capacity: int, room: int, card: Card) -> tuple[int, ...]:
     """Where ranges of the vocabulary begin and end, as is fastest for what text keeps.
 
     Each is half of what is left, and so is the last.
     """
     slots, vocabulary = min(capacity, _slots(job, _LEAST_KEPT)), job.vocabulary
 
-    def edges(halvings: int) -> list[int]:
+    def edges(halvings: int) -> tuple[int, ...]:
         begins = {vocabulary - (vocabulary >> k) for k in range(halvings + 1)}
-        return sorted(begins | {vocabulary})
+        return *sorted(begins), vocabulary
 
     def seconds(halvings: int) -> float:
-        spread = [slots * edge // vocabulary for edge in edges(halvings)]
-        counts = [last - first for first, last in itertools.pairwise(spread)]
-        ranges = range_panels(job, edges(halvings), counts, room)
+        ranges = range_panels(job, edges(halvings), even_slots(edges(halvings), slots), room)
         return math.inf if ranges is None else slot_gradient_seconds(job, ranges, card)
 
     return edges(min(range(_MOST_HALVINGS + 1), key=seconds))

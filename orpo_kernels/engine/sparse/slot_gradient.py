@@ -1,6 +1,7 @@
 """dW and db of a GPU, from the slots that the forward kept.
 
-    before it is known how many coefficients, lists of labels and of slots, the tail's rows
+    before it is known how many lists of labels and of slots, coefficients, the tail's rows
+    (where the store has columns alone) slots made again
     for a range of the vocabulary:
         for a panel of H:
             slot products       kept slots times rows of hidden states
@@ -8,20 +9,21 @@
 
     dW_v = sum_t share_t 1[v = y_t] h_t - sum_t softmax_t slot_tv h_t - sum_g q_gv rest_g
 
-The products of a range lie in what of dW comes after it, which is not written yet, where that is
-more than the budget leaves: so a range is half of what is left, and the last has the budget. Ranges
-are a matter of sizes, panels of the slots that a range has; no bit depends on either.
+The products of a range lie in what of dW comes after it, which is not written yet, or in what the
+budget leaves: so a range is half of what is left, and the last has the budget. Ranges are a matter
+of sizes, panels of the slots that a range has; no bit depends on either.
 
 All rows or none: where a row block kept nothing (it is dense, or found no room in the store), dW is
 the exact loop's, and so where a range keeps so much that its products have no room. Parts of it
 made in two ways would have to be rounded one by one, and they cancel: chosen answers against
-rejected ones. Which it is the host learns from a table that is copied to it behind the lists, the
+rejected ones. Which it is the host learns from numbers that are copied to it behind the lists, the
 one wait: what does not depend on it is started before, so that the device has something to do until
 the host has read it. While a CUDA graph is captured it cannot be read, and dW is exact. db is the
 same with a column of ones for the hidden states.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,13 +45,14 @@ from orpo_kernels.engine.sparse.plan import (
     panel_columns,
     planned_edges,
 )
-from orpo_kernels.engine.sparse.tail import Packed, Tail
+from orpo_kernels.engine.sparse.tail import Tail
 from orpo_kernels.engine.weight_gradient import HeadGradients
 from orpo_kernels.kernels import tuning
 from orpo_kernels.kernels.coefficients import Slopes, coefficients, unit_of
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.order_entries import Listed, Order, label_lists, order_entries
+from orpo_kernels.kernels.remake_slots import remake_slots
 from orpo_kernels.kernels.slot_products import SlotProducts
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.sum_products import SumProducts
@@ -59,7 +62,6 @@ class Kept(NamedTuple):
     """What dW from slots is made of, but for their number and order."""
 
     store: SlotStore
-    labels: Listed
     rows: Tensor  # (5, M) float32: of `coefficients`
     unit: Tensor | None  # (1,) float32
     mean: Tensor  # (G, V) float32: q
@@ -73,11 +75,7 @@ class Kept(NamedTuple):
         unit = None
         if inputs.dtype == torch.float16:
             unit = unit_of(rows[4], None, inputs.positions)
-        labels = inputs.labels[None]
-        if inputs.second is not None:
-            labels = torch.stack((inputs.labels, inputs.second))
-        mean = tail.mean()
-        return cls(store, label_lists(labels, mean.shape[1]), rows, unit, mean)
+        return cls(store, rows, unit, tail.mean())
 
 
 class Part(NamedTuple):
@@ -88,14 +86,13 @@ class Part(NamedTuple):
     rest: Tensor  # (G, H): of `given_back`
 
 
-def head_gradient(  # noqa: PLR0913 - what `engine/run.py` has of a call
+def head_gradient(
     problem: Problem,
     operands: Operands,
     statistics: Tensor,
     dlogps: Tensor,
     tail: Tail,
-    packed: Packed,
-    table: HostCopy,
+    store: SlotStore | None,
     sizing: tuple[Job, int],
     out: HeadGradients,
 ) -> None:
@@ -107,32 +104,60 @@ def head_gradient(  # noqa: PLR0913 - what `engine/run.py` has of a call
         statistics: (8, N) of the forward.
         dlogps: (K, ...).
         tail: of the scored rows.
-        packed: of the forward.
-        table: that of `packed`, on its way to the host.
+        store: of the forward, or None.
         sizing: sizes of the scored rows, and bytes without the store.
         out: to be filled.
     """
     inputs, slopes, (job, budget) = inputs_of(operands), slopes_of(problem, dlogps), sizing
     with tuning.guard(statistics.device):
-        if packed.store.shape[0] > 0 and not is_capturing(statistics.device):
-            store = SlotStore.of(packed.store, packed.table)
-            kept = Kept.of(inputs, statistics, slopes, tail, store)
-            capacity, card = store.columns.shape[0], card_of(statistics.device)
-            left = budget - gradient_bytes(job, tail.sums.shape[0], capacity)
-            edges = planned_edges(_lending(job, out), capacity, left, card)
+        if store is not None and not is_capturing(statistics.device):
             rows = -(-operands.sizes.rows // COMPACT_ROWS)
-            order = order_entries(
-                store.columns, store.table[:rows, 1].clamp(min=0).sum(), kept.labels, edges
-            )
-            figures = HostCopy(order.figures)
+            sizes = Sizing(_lending(job, out), budget, tail.sums.shape[0], store)
+            edges = planned_edges(sizes.job, *sizes.planned, card_of(statistics.device))
+            count = store.table[:rows, 1].clamp(min=0).sum()
+            order = order_entries(store.columns, count, _label_lists(inputs, job), edges)
+            figures = HostCopy(torch.cat((store.table[:rows, 1], order.figures)))
+            # What the device does until the host has read them.
+            kept = Kept.of(inputs, statistics, slopes, tail, store)
             parts = _parts(inputs, statistics, kept.rows, tail, out)
-            if min(kept_blocks(table.get()[:rows])) >= 0:
-                ranges = ranges_of(edges, figures.get())
-                if from_slots(parts, inputs, kept, order, ranges, left):
+            found = figures.get()
+            counts = kept_blocks(found[:rows])
+            if min(counts) >= 0:
+                ranges, room = ranges_of(edges, found[rows:]), sizes.room(sum(counts))
+                if from_slots(parts, inputs, kept, order, ranges, room, counts):
                     return
             del kept, order, parts  # the exact loop has the whole budget
         plan = plan_backward(job, budget, card_of(statistics.device))
         backward.weight_gradient(inputs, statistics, slopes, plan.sweeps, None, out)
+
+
+def _label_lists(inputs: Inputs, job: Job) -> Listed:
+    labels = inputs.labels[None]
+    if inputs.second is not None:
+        labels = torch.stack((inputs.labels, inputs.second))
+    return label_lists(labels, job.vocabulary)
+
+
+class Sizing(NamedTuple):
+    """What the budget leaves beside the store: for how many slots, for their products."""
+
+    job: Job
+    budget: int
+    groups: int
+    store: SlotStore
+
+    def room(self, slots: int) -> int:
+        """Bytes of products, of so many slots."""
+        remade = slots if self.store.slots is None else 0
+        return self.budget - gradient_bytes(
+            self.job, self.groups, self.store.columns.shape[0], remade
+        )
+
+    @property
+    def planned(self) -> tuple[int, int]:
+        """Slots the store has room for, and bytes of products of as many."""
+        capacity = self.store.columns.shape[0]
+        return capacity, self.room(capacity)
 
 
 def _lending(job: Job, out: HeadGradients) -> Job:
@@ -144,10 +169,10 @@ def _lending(job: Job, out: HeadGradients) -> Job:
     return replace(job, columns=columns, result_item=item, in_result=True)
 
 
-def kept_blocks(table: Tensor) -> list[int]:
+def kept_blocks(counts: Tensor) -> list[int]:
     """Slots of every row block, -1 where it has none in the store; of a table on the host."""
-    counts: list[int] = table[:, 1].tolist()
-    return counts
+    found: list[int] = counts.tolist()
+    return found
 
 
 class Range(NamedTuple):
@@ -165,7 +190,7 @@ class Range(NamedTuple):
         return self.end - self.product
 
 
-def ranges_of(edges: list[int], figures: Tensor) -> list[Range]:
+def ranges_of(edges: Sequence[int], figures: Tensor) -> list[Range]:
     """All of them, from the figures of `Order` on the host."""
     known, count = figures.tolist(), len(edges) - 1
     pairs = zip(
@@ -211,15 +236,22 @@ class Scratch:
 
 
 def from_slots(
-    parts: list[Part], inputs: Inputs, kept: Kept, order: Order, ranges: list[Range], room: int
-) -> bool:
-    """Fills parts of dW from slots; says no where the products of a range have no room."""
+    parts: list[Part], inputs: Inputs, kept: Kept, order: Order, ranges: list[Range], room: int,
+    counts: list[int],
+) -> bool:  # fmt: skip
+    """Fills parts of dW from slots; says no where the products of a range have no room.
+
+    `room`: bytes beside all that is there and slots that are made again; `counts`: slots of every
+    row block.
+    """
     scratch = Scratch(parts, room)
     # That which lends its memory comes last.
     parts = sorted(parts, key=lambda part: part.target is scratch.lender)
     panels = [[scratch.panel(part, each) for each in ranges] for part in parts]
     if not all(itertools.chain(*panels)):
         return False
+    if kept.store.slots is None:
+        kept = kept._replace(store=remake_slots(kept.store, inputs, kept.rows, counts))
     for part, widths in zip(parts, panels, strict=True):
         for each, width in zip(ranges, widths, strict=True):
             _fill(part, inputs, kept, order, each, scratch.products(part, each, width))

@@ -1,6 +1,5 @@
 """Where kept entries are slots: which calls take them, and tiles and stores within the budget."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -48,17 +47,12 @@ def test_everything_fits_the_budget(budget, head, trainable):
         job = job_of(problem, problem.wide_bytes)
         left = budget - found.store_bytes
         assert plan_backward(job, left, card_of(CUDA)).workspace_bytes <= left
-        slots = found.store_bytes // SLOT_BYTES
+        slots = found.capacity
         if slots:
-            room = left - plan.gradient_bytes(job, 2, slots)
+            assert plan.gradient_bytes(job, 2, 0) + 36 * slots <= left  # while they are sorted
+            room = left - plan.gradient_bytes(job, 2, slots, slots * found.remakes)
             edges = plan.planned_edges(job, slots, room, card_of(CUDA))
-            assert plan.range_panels(job, edges, _even(edges, slots), room)
-
-
-def _even(edges, slots):
-    """Slots of every range, where they are evenly in the vocabulary."""
-    spread = [slots * edge // edges[-1] for edge in edges]
-    return [last - first for first, last in itertools.pairwise(spread)]
+            assert plan.range_panels(job, edges, plan.even_slots(edges, slots), room)
 
 
 @pytest.mark.parametrize("mib", [136, 256, 512, 1431])
@@ -68,7 +62,7 @@ def test_products_lie_in_what_is_not_written_yet(mib):
     for slots in (220_000, 440_000):
         room = mib * 2**20 // 2
         edges = plan.planned_edges(job, slots, room, card)
-        ranges = plan.range_panels(job, edges, _even(edges, slots), room)
+        ranges = plan.range_panels(job, edges, plan.even_slots(edges, slots), room)
         took = model.slot_gradient_seconds(job, ranges, card)
         assert sum(columns for columns, *_ in ranges) == 128_256
         for (_, count, panel), last in zip(ranges, edges[1:], strict=True):
@@ -92,17 +86,32 @@ def test_a_range_that_keeps_too_much_has_no_room():
     assert plan.range_panels(replace(job, in_result=False), edges, [65_537, *counts], room) is None
 
 
-def test_a_store_holds_what_text_keeps():
+def test_a_store_holds_what_text_keeps(monkeypatch):
     # At 1.34 % of the columns of 64 rows, 8,192 rows of Llama 3's vocabulary keep 220,000 slots.
-    stores = []
-    for mib in (64, 256, 1024):
-        problem = sizes((4096, 128_256), CUDA, rows=8192)
-        found = plan.plan_sparse(problem, 2, mib * 2**20, trainable=True, slots=True)
-        assert found.store_bytes <= mib * 2**20 // 4 + 16
-        stores.append(found.store_bytes // SLOT_BYTES)
-    # Where they have no room, beside products of 64 columns, there is no store.
-    assert stores[0] == 0
-    assert min(stores[1:]) > 220_000
+    monkeypatch.setattr(plan, "card_of", lambda device: H200)
+    problem = sizes((4096, 128_256), CUDA, rows=8192)
+    found = {
+        mib: plan.plan_sparse(problem, 2, mib * 2**20, trainable=True, slots=True)
+        for mib in (48, 64, 96, 256, 1024)
+    }
+    # Where they have no room in the backward either there is no store.
+    assert found[48].store_bytes == 0
+    for mib in (64, 96, 256, 1024):
+        assert found[mib].store_bytes <= mib * 2**20 // 4 + 16
+        assert found[mib].capacity > 250_000
+    # Of little memory the forward has nearly all: columns of slots, which are made again.
+    assert [each.remakes for each in found.values()] == [False, True, True, False, False]
+    frozen = plan.plan_sparse(problem, 2, 64 * 2**20, trainable=False, slots=True)
+    assert found[64].store_bytes < 2**21
+    alike = (frozen.scan, found[64].scan)
+    seconds = [model.scan_seconds(job_of(problem, 2), shape, H200) for shape in alike]
+    assert seconds[1] < 1.1 * seconds[0]
+
+
+def test_float32_products_are_not_made_again():
+    problem = sizes((4096, 128_256), CUDA, rows=8192, dtype=torch.float32)
+    assert plan.slot_stores(problem, 2, 64 * 2**20) == []
+    assert [each.remade for each in plan.slot_stores(problem, 2, 256 * 2**20)] == [False]
 
 
 def test_a_budget_below_one_tile_is_refused():
@@ -118,4 +127,7 @@ def test_a_store_is_what_its_bytes_say():
     store.slots.fill_(1)
     store.columns.fill_(2)  # no two overlap
     assert (store.slots == 1).all()
+    alone = SlotStore.of(buffer, table, remade=True)
+    assert alone.slots is None
+    assert alone.columns.shape == (10 * SLOT_BYTES // 4 + 2,)
     assert store.columns.data_ptr() % 16 == buffer.data_ptr() % 16

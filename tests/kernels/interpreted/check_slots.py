@@ -3,11 +3,13 @@
 Programs run in a random order; no two of them may touch one byte. What is not written is NaN.
 """
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from orpo_kernels import reference
 from orpo_kernels.engine.sparse import plan
 from orpo_kernels.engine.sparse.slot_gradient import (
     Kept,
@@ -20,9 +22,10 @@ from orpo_kernels.kernels.certificate import certificate
 from orpo_kernels.kernels.given_back import given_back
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.keep_slots import KeepSlots
-from orpo_kernels.kernels.order_entries import label_lists, order_entries
+from orpo_kernels.kernels.order_entries import Listed, label_lists, order_entries
+from orpo_kernels.kernels.remake_slots import remake_slots
 from orpo_kernels.kernels.scan_state import scan_state
-from orpo_kernels.kernels.slot_store import SLOT_BYTES, ScanShape, SlotStore
+from orpo_kernels.kernels.slot_store import COLUMN_BYTES, SLOT_BYTES, ScanShape, SlotStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,11 +58,13 @@ def fill(state, counts, dense):
         first += count
 
 
-def store_of(capacity, blocks):
-    buffer = torch.empty(capacity * SLOT_BYTES, dtype=torch.uint8).fill_(255)
-    return SlotStore.of(buffer, torch.full((blocks, 2), -1))
+def store_of(capacity, blocks, remade=False):
+    size = COLUMN_BYTES if remade else SLOT_BYTES
+    buffer = torch.empty(capacity * size, dtype=torch.uint8).fill_(255)
+    return SlotStore.of(buffer, torch.full((blocks, 2), -1), remade=remade)
 
 
+@pytest.mark.parametrize("remade", [False, True], ids=["slots", "columns alone"])
 @pytest.mark.parametrize(
     ("capacity", "kept"),
     [
@@ -68,10 +73,10 @@ def store_of(capacity, blocks):
         pytest.param(130, [0, 1], id="nor does the end of the first: none after it"),
     ],
 )
-def test_what_is_kept(capacity, kept):
+def test_what_is_kept(capacity, kept, remade):
     # Two chunks of three row blocks: more slots than a program copies at once, none, a dense one.
     counts, dense = ([130, 0, 50], [40, 60, 1]), ([0, 0, 1], [0, 0, 0])
-    store, state, first = store_of(capacity, 6), state_of(200, 3, 300, 140), 0
+    store, state, first = store_of(capacity, 6, remade), state_of(200, 3, 300, 140), 0
     keep = KeepSlots(state, store, 1)
     for index in range(2):
         fill(state, counts[index], dense[index])
@@ -84,7 +89,7 @@ def test_what_is_kept(capacity, kept):
             assert table == [first, count]
             mine, here = slice(first, first + count), state.addresses[block, :count].long() // 8
             assert torch.equal(store.columns[mine], state.columns[block, :count])
-            assert torch.equal(store.slots[mine], state.slots[here])
+            assert remade or torch.equal(store.slots[mine], state.slots[here])
             first += count
     assert (store.columns[first:] == -1).all()
 
@@ -95,6 +100,7 @@ class Given(NamedTuple):
     inputs: Inputs
     hidden: torch.Tensor
     kept: Kept
+    lists: Listed
     counts: list[int]
     rest: torch.Tensor
     true: torch.Tensor
@@ -103,14 +109,14 @@ class Given(NamedTuple):
     def order(self, edges):
         """Lists of slots, and the ranges of the vocabulary."""
         count = torch.tensor(sum(self.counts))
-        order = order_entries(self.kept.store.columns, count, self.kept.labels, edges)
+        order = order_entries(self.kept.store.columns, count, self.lists, edges)
         return order, ranges_of(edges, order.figures)
 
     def gradient(self, out, edges, room):
         """Fills `out`; whether it had room."""
         order, ranges = self.order(edges)
         part = Part(out, self.hidden, self.rest)
-        return from_slots([part], self.inputs, self.kept, order, ranges, room)
+        return from_slots([part], self.inputs, self.kept, order, ranges, room, self.counts)
 
     def check(self, out, dtype):
         """Two operands rounded, the interpreter truncates; the result rounded once."""
@@ -148,9 +154,9 @@ def given_slots(dtype, rows, V, H, counts):
     tail = mean.double().t() @ rest.double()
     true, size = matrix.t() @ hidden - tail, matrix.abs().t() @ hidden.abs() + tail.abs()
     lists = label_lists(torch.stack((labels, second)), V)
-    kept = Kept(store, lists, figures, unit if dtype == torch.float16 else None, mean)
+    kept = Kept(store, figures, unit if dtype == torch.float16 else None, mean)
     given = inputs(everything, labels, second, positions)
-    return Given(given, everything, kept, counts, rest, true, size)
+    return Given(given, everything, kept, lists, counts, rest, true, size)
 
 
 # Rows, columns, H, columns of a panel.
@@ -217,13 +223,66 @@ def test_what_lends_its_memory_comes_last():
         Part(torch.full((400, 1), torch.nan), of_bias, given.rest[:, :1].contiguous()),
     ]
     arguments = (given.inputs, given.kept, order, ranges)
-    assert from_slots(parts, *arguments, 4 * 64 * 320)
+    assert from_slots(parts, *arguments, 4 * 64 * 320, given.counts)
     given.check(parts[0].target, torch.bfloat16)
     found = [part.target.clone() for part in parts]
     torch.testing.assert_close(found[1], found[0][:, :8], rtol=1e-5, atol=1e-5)
-    assert from_slots(parts[1:], *arguments, 4 * 8 * 320)
+    assert from_slots(parts[1:], *arguments, 4 * 8 * 320, given.counts)
     assert all(torch.equal(part.target, each) for part, each in zip(parts, found, strict=True))
-    assert not from_slots(parts[1:], *arguments, 4 * 8 * 320 - 1)
+    assert not from_slots(parts[1:], *arguments, 4 * 8 * 320 - 1, given.counts)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slots_are_made_again(dtype, everything):
+    # As `pack_slots` defines them: labels 0, E to a reference that is a power of two. H and r of
+    # one vector and a half; a float32 head, and 16-bit logits, among the options.
+    rows, V, H, r, counts = 150, 300, 60, 12, [140, 0, 17]
+    head = torch.float32 if everything else dtype
+    positions, N = torch.randperm(200)[:rows], 200
+    widths = [H, r] if everything else [H]
+    hidden = tuple(torch.randn(2, N // 2, each).to(dtype) for each in widths)
+    weight = tuple((torch.randn(V, each) / each**0.5).to(head) for each in widths)
+    bias = torch.randn(V) if everything else None
+    labels, second = (torch.randint(-1, V, (rows,)) for _ in range(2))
+    scale, softcap = (-0.7, 4.0) if everything else (1.3, None)
+    wide = torch.float16 if everything and dtype == torch.float16 else torch.float32
+    given = Inputs(
+        hidden, weight, bias, labels, second if everything else None, positions, None, scale,
+        softcap, dtype, wide,
+    )  # fmt: skip
+    store, first = store_of(sum(counts) + 5, 3, remade=True), 0
+    for block, count in enumerate(counts):
+        store.table[block] = torch.tensor([first, count])
+        store.columns[first : first + count] = torch.randperm(V)[:count].sort().values.int()
+        first += count
+    store.columns[0] = labels[0] = 1
+    power = torch.randint(-3, 6, (rows,))
+    figures = torch.rand(5, rows)
+    figures[0] = power * math.log(2.0)
+
+    found = remake_slots(store, given, figures, counts)
+    assert found.slots.shape == (sum(counts), 64)
+    x = sum(h.flatten(0, 1)[positions].double() @ w.to(dtype).double().t()
+            for h, w in zip(hidden, weight, strict=True))  # fmt: skip
+    raw = x.to(wide).double()
+    sets = torch.stack((labels, second)) if everything else labels[None]
+    z, slope = reference.transform(raw if bias is None else raw + bias, scale, softcap)
+    u = torch.exp(z - figures[0].double()[:, None]) * slope
+    for each in sets:
+        u[each >= 0, each[each >= 0]] = 0.0
+    first = 0
+    for block, count in enumerate(counts):
+        here = slice(64 * block, min(64 * block + 64, rows))
+        mine = slice(first, first + count)
+        true = u[here][:, store.columns[mine].long()].t()
+        step = torch.finfo(torch.bfloat16).eps / 2 + (4e-3 if wide == torch.float16 else 1e-4)
+        lanes = true.shape[1]
+        error = (found.slots[mine, :lanes].double() - true).abs()
+        assert (error <= step * true.abs()).all()
+        assert (found.slots[mine, lanes:] == 0).all()
+        first += count
+    assert found.slots[0, 0] == 0
 
 
 def test_sums_come_in_the_order_of_rows_and_the_heavy_columns_first():

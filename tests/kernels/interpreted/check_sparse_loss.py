@@ -16,7 +16,7 @@ from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop, slot_gradient
 from orpo_kernels.kernels import live_columns, scan, tuning
 from orpo_kernels.kernels.scan import LOOKED
-from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, SLOT_BYTES, ScanShape
+from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, ScanShape
 from orpo_kernels.linear_logps import certified_logps
 from orpo_kernels.loss import orpo_loss_from_logps
 from orpo_kernels.options import LogpsOptions
@@ -259,37 +259,6 @@ def test_same_bits_twice(case, monkeypatch):
     assert torch.equal(one[0], two[0])
     for name in one[2]:
         assert torch.equal(one[2][name], two[2][name])
-
-
-@pytest.mark.parametrize("workspace", [None, BLOCKS], ids=["one chunk", "two chunks"])
-def test_rows_that_find_no_room_in_the_store(workspace, monkeypatch):
-    # Room for the first 64 rows, or for none: dW is exact then, and dhidden does not ask.
-    case = Case(torch.float32, trains=True, bias=True, workspace=workspace)
-    given = problem(case, monkeypatch)
-    everything = run(case, given)
-    shape = shapes[-1]
-    monkeypatch.setattr(plan, "plan_scan", lambda *_: (shape._replace(rows=64), 0))
-    counts, kept_blocks = [], slot_gradient.kept_blocks
-
-    def noted(table):
-        counts.append(kept_blocks(table))
-        return counts[-1]
-
-    monkeypatch.setattr(slot_gradient, "kept_blocks", noted)
-    whole = run(case, given)
-    assert min(counts[-1]) > 0
-    for room, rows in ((counts[-1][0] + 1, 64), (counts[-1][0] - 1, 0)):
-        monkeypatch.setattr(
-            plan, "slot_store_bytes", lambda *_, room=room: plan.aligned(room * SLOT_BYTES)
-        )
-        logps, _, found = run(case, given)
-        assert [each >= 0 for each in counts[-1]] == [rows > 0, False]
-        assert torch.equal(logps, whole[0])
-        assert torch.equal(found["hidden"], whole[2]["hidden"])
-        true = truth(case, given, shape.columns, slice(None), LOOKED)
-        for name, each in found.items():
-            assert relative(each, true.gradients[name]) < 3.5e-3, name
-    assert relative(everything[2]["weight"], true.gradients["weight"]) > 0.015
 
 
 def test_with_a_dense_row_block_the_gradient_of_the_head_is_exact(monkeypatch):
