@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -56,6 +57,34 @@ def test_who_waits_lets_another_work() -> None:
         other.start()
         assert not worked.wait(0.05)
     other.join()
+
+
+def test_who_has_waited_is_before_those_who_begin() -> None:
+    turns, order, go = Turns(1), list[str](), threading.Event()
+
+    def begin(name: str) -> None:
+        with turns.taken():
+            order.append(name)
+            assert go.wait(10)
+
+    def when_resuming() -> None:
+        while not turns._resuming:
+            time.sleep(0.001)
+        go.set()
+
+    threads = [threading.Thread(target=begin, args=(name,)) for name in ("first", "second")]
+    with turns.taken():
+        with turns.waiting():
+            threads[0].start()
+            while not order:
+                time.sleep(0.001)
+            threads.append(threading.Thread(target=when_resuming))
+            for each in threads[1:]:
+                each.start()
+        order.append("has waited")
+    for each in threads:
+        each.join()
+    assert order == ["first", "has waited", "second"]
 
 
 def test_transformers_is_waited_for_where_there_is_time(monkeypatch: MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import queue
 import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -237,6 +238,7 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
     for each in others:  # copies of the others' ends would keep them open
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is told, and ends the workers
+    warnings.simplefilter("ignore")  # Triton's are said by the process that launches
     while True:
         try:
             kernel = connection.recv()

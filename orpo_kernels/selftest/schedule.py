@@ -8,10 +8,10 @@ of its own.
 
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -37,29 +37,43 @@ class Turns:
 
     def __init__(self, count: int) -> None:
         """`count` of them."""
-        self._free, self._here = threading.Semaphore(count), threading.local()
+        self._changed, self._here = threading.Condition(), threading.local()
+        self._free, self._resuming = count, 0
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Within, this thread is at work."""
-        with self._free:
-            self._here.taken = True
-            try:
-                yield
-            finally:
-                self._here.taken = False
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within, another is at work meanwhile."""
-        if not getattr(self._here, "taken", False):  # none of ours
-            yield
-            return
-        self._free.release()
+        with self._changed:
+            self._changed.wait_for(lambda: self._free > 0 and self._resuming == 0)
+            self._free -= 1
+        self._here.taken = True
         try:
             yield
         finally:
-            self._free.acquire()
+            self._here.taken = False
+            self._give_back()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, another is at work meanwhile; afterwards this one is before those that begin."""
+        if not getattr(self._here, "taken", False):  # none of ours
+            yield
+            return
+        self._give_back()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._resuming += 1
+                self._changed.wait_for(lambda: self._free > 0)
+                self._resuming -= 1
+                self._free -= 1
+                self._changed.notify_all()
+
+    def _give_back(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
 
 
 class Plan(NamedTuple):
@@ -91,7 +105,7 @@ def plan_of(device: torch.device, *, forks: bool) -> Plan:
     if not forks:
         return Plan(min(MOST_THREADS, processors()))
     workers = min(MOST_WORKERS, processors())
-    return Plan(2 * workers + AT_WORK, Turns(AT_WORK), workers)
+    return Plan(workers + AT_WORK, Turns(AT_WORK), workers)
 
 
 class Limit:
@@ -151,13 +165,35 @@ def run(
     order = list(range(len(cases)))
     if plan.threads > 1:
         order = sorted(order, key=lambda i: _urgency(cases[i]))
-    check = partial(_unless_late, device=device, turns=plan.turns, limit=limit)
-    # One thread of torch's each: problems this small gain nothing from more.
-    with ThreadPoolExecutor(plan.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        take = pool.map if plan.threads > 1 else map
-        found = dict(zip(order, take(check, [cases[i] for i in order]), strict=True))
+    waiting, found = deque(order), dict[int, Check | None]()
+
+    def work() -> None:
+        while True:
+            # A thread takes a case when it is its turn: the same few do where nothing is waited
+            # for, and only they have what cuBLAS keeps for a thread.
+            with plan.turns.taken() if plan.turns is not None else nullcontext():
+                try:
+                    i = waiting.popleft()
+                except IndexError:
+                    return
+                found[i] = _unless_late(cases[i], device, limit)
+
+    if plan.threads == 1:
+        work()
+    else:
+        _side_by_side(work, plan.threads, waiting)
     checks = [each for i in range(len(cases)) if (each := found[i]) is not None]
     return checks, [case for i, case in enumerate(cases) if found[i] is None]
+
+
+def _side_by_side(work: Callable[[], None], threads: int, waiting: deque[int]) -> None:
+    """In so many threads, with one of torch's each: problems this small gain nothing from more."""
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for each in [pool.submit(work) for _ in range(threads)]:
+                each.result()
+        finally:
+            waiting.clear()  # interrupted: what was begun ends, and nothing more is begun
 
 
 def _urgency(case: Case) -> tuple[bool, int]:
@@ -169,14 +205,11 @@ def _urgency(case: Case) -> tuple[bool, int]:
     return case.setting.dtype != torch.bfloat16, slow
 
 
-def _unless_late(
-    case: Case, *, device: torch.device, turns: Turns | None, limit: Limit
-) -> Check | None:
-    with turns.taken() if turns is not None else nullcontext():
-        if limit.late(case):
-            return None
-        with _surroundings(device):
-            return _checked(case)
+def _unless_late(case: Case, device: torch.device, limit: Limit) -> Check | None:
+    if limit.late(case):
+        return None
+    with _surroundings(device):
+        return _checked(case)
 
 
 @contextmanager
