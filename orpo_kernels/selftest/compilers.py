@@ -112,6 +112,8 @@ class Workers:
         kernel = start.kernel
         from orpo_kernels.kernels import tuning
 
+        if start.constants.get("RAGGED") is False:  # no vocabulary of the checks is in whole tiles
+            return
         names = [each.name for each in kernel.params if not each.is_constexpr]
         numbers = (0.5 if name in FLOATS else 1 for name in names[len(start.tensors) :])
         self._here.announces = True
