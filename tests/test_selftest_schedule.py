@@ -144,6 +144,21 @@ def test_on_a_gpu_more_checks_are_begun_than_compilers_work(monkeypatch: MonkeyP
     assert schedule.plan_of(CPU, forks=False) == schedule.ONE_BY_ONE
 
 
+@pytest.mark.parametrize(("workers", "first"), [(16, "sparse_token_logps"), (2, "softmax_stats")])
+def test_the_order_leaves_out_least(workers: int, first: str) -> None:
+    cases = list(selftest._cases(CPU, 1, with_model=True))
+    order = [cases[i] for i in schedule._order(cases, Plan(workers + 4, Turns(4), workers))]
+    assert sorted(map(id, order)) == sorted(map(id, cases))
+    count = sum(case.setting.dtype == torch.bfloat16 for case in cases)
+    early, late = order[:count], order[count:]
+    assert {case.setting.dtype for case in early} == {torch.bfloat16}
+    ops = [case.op for case in early]
+    assert (ops[0], ops[-1]) == (first, "fuse_head")
+    # Nothing of another dtype is begun before every op is.
+    assert {case.op for case in late} - set(ops) == {"sequence_mean", "pair_loss"}  # float32 only
+    assert schedule._order(cases, schedule.ONE_BY_ONE) == list(range(len(cases)))
+
+
 def test_a_lean_process_imports_no_compiler_of_torchs() -> None:
     script = """
 import sys

@@ -13,6 +13,7 @@ asks, as ever: what is wrong with a kernel is then raised there.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -36,7 +37,7 @@ import torch
 from orpo_kernels import kernels
 
 MOST_WORKERS = 16
-_MOST_SECONDS = 120.0  # of one kernel, after which a worker is given up
+_MOST_SECONDS = 30.0  # of one kernel, after which the workers are given up
 # Parameters of kernels that are floats; numbers of other names are integers.
 FLOATS = {
     "eps", "largest_slope", "limit", "log2_scale", "logit_scale", "most_lost", "ratio", "rounding",
@@ -109,11 +110,11 @@ class Workers:
         The numbers are not known yet, but which of them are integers: all, but for a few names. A
         wrong guess would compile a kernel that nobody launches.
         """
-        kernel = start.kernel
         from orpo_kernels.kernels import tuning
 
         if start.constants.get("RAGGED") is False:  # no vocabulary of the checks is in whole tiles
             return
+        kernel = start.kernel
         names = [each.name for each in kernel.params if not each.is_constexpr]
         numbers = (0.5 if name in FLOATS else 1 for name in names[len(start.tensors) :])
         self._here.announces = True
@@ -134,9 +135,11 @@ class Workers:
             if not worker.connection.poll(_MOST_SECONDS):
                 raise TimeoutError
             self.answers[worker.connection.recv()] += 1
-        except Exception:  # it is gone, or stuck: the thread compiles
+        except Exception as error:  # the thread compiles
             self.answers[FAILED] += 1
-            worker.process.kill()
+            # What one is stuck in, a lock that was held while it was forked, all are.
+            for each in self._all if isinstance(error, TimeoutError) else [worker]:
+                each.process.kill()
             return
         self._idle.put(worker)
 
@@ -241,6 +244,8 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is told, and ends the workers
     warnings.simplefilter("ignore")  # Triton's are said by the process that launches
+    gc.freeze()
+    gc.enable()  # of what this process makes
     while True:
         try:
             kernel = connection.recv()

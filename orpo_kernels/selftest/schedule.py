@@ -28,8 +28,9 @@ MOST_THREADS = 8  # where they compile themselves
 WARM_S = 5.0  # a self-test ends in, where every kernel was compiled before
 # Of importing Triton and the kernels, how often that takes transformers: 1.4 s for 0.23.
 TRANSFORMERS = 6
-# What takes longest comes first, so that none of it is what is waited for in the end.
-_SLOW = ("linear_lse", "sparse_token_logps", "linear_logps", "slot_gradient")
+# By what their kernels take to be compiled, the longest first.
+_SLOW = ("sparse_token_logps", "linear_lse", "slot_gradient", "linear_logps", "orpo_loss")
+_MANY = 8  # workers: with fewer, most kernels are waited for whatever comes first
 
 
 class Turns:
@@ -162,10 +163,7 @@ def run(
         The checks, and the cases left out.
     """
     limit = limit or Limit()
-    order = list(range(len(cases)))
-    if plan.threads > 1:
-        order = sorted(order, key=lambda i: _urgency(cases[i]))
-    waiting, found = deque(order), dict[int, Check | None]()
+    waiting, found = deque(_order(cases, plan)), dict[int, Check | None]()
 
     def work() -> None:
         while True:
@@ -196,13 +194,21 @@ def _side_by_side(work: Callable[[], None], threads: int, waiting: deque[int]) -
             waiting.clear()  # interrupted: what was begun ends, and nothing more is begun
 
 
-def _urgency(case: Case) -> tuple[bool, int]:
-    """bfloat16, which most train in, before the others; of each, in the end what imports much."""
-    if case.op == "fuse_head":
-        slow = len(_SLOW) + 1
-    else:
-        slow = _SLOW.index(case.op) if case.op in _SLOW else len(_SLOW)
-    return case.setting.dtype != torch.bfloat16, slow
+def _order(cases: Sequence[Case], plan: Plan) -> list[int]:
+    """bfloat16, which most train in, before the others; of each last what imports much.
+
+    With many workers what takes longest is begun first, so that it is not what is waited for in the
+    end. With few it comes last: a limit then leaves out the fewest.
+    """
+
+    def urgency(i: int) -> tuple[bool, bool, int]:
+        op = cases[i].op
+        slow = _SLOW.index(op) if op in _SLOW else len(_SLOW)
+        late = slow if plan.workers >= _MANY else -slow
+        return cases[i].setting.dtype != torch.bfloat16, op == "fuse_head", late
+
+    order = range(len(cases))
+    return sorted(order, key=urgency) if plan.threads > 1 else list(order)
 
 
 def _unless_late(case: Case, device: torch.device, limit: Limit) -> Check | None:

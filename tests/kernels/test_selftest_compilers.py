@@ -1,9 +1,11 @@
 """Kernels of the self-test are compiled in processes beside it, for a GPU that is not here."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +126,17 @@ def test_without_a_worker_the_thread_compiles(found):
         assert len(launch()) == 2
     assert found == [False, False]
     assert COMPILED not in workers.answers
+
+
+def test_stuck_workers_are_given_up(found, monkeypatch):
+    monkeypatch.setattr(compilers, "_MOST_SECONDS", 0.2)
+    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: time.sleep(60))
+    with compilers.compiling_beside(2) as workers:
+        assert len(launch()) == 2
+        for each in workers._all:
+            each.process.join(10)
+            assert each.process.exitcode == -signal.SIGKILL
+    assert found == [False, False]
 
 
 def test_what_a_worker_cannot_find_the_thread_compiles(found):
