@@ -246,6 +246,7 @@ def _serve(connection: Connection, others: list[Connection]) -> None:
     warnings.simplefilter("ignore")  # Triton's are said by the process that launches
     gc.freeze()
     gc.enable()  # of what this process makes
+    _hash_triton()  # before the first kernel is asked for
     while True:
         try:
             kernel = connection.recv()
