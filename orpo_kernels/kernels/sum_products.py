@@ -9,7 +9,7 @@ and the lanes are added in the end. Of the others every lane has one of its own:
 entries or none, and what a program waits for is waited for once for all of them: where its products
 lie, which do so in the order of the sums, then these. Sums are float32. Which columns are split is a
 matter of their entries alone: ranges and panels do not change a bit. S products of the range, M rows
-among N, K label sets, G groups. No atomics. Bytes: 4 per product and 2 (4) per label and column of H
+among N, K label sets, G groups, one or two. No atomics. Bytes: 4 per product and 2 (4) per label and column of H
 read, dW written.
 """
 
@@ -78,6 +78,10 @@ def _sum_products_kernel(
     label = tl.load(label_ends_ptr + v) + skipped
     label_end = tl.load(label_ends_ptr + v + 1, mask=exists, other=0)
 
+    q = tl.load(mean_ptr + v, mask=writes, other=0.0)  # on its way meanwhile
+    if GROUPS == 2:
+        second_q = tl.load(mean_ptr + V + v, mask=writes, other=0.0)
+
     acc = tl.zeros((LANES, BLOCK), tl.float32)
     stride = whole_vectors(stride_products, True, VECTOR)
     acc = _sum(
@@ -103,10 +107,11 @@ def _sum_products_kernel(
         target = tl.load(targets_ptr + label, mask=label < label_end, other=0).to(tl.int32)
         acc += share[:, None] * h.to(tl.float32)
 
-    for group in tl.static_range(GROUPS):
-        q = tl.load(mean_ptr + group * V + v, mask=writes, other=0.0)
-        rest = tl.load(rest_ptr + group * stride_rest + wide, mask=in_panel, other=0.0)
-        acc -= q[:, None] * rest[None, :]
+    rest = tl.load(rest_ptr + wide, mask=in_panel, other=0.0)
+    acc -= q[:, None] * rest[None, :]
+    if GROUPS == 2:
+        rest = tl.load(rest_ptr + stride_rest + wide, mask=in_panel, other=0.0)
+        acc -= second_q[:, None] * rest[None, :]
     if is_split:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], (LANES, BLOCK))
     out = out_ptr + v[:, None] * whole_vectors(stride_out, ALIGNED, VECTOR) + wide[None, :]

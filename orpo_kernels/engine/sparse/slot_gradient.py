@@ -57,6 +57,8 @@ from orpo_kernels.kernels.slot_products import SlotProducts
 from orpo_kernels.kernels.slot_store import SlotStore
 from orpo_kernels.kernels.sum_products import SumProducts
 
+_ALIGNMENT = 16  # bytes
+
 
 class Kept(NamedTuple):
     """What dW from slots is made of, but for their number and order."""
@@ -205,30 +207,29 @@ class Scratch:
 
     def __init__(self, parts: list[Part], room: int) -> None:
         """`room` bytes of the budget, taken when they are needed."""
-        largest = max(parts, key=lambda part: part.target.nbytes).target
+        largest = max((part.target for part in parts), key=lambda target: target.nbytes)
         self.lender = largest if largest.is_contiguous() else None
         self.room, self.own = room, largest.new_empty(0, dtype=torch.float32)
+        flat = (self.own if self.lender is None else self.lender).view(-1).view(torch.uint8)
+        self.bytes = flat[-flat.data_ptr() % _ALIGNMENT :]
 
-    def _lent(self, part: Part, last: int) -> Tensor:
-        """Bytes that no one needs while the columns of a part up to `last` are summed."""
-        if self.lender is None:
-            return self.own.view(torch.uint8)
-        unwritten = self.lender[last if part.target is self.lender else 0 :]
-        free = unwritten.view(-1).view(torch.uint8)
-        return free[-unwritten.data_ptr() % 16 :]
+    def _first(self, part: Part, last: int) -> int:
+        """Of the bytes no one needs while the columns of a part up to `last` are summed."""
+        if part.target is not self.lender:
+            return 0
+        return -(-last * part.target.stride(0) * part.target.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def panel(self, part: Part, each: Range) -> int:
         """Columns of a panel of the products of a range, 0 where these have no room."""
-        room = max(self.room, self._lent(part, each.last).shape[0])
+        room = max(self.room, self.bytes.shape[0] - self._first(part, each.last))
         return panel_columns(part.target.shape[1], each.slots, room)
 
     def products(self, part: Part, each: Range, width: int) -> Tensor:
         """(R, W) float32 of a range and so wide a panel."""
         shape = (max(1, each.slots), width)
-        size = 4 * shape[0] * width
-        lent = self._lent(part, each.last)
-        if lent.shape[0] >= size:
-            return lent[:size].view(torch.float32).view(shape)
+        first, size = self._first(part, each.last), 4 * shape[0] * width
+        if first + size <= self.bytes.shape[0]:
+            return self.bytes[first : first + size].view(torch.float32).view(shape)
         if 4 * self.own.shape[0] < size:
             self.own = self.own.new_empty(0)  # the one before goes first
             self.own = self.own.new_empty(size // 4)
@@ -266,10 +267,12 @@ def _fill(
     rows = (inputs, hidden, kept.rows)
     multiply = SlotProducts(products, kept.store, order.places, *rows, kept.unit)
     out = target[: each.last]  # what comes after it may be the products
-    add = SumProducts(out, products, order, *rows, (kept.mean, rest), kept.unit)
+    add = None
     for panel in spans(target.shape[1], products.shape[1]):
         if each.slots:
             multiply((each.product, each.end), *panel)
+        # Made ready while the device multiplies.
+        add = add or SumProducts(out, products, order, *rows, (kept.mean, rest), kept.unit)
         add((each.first, each.split, each.last), each.product, *panel)
 
 
