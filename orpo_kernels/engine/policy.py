@@ -213,7 +213,8 @@ def describe_sparse(sizes: Sizes, plan: SparsePlan, budget: int, *, trainable: b
         )
         backward = gradient.workspace_bytes
     if trainable:
-        reason += f"; {plan.store_bytes / 2**20:.2f} MiB of them kept for the backward"
+        what = "their columns" if plan.remakes else "them"
+        reason += f"; {plan.store_bytes / 2**20:.2f} MiB of {what} kept for the backward"
     return _decided("sparse", sizes, plan.tile.even(sizes.rows), 1, backward, budget, reason)
 
 

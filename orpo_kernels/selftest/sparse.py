@@ -1,6 +1,7 @@
 """Checks of the sparse gradient: its tile operations, and the op against its definition."""
 
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from orpo_kernels.selftest.tiles import TRANSFORMS, Transform
 
 # 67 rows, a prime; 520 columns, 65 vectors of 16 bytes. Of the entries about one in fifty is kept.
 ROWS, COLUMNS, FIRST_COLUMN, WIDTH, SLOTS = 67, 520, 1000, 33, 150
+ALIGNED = 72  # nine vectors, more than a step of the product
 EPS = 2.0**-8
 
 # Of peaked logits slots keep a sixth of the columns and drop 6 % of the mass; of the others they
@@ -66,6 +68,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     """The sparse gradient, in one dtype; slots where a GPU keeps them."""
     if has_slots(setting.device, setting.dtype):
         yield Case("slot_gradient", "of kept slots and labels", setting, _slot_gradient)
+        if setting.dtype.itemsize == 2:
+            yield Case("slot_gradient", "slots made again", setting, _remade_slots)
     for transform in TRANSFORMS:
         name = "softmax_compact_online_"
         yield Case(name, transform.name, setting, _compact_online, (transform,))
@@ -178,10 +182,37 @@ def _slot_gradient(setting: Setting) -> Iterator[Figure]:
     yield Figure("gradient of the head", max(0.0, float(error.amax())), 0.0)
 
 
-def _inputs(hidden: Tensor, labels: Tensor) -> Any:
+def _remade_slots(setting: Setting) -> Iterator[Figure]:
+    """Slots of two row blocks, of which the store has the columns alone."""
+    generator = setting.generator()
+    kernel = importlib.import_module("orpo_kernels.kernels.remake_slots")
+    hidden = setting.put(torch.randn(ROWS, ALIGNED, generator=generator) / ALIGNED**0.5)
+    weight = setting.put(torch.randn(COLUMNS, ALIGNED, generator=generator))
+    labels = torch.randint(-1, 9, (ROWS,), generator=generator)
+    rest = torch.randint(9, COLUMNS, (SLOTS - 9,), generator=generator).sort().values
+    columns, counts = torch.cat((rest, torch.arange(9))), [SLOTS - 9, 9]  # labels in the second
+    figures = torch.rand(5, ROWS, generator=generator)
+    figures[0] = math.log(2.0) * torch.randint(-3, 4, (ROWS,), generator=generator)
+    table = torch.tensor([[0, SLOTS - 9], [SLOTS - 9, 9]])
+    store = SlotStore(None, columns.int().to(setting.device), table.to(setting.device))
+    inputs = _inputs(hidden, labels.to(setting.device), (weight,))
+    found = kernel.remake_slots(store, inputs, figures.to(setting.device), counts).slots
+
+    u = torch.exp(exact(hidden) @ exact(weight).t() - figures[0].double()[:, None])
+    scored = labels >= 0
+    u[scored, labels[scored]] = 0.0
+    truth = torch.zeros(2 * COMPACT_ROWS, COLUMNS, dtype=torch.float64)
+    truth[:ROWS] = u
+    block = torch.arange(2).repeat_interleave(torch.tensor(counts))
+    truth = truth.view(2, COMPACT_ROWS, COLUMNS)[block, :, columns]
+    error = (exact(found) - truth).abs() / truth.clamp(min=torch.finfo(torch.float32).tiny)
+    yield Figure("slots", float(error.amax()), KEPT_ROUNDING)
+
+
+def _inputs(hidden: Tensor, labels: Tensor, weight: tuple[Tensor, ...] = ()) -> Any:
     """What the kernels are told of a call, but for its head."""
     kernel = importlib.import_module("orpo_kernels.kernels.inputs")
-    given = ((hidden,), (), None, labels, None, None, None, 1.0, None)
+    given = ((hidden,), weight, None, labels, None, None, None, 1.0, None)
     return kernel.Inputs(*given, hidden.dtype, torch.float32)
 
 
