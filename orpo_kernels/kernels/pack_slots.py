@@ -64,6 +64,13 @@ def _counts(counts_ptr, first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _heads(heads_ptr, blocks):
+    """Of a row block: whether it is dense, its first entry and slot, whether its reference moved."""
+    first_entry, first_slot = tl.load(heads_ptr + blocks), tl.load(heads_ptr + 2 * blocks)
+    return tl.load(heads_ptr), first_entry, first_slot, tl.load(heads_ptr + 4 * blocks)
+
+
+@triton.jit
 def _rescale(slots_ptr, addresses_ptr, factor, entries, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Slots of earlier blocks times a power of two by row."""
     for start in range(0, entries, BLOCK_K):
@@ -118,31 +125,30 @@ def _pack_slots_kernel(
     exists = lane < R
     columns_ptr += block.to(tl.int64) * listed
     addresses_ptr += block.to(tl.int64) * listed
-    first_entry = tl.load(heads_ptr + blocks + block)
-    factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
-    if (span == 0) & (tl.load(heads_ptr + 4 * blocks + block) > 0):
-        _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
-
+    # All that the start depends on is on its way before anything waits for any of it.
     first = span * together
     end = tl.minimum(first + together, spans)
-    before, count = _counts(counts_ptr + block * spans, first, end, BLOCK_S)
-    count = tl.where(tl.load(heads_ptr + block) > 0, 0, count)
+    column = first * width + tl.arange(0, SPAN)
+    in_span = column < tl.minimum(C, end * width)
+    marks = live_ptr + block.to(tl.int64) * (spans * width) + column
+    live = tl.load(marks, mask=in_span, other=0).to(tl.int32)
+    reference = reference_of(rows_ptr + first_row + lane, exists, M)
+    factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
     at_mass = mass_ptr + span.to(tl.int64) * R + lane
     filled = tl.where(index > 0, R, 0)  # of a chunk's first block nothing was written before
     mass = tl.load(at_mass, mask=lane < filled, other=0.0) * factor
+    dense, first_entry, first_slot, moved = _heads(heads_ptr + block, blocks)
+    before, count = _counts(counts_ptr + block * spans, first, end, BLOCK_S)
+    count = tl.where(dense > 0, 0, count)
+    if (span == 0) & (moved > 0):
+        _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
     if count > 0:
-        column = first * width + tl.arange(0, SPAN)
-        marks = live_ptr + block.to(tl.int64) * (spans * width) + column
-        in_span = column < tl.minimum(C, end * width)
-        live = tl.load(marks, mask=in_span, other=0).to(tl.int32)
         place = before + tl.cumsum(live, 0) - live
-        first_slot = tl.load(heads_ptr + 2 * blocks + block)
         entry = first_entry + place
         tl.store(columns_ptr + entry, first_column + column, mask=live != 0)
         tl.store(addresses_ptr + entry, (first_slot + place) * (ROWS // 8), mask=live != 0)
         tl.debug_barrier()  # what the other threads listed is read next
 
-        reference = reference_of(rows_ptr + first_row + lane, exists, M)
         offs = lane.to(tl.int64) * whole_vectors(stride_logits, True, VECTOR)
         for start in range(0, count, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)

@@ -37,7 +37,7 @@ ADDED = tl.constexpr(4)
 NEVER = tl.constexpr(1e30)
 """Estimate of a row that keeps and drops nothing: every exponential is 0 against it."""
 
-SPANS = 16
+SPANS = 32
 """Spans whose sums a program adds at once."""
 
 _LOWEST = tl.constexpr(-1e30)  # a reference where there is nothing

@@ -186,7 +186,7 @@ for _class, _stages, _limit in (
         if _dtype == torch.float32:
             _softcapped = Row(32, 4, 32, 1, _limit)
         TABLE["scan_softcap", _class, _dtype] = (_softcapped,)
-        TABLE["live_columns", _class, _dtype] = (Row(128, 4, registers=_limit),)
+        TABLE["live_columns", _class, _dtype] = (Row(128, 4, registers=168 if _limit else 0),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
 
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
