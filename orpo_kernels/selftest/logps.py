@@ -31,6 +31,7 @@ class Variant(NamedTuple):
     logit_scale: float = 1.0
     bias: bool = False
     rank: int = 0
+    wide: bool = False  # a vocabulary of which a program holds no row
     workspace_bytes: int | None = None  # where they are not enough, the fewest that are
     gaps: bool = False  # rows that no label set scores, of two
     peaked: bool = (
@@ -45,6 +46,8 @@ VARIANTS = (
     Variant("frozen head", trains=(True, False)),
     Variant("frozen hidden states", trains=(False, True), bias=True),
     KEPT,
+    # What a GPU does of most heads: their tiles have all columns.
+    Variant("trainable head, whole rows", bias=True, wide=True),
     IN_BLOCKS,
     Variant("softcap, scale, bias", softcap=4.0, logit_scale=0.7, bias=True),
     # As in a padded batch: the kernels are then those of the loss's checks too.
@@ -59,6 +62,7 @@ VARIANTS = (
 
 # V = 2,053 is a prime, of three blocks in the smallest workspace. A tenth of 80 rows is unscored.
 ROWS, HIDDEN, VOCABULARY = 80, 48, 2053
+WIDE = 8209  # the first prime over the 8,192 columns that a program of a GPU holds
 
 
 class Problem(NamedTuple):
@@ -108,8 +112,9 @@ def problem(setting: Setting, variant: Variant) -> Problem:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    weight, hidden = draw(VOCABULARY, HIDDEN) / HIDDEN**0.5, 1.5 * draw(ROWS, HIDDEN)
-    labels = [torch.randint(0, VOCABULARY, (ROWS,), generator=generator) for _ in range(2)]
+    V = WIDE if variant.wide else VOCABULARY
+    weight, hidden = draw(V, HIDDEN) / HIDDEN**0.5, 1.5 * draw(ROWS, HIDDEN)
+    labels = [torch.randint(0, V, (ROWS,), generator=generator) for _ in range(2)]
     labels[0][::2] = (hidden @ weight.T).argmax(1)[::2]
     hidden[:2] = 8.0 * weight[labels[0][:2]]
     if variant.peaked:
@@ -125,10 +130,10 @@ def problem(setting: Setting, variant: Variant) -> Problem:
         "weight": setting.put(weight).requires_grad_(trains_head),
     }
     if variant.bias:
-        leaves["bias"] = setting.put(draw(VOCABULARY)).requires_grad_(trains_head)
+        leaves["bias"] = setting.put(draw(V)).requires_grad_(trains_head)
     if variant.rank:
         leaves["hidden_r"] = setting.put(draw(ROWS, variant.rank)).requires_grad_()
-        leaves["weight_r"] = setting.put(0.1 * draw(VOCABULARY, variant.rank)).requires_grad_()
+        leaves["weight_r"] = setting.put(0.1 * draw(V, variant.rank)).requires_grad_()
     return Problem(
         leaves,
         tuple(each.to(setting.device) for each in labels[: variant.label_sets]),
