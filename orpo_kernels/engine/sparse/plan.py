@@ -55,6 +55,7 @@ LEAST_PANEL = 64
 """Columns of the products of slots, at least: in 64 panels they take two fifths of what the exact
 loop takes (`engine/gpu/model.py`, `slot_gradient_seconds`)."""
 
+_ROW_STEP, _ROOM_STEP = 512, 2**20  # rows and bytes that ranges are planned for
 # Times that the vocabulary is halved, at most; of slots, the last range has at most one in so many.
 _MOST_HALVINGS, _LAST_SHARE = 6, 8
 
@@ -245,13 +246,21 @@ def range_panels(
     return found
 
 
-@functools.lru_cache(maxsize=1024)
 def planned_edges(job: Job, capacity: int, room: int, card: Card) -> tuple[int, ...]:
     """Where ranges of the vocabulary begin and end, as is fastest for what text keeps.
 
-    Each is half of what is left, and so is the last.
+    Each is half of what is left, and so is the last. Made for numbers rounded, and remembered.
     """
-    slots, vocabulary = min(capacity, _slots(job, _LEAST_KEPT)), job.vocabulary
+    many = replace(job, rows=-(-job.rows // _ROW_STEP) * _ROW_STEP)
+    slots = min(capacity, _slots(many, _LEAST_KEPT))
+    if room > 8 * _ROOM_STEP:
+        room = room // _ROOM_STEP * _ROOM_STEP
+    return _edges(many, slots, room, card)
+
+
+@functools.lru_cache(maxsize=1024)
+def _edges(job: Job, slots: int, room: int, card: Card) -> tuple[int, ...]:
+    vocabulary = job.vocabulary
 
     def edges(halvings: int) -> tuple[int, ...]:
         begins = {vocabulary - (vocabulary >> k) for k in range(halvings + 1)}
