@@ -173,7 +173,7 @@ for _class, _stages, _limit in (
             TABLE["gather_slots", "blackwell", _dtype] = (Row(256, 8, 32, _most),)
         TABLE["gather_slots_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
         # Columns of 64 rows; `depth` of H a step.
-        _free = _ALL_REGISTERS if _class == "consumer" and _dtype == torch.float32 else 0
+        _free = _ALL_REGISTERS if _class == "consumer" else 0
         TABLE["remake_slots", _class, _dtype] = (Row(128, 8, _depth, min(_stages, 3), _free),)
         TABLE["remake_slots_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
         # Two blocks of 64 rows; `depth` columns of the tile a step.

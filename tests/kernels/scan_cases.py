@@ -162,7 +162,7 @@ def _remade(asked: dict[str, Any]) -> Yielded:
     for dtype in (torch.bfloat16, torch.float16):
         for everything, odd, head in (
             (False, False, dtype), (True, False, dtype), (True, True, dtype),
-            (False, False, torch.float32),
+            (False, False, torch.float32), (False, True, torch.float32),
         ):  # fmt: skip
 
             def remake(dtype=dtype, everything=everything, odd=odd, head=head):
