@@ -182,13 +182,14 @@ for _class, _stages, _limit in (
         # Tiles of 64 rows x `depth` columns, `block` of them to a program.
         # 200 registers: five programs of two warps to a processor, where the compiler takes four.
         TABLE["scan", _class, _dtype] = (Row(16, 2, 64, registers=200 if _limit else 0),)
-        _softcapped = Row(32, 4 if _class == "amd" else 8, 32, 1, _limit)
-        if _dtype == torch.float32:
-            _softcapped = Row(32, 4, 32, 1, _limit)
-        TABLE["scan_softcap", _class, _dtype] = (_softcapped,)
+        _few = _class == "amd" or _dtype == torch.float32
+        TABLE["scan_softcap", _class, _dtype] = (Row(32, 4 if _few else 8, 32, 1, _limit),)
         TABLE["live_columns", _class, _dtype] = (Row(128, 4, registers=168 if _limit else 0),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
 
+# With Triton 3.6 sm_100 and gfx942 spill two registers of twice that.
+TABLE["sum_products", "blackwell", torch.float32] = (Row(128, 4, 8),)
+TABLE["slot_products", "amd", torch.float32] = (Row(32, 8, 32),)
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
 for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and four on sm_100
@@ -202,8 +203,7 @@ for _dtype in _NARROW:
 # Rows on no vector: more warps spill on sm_100, likewise.
 for _dtype in (torch.float32, *_NARROW):
     TABLE["given_back", "blackwell", _dtype] = (Row(256, 4, 4),)
-_tile = Tile(64, 64, 32, 4, 1)
-TABLE["linear_lse_elements_transformed", "blackwell", torch.float32] = (_tile,)
+TABLE["linear_lse_elements_transformed", "blackwell", torch.float32] = (Tile(64, 64, 32, 4, 1),)
 # Triton 3.7 spills 8 registers of the one, and 2 of the other.
 _limited = (Row(8192, 8, registers=_ALL_REGISTERS), Row(4096, 4), Row(2048, 4))
 TABLE["softmax_block", "datacenter", torch.float16] = _limited
