@@ -10,6 +10,7 @@ and what the host takes to start those of a tile; what else a call starts is not
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -26,9 +27,7 @@ from orpo_kernels.engine.gpu.model import (
     Job,
     job_of,
     kept_seconds,
-    remade_seconds,
     scan_seconds,
-    slot_gradient_seconds,
 )
 from orpo_kernels.engine.gpu.plan import kept_rows, plan_backward, plan_forward
 from orpo_kernels.engine.sparse import plan as plans
@@ -36,7 +35,6 @@ from orpo_kernels.engine.sparse import plan as plans
 MIB = 2**20
 LIVE = 0.0134  # of the columns of 64 rows: what trained-like logits keep
 LABEL_SETS, GROUPS = 2, 2
-
 
 # Not compared: at 64 MiB dW of those runs was the exact loop's, and is now from slots.
 _OTHERWISE = {("trainable", "sparse", 64 * MIB)}
@@ -112,13 +110,12 @@ def sparse_seconds(sizes: Sizes, job: Job, budget: int, device: Device, mode: st
     left = budget - plan.store_bytes
     if slots > plan.capacity:
         return forward + plan_backward(job, left, device.card).seconds
-    remade = remade_seconds(job, slots, device.card) if plan.remakes else 0.0
-    room = left - plans.gradient_bytes(job, GROUPS, plan.capacity, slots * plan.remakes)
-    edges = plans.planned_edges(job, plan.capacity, room, device.card)
-    ranges = plans.range_panels(job, edges, plans.even_slots(edges, slots), room)
-    if ranges is None:
+    backward = plans.gradient_seconds(
+        job, GROUPS, left, slots, plan.capacity, device.card, remakes=plan.remakes
+    )
+    if math.isinf(backward):
         raise ValueError(f"{slots} slots have no room for products in {budget} bytes")
-    return forward + remade + slot_gradient_seconds(job, ranges, device.card)
+    return forward + backward
 
 
 def measured() -> dict[Key, Measured]:

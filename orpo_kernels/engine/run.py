@@ -212,7 +212,7 @@ def _scanned(
 
     `prepared`: of `scan_loop.Prepared`, which this takes over.
     """
-    store = None if packed is None else _slot_store(plan, packed)
+    store = _slot_store(plan, packed)
     found = _scan_loop().forward(operands, prepared, tail, out, store)
     if found is None:
         exact, left = Results(out.statistics[:-1], *out[1:]), problem.budget - plan.store_bytes
@@ -228,9 +228,9 @@ def _scanned(
     return kept
 
 
-def _slot_store(plan: SparsePlan, packed: Packed) -> SlotStore | None:
+def _slot_store(plan: SparsePlan, packed: Packed | None) -> SlotStore | None:
     """What a trainable head keeps of its slots, None where it keeps nothing."""
-    if plan.store_bytes == 0:
+    if packed is None or plan.store_bytes == 0:
         return None
     return SlotStore.of(packed.store, packed.table, remade=plan.remakes)
 

@@ -136,7 +136,7 @@ class Selection:
     def ask(self) -> None:
         """Sends for the count now: what is launched from here on the host need not wait for."""
         if self.chosen is not None:
-            self.asked = HostCopy(self.chosen[3])
+            self.asked = HostCopy(self.chosen.totals)
 
     @property
     def candidates(self) -> Operands:

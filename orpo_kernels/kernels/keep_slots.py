@@ -97,8 +97,8 @@ class KeepSlots:
             ),
             row,
             {
-                "WITH_SLOTS": store.slots is not None, "ROWS": COMPACT_ROWS, "PIECES": _PIECES, "BLOCK_B": _COUNTED,
-                "BLOCK_K": row.block, "VECTOR": VECTOR,
+                "WITH_SLOTS": store.slots is not None, "ROWS": COMPACT_ROWS, "PIECES": _PIECES,
+                "BLOCK_B": _COUNTED, "BLOCK_K": row.block, "VECTOR": VECTOR,
             },
         )  # fmt: skip
         self.last = (state.shape.listed, store.columns.shape[0])

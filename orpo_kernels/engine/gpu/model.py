@@ -30,8 +30,8 @@ _RAMP = 0.1  # of the time of an output tile: what a GEMM takes to begin and to 
 _WHOLE = 1.08  # of the parts' sum: a tile of the whole vocabulary, which no cache holds
 
 # Of a sparse forward: columns that a chunk's first look has; the share of the bandwidth that a look
-# reaches; small launches after it and for a chunk, and what one takes; all that a tile and a chunk
-# start.
+# reaches; small launches after it and for a chunk, and what one takes; what the host starts of a
+# tile and of a chunk, in launches of the exact loop: most of five and of eight start without torch.
 _LOOKED = 8192
 _SCANNED = 0.75
 _SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 6e-6

@@ -158,14 +158,27 @@ def trainable_seconds(
     card: Card,
 ) -> float:  # fmt: skip
     """What a forward of slots and dW from them should take, with so many bytes beside the store."""
+    if scan is None:
+        return math.inf
     slots = min(capacity, _slots(job, _LEAST_KEPT))
-    room = left - gradient_bytes(job, groups, capacity, capacity * remakes)
-    edges = planned_edges(job, capacity, room, card)
-    ranges = range_panels(job, edges, even_slots(edges, slots), room)
-    if scan is None or ranges is None:
+    backward = gradient_seconds(job, groups, left, slots, capacity, card, remakes=remakes)
+    return scan_seconds(job, scan, card) + backward
+
+
+def gradient_seconds(
+    job: Job, groups: int, left: int, slots: int, capacity: int, card: Card, *, remakes: bool
+) -> float:
+    """What dW from so many slots should take, of a store for `capacity`; infinite without room."""
+
+    def room(remade: int) -> int:
+        return left - gradient_bytes(job, groups, capacity, remade * remakes)
+
+    edges = planned_edges(job, capacity, room(capacity), card)
+    ranges = range_panels(job, edges, even_slots(edges, slots), room(slots))
+    if ranges is None:
         return math.inf
     remade = remade_seconds(job, slots, card) if remakes else 0.0
-    return scan_seconds(job, scan, card) + remade + slot_gradient_seconds(job, ranges, card)
+    return remade + slot_gradient_seconds(job, ranges, card)
 
 
 class Store(NamedTuple):

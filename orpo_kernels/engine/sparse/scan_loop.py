@@ -105,8 +105,7 @@ class Prepared:
             x = hidden.take(0, first)
             begun = _Begun(shape, first, hidden, head, views, x, logits)
             begun.multiply((0, first), x, 0)
-        self._begun: list[_Begun] = []
-        self._begun.append(begun)
+        self._begun = [begun]
 
     def hand_over(self) -> _Begun:
         """All of it, once: what takes it frees the memory when it ends."""
