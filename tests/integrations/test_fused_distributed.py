@@ -1,5 +1,6 @@
 """Two processes on gloo: the loss runs inside the wrapped forward, gradients are synchronised."""
 
+import faulthandler
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orpo_kernels import ORPOLoss
 from orpo_kernels.integrations.transformers import fuse_head
+from tests.helpers import leave
 from tests.integrations.helpers import BETA, make_batch, unfused_step
 from tests.tiny_models import build
 
@@ -67,13 +69,15 @@ def whole(gradient: Tensor) -> Tensor:
 
 
 def train(rank: int, folder: str) -> None:
+    faulthandler.enable()  # a rank that is killed says where it was
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    results = {}
+    results, models = {}, []
     for name, (make, wrap) in CASES.items():
         model = make()
         wrapped = wrap(model)
+        models.append(wrapped)  # kept: DDP's reducer, ending, may wait for a thread of gloo's
         fused = fuse_head(wrapped, loss=ORPOLoss(BETA))
         for context in (nullcontext(), fused.active()):  # with the self-check and without
             wrapped.zero_grad()
@@ -84,7 +88,7 @@ def train(rank: int, folder: str) -> None:
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results[name] = {n: whole(grad) for n, grad in grads.items()}
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

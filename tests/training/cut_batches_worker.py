@@ -13,8 +13,9 @@ from transformers import Trainer, TrainingArguments
 from orpo_kernels import ORPOLoss, fuse_head
 from orpo_kernels.pair_batch import stack_batch
 from orpo_kernels.training import PreferenceCollator, prepare_dataset
+from tests.helpers import leave
 from tests.tiny_models import build, tiny_tokenizer
-from tests.training.runs import leave, pairs, settings
+from tests.training.runs import pairs, settings
 
 ROWS = pairs(7, ragged=False)  # of one length: the mean of two ranks' means is the mean of all
 # Batches of 4 pairs over both ranks: joined from two and cut, or made whole and cut.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 
-from tests.training.runs import leave, make, pairs
+from tests.helpers import leave
+from tests.training.runs import make, pairs
 
 CASES: dict[str, dict[str, Any]] = {
     # 4 pairs for each step, however they are spread; 20 tokens: some rows have no answer left.
