@@ -152,10 +152,13 @@ class Workers:
 
     def close(self) -> None:
         """Ends them, at once: what they are at was announced, and nobody has waited for it."""
+        # None asks for the next when its worker ends, and none that lives is in the others' way.
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for each in self._all:
             each.process.kill()
+        for each in self._all:
             each.process.join()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
         for each in self._all:
             each.connection.close()
 

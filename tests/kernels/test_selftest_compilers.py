@@ -139,6 +139,22 @@ def test_stuck_workers_are_given_up(found, monkeypatch):
     assert found == [False, False]
 
 
+def test_workers_end_at_once(monkeypatch):
+    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: time.sleep(60))
+    taken = []
+    with compilers.compiling_beside(2) as workers:
+        take = workers._take
+        monkeypatch.setattr(workers, "_take", lambda: (taken.append("kernel"), take())[1])
+        kernels = [
+            workers._threads.submit(workers._compile, compilers.Specialisation("", "", "", i))
+            for i in range(6)
+        ]
+        while not workers._idle.empty():
+            time.sleep(0.001)
+    assert taken == ["kernel"] * 2  # as many as there were workers for
+    assert [each.cancelled() for each in kernels] == [False] * 2 + [True] * 4
+
+
 def test_what_a_worker_cannot_find_the_thread_compiles(found):
     @triton.jit
     def local(out_ptr, BLOCK: tl.constexpr):
