@@ -131,6 +131,7 @@ def _selftest(words: Sequence[str]) -> int:
     try:
         from orpo_kernels import selftest
 
+        gc.freeze()  # what is there is not gone through when the process ends, in half a second
         return selftest.main(list(words))
     finally:
         if collects:

@@ -183,3 +183,13 @@ def test_lean_collects_again_afterwards() -> None:
     with startup.lean():
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_the_command_leaves_what_is_there_to_the_end_of_the_process() -> None:
+    script = """
+import gc
+from orpo_kernels import cli
+assert cli.main(["selftest", "--help"]) == 0
+assert gc.get_freeze_count() > 100_000  # torch
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
