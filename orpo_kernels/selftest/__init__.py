@@ -16,7 +16,6 @@ from time import perf_counter
 
 import torch
 
-from orpo_kernels.kernels import runs_triton
 from orpo_kernels.selftest import (
     compilers,
     logps,
@@ -41,10 +40,8 @@ from orpo_kernels.selftest.report import (
 
 __all__ = ["Check", "SelfTestReport", "main", "self_test"]
 
-# The command begins no check after so many seconds. On a GPU kernels are compiled in them, of which
-# those that are done are remembered; how the limit was chosen: docs/kernels.md.
+# The command begins no check after so many seconds, but on a GPU: `schedule.EndsInTime`.
 LIMIT_S = 60.0
-GPU_LIMIT_S = 16.0
 
 
 def self_test(
@@ -70,13 +67,13 @@ def self_test(
         autocast, grad mode, garbage collection and the number of threads as they were. On the CPU
         the tile operations run on all of torch's threads, the rest on one.
     """
-    return _self_test(device, json, lambda *_: schedule.Limit(seconds))
+    return _self_test(device, json, lambda _, plan: schedule.Limit(seconds, plan.turns))
 
 
 def _self_test(
     device: torch.device | str | None,
     json: bool,
-    limit_of: Callable[[torch.device, compilers.Workers | None, float], schedule.Limit],
+    limit_of: Callable[[float, schedule.Plan], schedule.Limit],
 ) -> SelfTestReport:
     start = perf_counter()
     with ExitStack() as stack:
@@ -85,11 +82,12 @@ def _self_test(
         _say(headline(about), json)
         wanted = _wanted(device)
         plan = schedule.plan_of(wanted, forks=compilers.can_fork(wanted))
-        loading_seconds, workers = 0.0, None
-        if plan.turns is not None:  # before the device is used
-            loading_seconds = compilers.load_kernels()
-            beside = compilers.compiling_beside(plan.workers, plan.turns.waiting)
-            workers = stack.enter_context(beside)
+        limit = limit_of(start, plan)
+        if plan.workers:  # before the device is used
+            limit.loading_seconds = compilers.load_kernels()
+            workers = stack.enter_context(compilers.compiling_beside(plan.workers, limit.wait))
+            if workers is not None:
+                limit.answers = workers.answers
         where = usable_device(wanted)
         backends, machine = tile_backends(where), machine_of(where)
         _say(headline(machine | backends), json)
@@ -102,7 +100,6 @@ def _self_test(
         torch.set_num_threads(1)
         of_tiles = threads if plan.threads == 1 else 1
         cases = tuple(_cases(where, of_tiles, with_model=not skipped))
-        limit = limit_of(where, workers, loading_seconds)
         checks, left_out = schedule.run(cases, where, plan, limit)
     skipped += _left_out(left_out, limit)
     seconds = perf_counter() - start
@@ -111,17 +108,11 @@ def _self_test(
     return report
 
 
-def _usual_limit(
-    device: torch.device, workers: compilers.Workers | None, loading_seconds: float
-) -> schedule.Limit:
+def _usual_limit(start: float, plan: schedule.Plan) -> schedule.Limit:
     """That of the command."""
-    if not runs_triton(device, torch.float32):
-        return schedule.Limit(LIMIT_S)
-    return schedule.Limit(
-        GPU_LIMIT_S,
-        unless=lambda: workers is None or workers.answers[compilers.COMPILED] > 0,
-        import_seconds=schedule.TRANSFORMERS * loading_seconds,
-    )
+    if plan.turns is None:
+        return schedule.Limit(LIMIT_S, None)
+    return schedule.EndsInTime(plan.turns, start)
 
 
 def _say(text: str, json: bool) -> None:
@@ -137,9 +128,10 @@ def _left_out(cases: Sequence[Case], limit: schedule.Limit) -> list[str]:
     others = [case for case in cases if case not in waiting]
     lines = []
     if others:
+        again = "again (what was compiled is remembered) or " if limit.compiles else ""
         lines.append(
-            f"no time was left after {limit.seconds:g} s for {_named(others)}; run this again "
-            "(what was compiled is remembered) or with --seconds 0 for no limit"
+            f"no time was left within {limit.seconds:g} s for {_named(others)}; run this {again}"
+            "with --seconds 0 for no limit"
         )
     if waiting:
         took = f"about {limit.import_seconds:.0f} s" if limit.import_seconds else "long"
@@ -176,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
     parser.add_argument(
         "--seconds", type=float,
-        help=f"begin no check after so many, 0: no limit; default: {GPU_LIMIT_S:g} where kernels "
-        f"are compiled, {LIMIT_S:g} elsewhere",
+        help=f"begin no check after so many, 0: no limit; default: {LIMIT_S:g}, on a GPU what ends "
+        f"within {schedule.WARM_S:g}, within {schedule.COLD_S:g} where kernels are compiled",
     )  # fmt: skip
     options = parser.parse_args(argv)
     try:

@@ -26,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from time import perf_counter
 from types import SimpleNamespace
@@ -63,16 +63,16 @@ class _Worker(NamedTuple):
 class Workers:
     """Processes that compile."""
 
-    def __init__(self, count: int, waiting: Callable[[], Any] = nullcontext) -> None:
+    def __init__(self, count: int, wait: Callable[[Future[Any]], Any] = Future.result) -> None:
         """Forks them.
 
         Args:
             count: how many.
-            waiting: a context for the thread that waits for one of them.
+            wait: for one of them, in the thread that launches.
         """
         self.answers: Counter[str] = Counter()
         self._asked: dict[Specialisation, Future[None]] = {}
-        self._lock, self._waiting, self._here = threading.Lock(), waiting, threading.local()
+        self._lock, self._wait, self._here = threading.Lock(), wait, threading.local()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._all: list[_Worker] = []
         with contextlib.suppress(OSError):  # no more processes may be had: as many as there are
@@ -99,9 +99,8 @@ class Workers:
                 self._asked[kernel] = self._threads.submit(self._compile, kernel)
         if getattr(self._here, "announces", False):
             return True
-        with self._waiting():
-            self._asked[kernel].result()
-            self._hashed.result()
+        self._wait(self._asked[kernel])
+        self._wait(self._hashed)
         return False
 
     def announce(self, start: Any) -> None:
@@ -129,6 +128,7 @@ class Workers:
     def _compile(self, kernel: Specialisation) -> None:
         worker = self._take()
         if worker is None:
+            self.answers[FAILED] += 1
             return
         try:
             worker.connection.send(kernel)
@@ -165,13 +165,13 @@ class Workers:
 
 @contextmanager
 def compiling_beside(
-    count: int, waiting: Callable[[], Any] = nullcontext
+    count: int, wait: Callable[[Future[Any]], Any] = Future.result
 ) -> Iterator[Workers | None]:
     """Within, so many workers compile what is launched; yields None where another has the hook.
 
     Args:
         count: processes, forked now: `can_fork` says whether they may be.
-        waiting: a context for the thread that waits for one of them.
+        wait: for one of them, in the thread that launches.
     """
     from triton import knobs
 
@@ -180,7 +180,7 @@ def compiling_beside(
     if knobs.runtime.jit_cache_hook is not None:
         yield None
         return
-    workers = Workers(count, waiting)
+    workers = Workers(count, wait)
     knobs.runtime.jit_cache_hook, start.announced = workers, workers.announce
     try:
         yield workers

@@ -21,6 +21,12 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield Case("fuse_head", "tiny Llama trains", setting, _trains)
 
 
+def load() -> None:
+    """Imports what the check trains, which takes longer than the check."""
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    importlib.import_module("orpo_kernels.integrations.transformers")
+
+
 def _trains(setting: Setting) -> Iterator[Figure]:
     transformers = importlib.import_module("transformers")
     integration = importlib.import_module("orpo_kernels.integrations.transformers")

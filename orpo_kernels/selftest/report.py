@@ -123,9 +123,8 @@ class SelfTestReport:
         ]
         lines += [f"what to do: {each}" for each in self.advice]
         count = f"{len(self.checks)} checks in {self.seconds:.1f} s"
-        lines.append(
-            f"{count}, {len(self.failures)} failed" if self.failures else f"{count}, all passed"
-        )
+        passed = "all passed" if self.checks else "nothing was found out"
+        lines.append(f"{count}, " + (f"{len(self.failures)} failed" if self.failures else passed))
         return "\n".join(lines)
 
     def _table(self) -> list[str]:

@@ -8,29 +8,34 @@ of its own.
 
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDoneError
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import get_ident
 from time import perf_counter
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from orpo_kernels.kernels import runs_triton
-from orpo_kernels.selftest.compilers import MOST_WORKERS, processors
+from orpo_kernels.selftest import model
+from orpo_kernels.selftest.compilers import COMPILED, KNOWN, MOST_WORKERS, processors
 from orpo_kernels.selftest.figures import Case
 from orpo_kernels.selftest.report import Check, dtype_name
 
 # On an H200 whose host has 16 processors: 4 threads took 12.7 s, 16 took 14.8 s, all compiled.
 AT_WORK = 4
 MOST_THREADS = 8  # where they compile themselves
-WARM_S = 5.0  # a self-test ends in, where every kernel was compiled before
-# Importing transformers takes so many times as long as importing Triton and the kernels: 5 to 9.
-TRANSFORMERS = 8
-# By what their kernels take to be compiled, the longest first.
-_SLOW = ("sparse_token_logps", "linear_lse", "slot_gradient", "linear_logps", "orpo_loss")
-_MANY = 8  # workers: with fewer, most kernels are waited for whatever comes first
+# The command ends in, where kernels are compiled, and where every one was before.
+COLD_S, WARM_S = 20.0, 5.0
+# Importing transformers takes so many times as long as importing Triton and the kernels: 5 to 9;
+# and so many times as long as that beside all other checks, whose Python is 2.0 s for its 1.4.
+_TRANSFORMERS, _BESIDE_OTHERS = 8, 2.5
+_CLOSING = 1 / 3  # as long takes ending 16 processes that compile, and the report
+# By what their kernels take to be compiled, the longest last.
+_SLOW = ("orpo_loss", "linear_logps", "slot_gradient", "linear_lse", "sparse_token_logps")
 
 
 class Turns:
@@ -38,42 +43,57 @@ class Turns:
 
     def __init__(self, count: int) -> None:
         """`count` of them."""
-        self._changed, self._here = threading.Condition(), threading.local()
-        self._free, self._resuming = count, 0
+        self._changed, self._free, self._resuming = threading.Condition(), count, 0
+        self._since = dict[int, float]()  # of each thread at work
+        self._longest = 0.0
+
+    def longest(self) -> float:
+        """Seconds that one was, or has been, at work without waiting."""
+        with self._changed:
+            now = perf_counter()
+            return max([self._longest, *(now - since for since in self._since.values())])
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Within, this thread is at work."""
         with self._changed:
             self._changed.wait_for(lambda: self._free > 0 and self._resuming == 0)
-            self._free -= 1
-        self._here.taken = True
+            self._take()
         try:
             yield
         finally:
-            self._here.taken = False
             self._give_back()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within, another is at work meanwhile; afterwards this one is before those that begin."""
-        if not getattr(self._here, "taken", False):  # none of ours
+    def waiting(self, *, lends: bool = True) -> Iterator[None]:
+        """Within, this thread waits, and afterwards it is before those that begin.
+
+        Args:
+            lends: whether another is at work meanwhile.
+        """
+        if get_ident() not in self._since:  # none of ours
             yield
             return
-        self._give_back()
+        self._give_back(lends)
         try:
             yield
         finally:
             with self._changed:
-                self._resuming += 1
-                self._changed.wait_for(lambda: self._free > 0)
-                self._resuming -= 1
-                self._free -= 1
+                self._resuming += lends
+                self._changed.wait_for(lambda: self._free >= lends)
+                self._resuming -= lends
+                self._take(lends)
                 self._changed.notify_all()
 
-    def _give_back(self) -> None:
+    def _take(self, turns: int = 1) -> None:
+        self._free -= turns
+        self._since[get_ident()] = perf_counter()
+
+    def _give_back(self, turns: int = 1) -> None:
         with self._changed:
-            self._free += 1
+            worked = perf_counter() - self._since.pop(get_ident())
+            self._longest = max(self._longest, worked)
+            self._free += turns
             self._changed.notify_all()
 
 
@@ -82,7 +102,7 @@ class Plan(NamedTuple):
 
     Attributes:
         threads: checks that are begun at a time.
-        turns: of them, which are at work.
+        turns: of them, which are at work; None: one after another.
         workers: processes that compile beside them.
     """
 
@@ -104,45 +124,138 @@ def plan_of(device: torch.device, *, forks: bool) -> Plan:
     if not runs_triton(device, torch.float32):
         return ONE_BY_ONE
     if not forks:
-        return Plan(min(MOST_THREADS, processors()))
+        threads = min(MOST_THREADS, processors())
+        return Plan(threads, Turns(threads))
     workers = min(MOST_WORKERS, processors())
     return Plan(workers + AT_WORK, Turns(AT_WORK), workers)
+
+
+class OutOfTimeError(Exception):
+    """What a check is left out with whose kernel is not compiled in time."""
 
 
 class Limit:
     """When no check is begun any more."""
 
+    loading_seconds = 0.0  # that importing Triton and the kernels took in this process
+    # How many of each the workers have given so far; where there are none, the threads compile.
+    answers: Mapping[str, int] = MappingProxyType({COMPILED: 0})
+
     def __init__(
-        self,
-        seconds: float | None = None,
-        *,
-        unless: Callable[[], bool] = lambda: True,
-        import_seconds: float = 0.0,
+        self, seconds: float | None, turns: Turns | None, start: float | None = None
     ) -> None:
-        """From now on.
+        """None is begun after so many seconds.
 
         Args:
-            seconds: none is begun after so many; None: all are.
-            unless: whether kernels had to be compiled. Where none had to, all is checked at once
-                but for what waits for transformers: that is imported only if it ends in `WARM_S`.
-            import_seconds: how long that takes, about.
+            seconds: None: all are begun.
+            turns: of the threads that check.
+            start: when they begin to count; None: now.
         """
-        self.seconds, self.import_seconds = seconds, import_seconds
-        self._start, self._unless = perf_counter(), unless
+        self._seconds, self._turns = seconds, turns
+        self._start = perf_counter() if start is None else start
 
-    def late(self, case: Case) -> bool:
-        """Whether it is too late to begin this one."""
-        spent = perf_counter() - self._start
-        if self.seconds is None:
-            return False
-        return spent > self.seconds or (self.waits(case) and not self._can_wait(spent))
+    @property
+    def seconds(self) -> float | None:
+        """None: there is no limit."""
+        return self._seconds
+
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled; also where nothing is known of them."""
+        return True
+
+    @property
+    def import_seconds(self) -> float:
+        """How long transformers takes to be imported, about; 0 where that is not known."""
+        return _TRANSFORMERS * self.loading_seconds
+
+    def begins(self, case: Case) -> bool:
+        """Whether there is time for this one."""
+        return self.seconds is None or self._spent() <= self.seconds
 
     def waits(self, case: Case) -> bool:
         """Whether it imports transformers first."""
         return case.op == "fuse_head" and "transformers.modeling_utils" not in sys.modules
 
-    def _can_wait(self, spent: float) -> bool:
-        return self._unless() or spent + self.import_seconds < WARM_S
+    def comes_last(self, case: Case) -> bool:
+        """Whether all others are begun before it, whatever their order."""
+        return False
+
+    def pause(self, *, lends: bool = True) -> AbstractContextManager[None]:
+        """Within, this thread waits, and lends its turn to another."""
+        return nullcontext() if self._turns is None else self._turns.waiting(lends=lends)
+
+    def wait(self, done: Future[Any]) -> None:
+        """For a kernel."""
+        with self.pause():
+            done.result()
+
+    def _spent(self) -> float:
+        return perf_counter() - self._start
+
+
+class EndsInTime(Limit):
+    """None is begun that may end after `WARM_S`, or `COLD_S` where kernels are compiled.
+
+    How long one works is judged by what was seen in this run, on this host: at most as long as the
+    longest so far without waiting; and as importing Triton and the kernels, which takes three times
+    as long as the longest check. One that waits for a kernel when its time has come is left out.
+    The first check is made in any case.
+    """
+
+    def __init__(self, turns: Turns, start: float) -> None:
+        """Counts from `start`."""
+        super().__init__(COLD_S, turns, start)
+        self._longest = turns.longest
+        self._first: int | None = None  # thread, while it is at that
+
+    @property
+    def seconds(self) -> float:
+        """It ends in."""
+        return WARM_S if set(self.answers) == {KNOWN} else COLD_S
+
+    @property
+    def compiles(self) -> bool:
+        """Whether any was."""
+        return bool(set(self.answers) - {KNOWN})
+
+    def begins(self, case: Case) -> bool:
+        """Whether it will end in time."""
+        if self._first is None:
+            self._first = get_ident()
+            return True
+        if self._first == get_ident():
+            self._first = 0  # no thread's: that check has ended
+        takes = self.import_seconds if self.waits(case) else 0.0
+        if self.compiles:
+            takes *= _BESIDE_OTHERS
+        return takes < self._left(self.seconds)
+
+    def comes_last(self, case: Case) -> bool:
+        """Where kernels are compiled, it is imported meanwhile."""
+        return self.waits(case) and not self.compiles
+
+    def wait(self, done: Future[Any]) -> None:
+        """For a kernel, as long as there is time.
+
+        Raises:
+            OutOfTimeError: there is none.
+        """
+        first = self._first == get_ident()
+        # Where none is compiled, more checks at a time would only end later, all of them.
+        with self.pause(lends=self.compiles):
+            try:
+                # What is waited for long is being compiled, even where all were there so far.
+                done.result(None if first else max(0.0, self._left(COLD_S)))
+            except NotDoneError:
+                raise OutOfTimeError from None
+        if not first and self._left(self.seconds) < 0:
+            raise OutOfTimeError
+
+    def _left(self, seconds: float) -> float:
+        """Seconds in which one may still go to work, to end within `seconds`."""
+        works = max(self.loading_seconds, self._longest())
+        return seconds - self._spent() - works - _CLOSING * self.loading_seconds
 
 
 def run(
@@ -162,29 +275,39 @@ def run(
     Returns:
         The checks, and the cases left out.
     """
-    limit = limit or Limit()
-    waiting, found = deque(_order(cases, plan)), dict[int, Check | None]()
+    limit = limit or Limit(None, plan.turns)
+    waiting, found, choosing = _order(cases, plan), dict[int, Check](), threading.Lock()
+
+    def choose() -> int | None:
+        """The next that there is time for."""
+        with choosing:
+            for i in sorted(waiting, key=lambda i: limit.comes_last(cases[i])):
+                if limit.begins(cases[i]):
+                    waiting.remove(i)
+                    return i
+        return None
 
     def work() -> None:
         while True:
             # A thread takes a case when it is its turn: the same few do where nothing is waited
             # for, and only they have what cuBLAS keeps for a thread.
             with plan.turns.taken() if plan.turns is not None else nullcontext():
-                try:
-                    i = waiting.popleft()
-                except IndexError:
+                i = choose()
+                if i is None:
                     return
-                found[i] = _unless_late(cases[i], device, limit)
+                check = _check(cases[i], device, limit)
+                if check is not None:
+                    found[i] = check
 
     if plan.threads == 1:
         work()
     else:
         _side_by_side(work, plan.threads, waiting)
-    checks = [each for i in range(len(cases)) if (each := found[i]) is not None]
-    return checks, [case for i, case in enumerate(cases) if found[i] is None]
+    checks = [found[i] for i in sorted(found)]
+    return checks, [case for i, case in enumerate(cases) if i not in found]
 
 
-def _side_by_side(work: Callable[[], None], threads: int, waiting: deque[int]) -> None:
+def _side_by_side(work: Callable[[], None], threads: int, waiting: list[int]) -> None:
     """In so many threads, with one of torch's each: problems this small gain nothing from more."""
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -195,26 +318,28 @@ def _side_by_side(work: Callable[[], None], threads: int, waiting: deque[int]) -
 
 
 def _order(cases: Sequence[Case], plan: Plan) -> list[int]:
-    """bfloat16, which most train in, before the others; of each last what imports much.
+    """So that what a limit leaves out is what is missed least.
 
-    With many workers what takes longest is begun first, so that it is not what is waited for in the
-    end. With few it comes last: a limit then leaves out the fewest.
+    bfloat16, which most train in, before the others; of each, every op once before any is checked
+    in other ways, and the quick ones first; last what imports much.
     """
+    kinds = [(case.op, case.setting.dtype) for case in cases]
 
-    def urgency(i: int) -> tuple[bool, bool, int]:
-        op = cases[i].op
-        slow = _SLOW.index(op) if op in _SLOW else len(_SLOW)
-        late = slow if plan.workers >= _MANY else -slow
-        return cases[i].setting.dtype != torch.bfloat16, op == "fuse_head", late
+    def urgency(i: int) -> tuple[bool, bool, bool, int]:
+        op, dtype = kinds[i]
+        slow = _SLOW.index(op) + 1 if op in _SLOW else 0
+        return dtype != torch.bfloat16, op == "fuse_head", kinds[i] in kinds[:i], slow
 
     order = range(len(cases))
     return sorted(order, key=urgency) if plan.threads > 1 else list(order)
 
 
-def _unless_late(case: Case, device: torch.device, limit: Limit) -> Check | None:
-    if limit.late(case):
-        return None
+def _check(case: Case, device: torch.device, limit: Limit) -> Check | None:
+    """None where it is left out."""
     with _surroundings(device):
+        if limit.waits(case):
+            with limit.pause():
+                model.load()
         return _checked(case)
 
 
@@ -233,10 +358,12 @@ def _surroundings(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _checked(case: Case) -> Check:
+def _checked(case: Case) -> Check | None:
     labels = (case.op, case.name, dtype_name(case.setting.dtype))
     try:
         figures = case.run()
+    except OutOfTimeError:
+        return None
     except Exception as error:  # whatever a broken kernel raises is a finding; the rest still runs
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Check(*labels, False, "", float("nan"), 0.0, f"raised {reason}")

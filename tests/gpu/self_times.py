@@ -2,8 +2,8 @@
 
 python -m tests.gpu.self_times [--json FILE] [--tiny] [--device cpu]
 
-`wall_s` is the command's, importing torch included; `seconds` what the self-test counts. With
-`--tiny` it runs once.
+`wall_s` is the command's, importing torch included; `seconds` what the self-test counts, which is
+to be at most 20 and 5. With `--tiny` it runs once.
 """
 
 import argparse
