@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP
+from orpo_kernels.constants import IGNORE_INDEX, MAX_MEAN_LOGP, SPLIT
 
 GROUPS = 2  # rows share a tail with those whose coefficients have their sign: chosen, rejected
 
@@ -140,24 +140,20 @@ class Compact(NamedTuple):
 
 
 def softmax_compact(
-    entries: Tensor,
-    total: Tensor,
-    groups: Tensor,
-    *,
-    eps: float,
-    block: int = 1,
+    entries: Tensor, total: Tensor, groups: Tensor, *, eps: float, block: int = 1,
     rounding: torch.dtype | None = None,
-) -> Compact:
+) -> Compact:  # fmt: skip
     """Keeps a column in `block` consecutive rows if an entry of one is over `eps * total`.
 
     `entries (R, C)` of `softmax_grad`, `total (R, 1)` or (R, C), `groups (R,)` in [0, GROUPS).
+    Where those over it add to more than `SPLIT`, the column is kept in two numbers of `rounding`.
     """
-    over = entries > eps * total
-    mask = torch.cat(
-        [rows.any(0, keepdim=True).expand_as(rows) for rows in torch.split(over, block)]
-    )
-    stored = rounded(entries, rounding)
-    dropped = (entries / total).masked_fill(mask, 0.0)
+    share = entries / total
+    over = torch.split(share.masked_fill(entries <= eps * total, 0.0), block)
+    sums = torch.cat([rows.sum(0, keepdim=True).expand_as(rows) for rows in over])
+    mask, stored = sums > 0, rounded(entries, rounding)
+    stored = stored + rounded(entries - stored, rounding).masked_fill(sums <= SPLIT, 0.0)
+    dropped = share.masked_fill(mask, 0.0)
     tail = torch.stack([dropped[groups == group].sum(0) for group in range(GROUPS)])
     return Compact(stored.masked_fill(~mask, 0.0), mask, tail)
 

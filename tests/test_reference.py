@@ -147,7 +147,12 @@ def test_a_row_is_kept_with_its_block():
         entries, total, groups, eps=0.15, block=2, rounding=torch.bfloat16
     )
     assert pairs.mask.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert torch.equal(pairs.kept, (entries.bfloat16() * pairs.mask).double())
+    # The first column, whose kept entry is over a quarter, in two numbers.
+    once = entries.bfloat16().double()
+    twice = once + (entries - once).bfloat16().double()
+    expected = torch.stack((twice[:, 0], once[:, 1], once[:, 2]), 1)
+    assert torch.equal(pairs.kept, expected * pairs.mask)
+    assert (pairs.kept[0, 0] - 0.5).abs() + (pairs.kept[1, 0] - 0.1).abs() < 2.0**-18
 
 
 def test_one_look_keeps_no_less():

@@ -20,7 +20,7 @@ from torch import Tensor
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import log_add
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.scan import NEVER, SPANS, add_spans
+from orpo_kernels.kernels.scan import NEVER, SPANS, WHOLE, add_spans
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
 from orpo_kernels.kernels.tuning import cdiv, row_of
@@ -70,26 +70,30 @@ def _room(
     counts_ptr, ends_ptr, block, blocks, allocated, index, spans, most, listed,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Live columns of this block and whether its list takes them; those before it, and of all."""
+    """Slots and columns of this block, whether its list takes them; slots before it, and of all."""
     each, lane = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_S)
-    before, everything, mine, fits = 0, 0, 0, 0
+    before, everything, mine, mine_live, fits = 0, 0, 0, 0, 0
     for first in range(0, blocks, BLOCK_B):
         other = first + each
         count = tl.zeros((BLOCK_B,), tl.int32)
+        live = count
         for start in range(0, spans, BLOCK_S):
             span = start + lane
             inside = (other < blocks)[:, None] & (span < spans)[None, :]
             at = counts_ptr + other[:, None] * spans + span[None, :]
-            count += tl.sum(tl.load(at, mask=inside, other=0), 1)
+            both = tl.load(at, mask=inside, other=0)
+            count += tl.sum(both % WHOLE, 1)
+            live += tl.sum(both // WHOLE, 1)
         there = other < tl.where(index > 0, blocks, 0)
         end = tl.load(ends_ptr + index % 2 * allocated + other, mask=there, other=0)
-        takes = (count <= most) & (end + count <= listed)
+        takes = (live <= most) & (end + count <= listed)
         taken = tl.where(takes, count, 0)
         before += tl.sum(tl.where(other < block, taken, 0), 0)
         everything += tl.sum(taken, 0)
         mine += tl.sum(tl.where(other == block, count, 0), 0)
+        mine_live += tl.sum(tl.where(other == block, live, 0), 0)
         fits += tl.sum(tl.where((other == block) & takes, 1, 0), 0)
-    return mine, fits, before, everything
+    return mine, mine_live, fits, before, everything
 
 
 @triton.jit
@@ -156,7 +160,7 @@ def _live_columns_kernel(
     labels = tl.load(rows_ptr + 2 * M, mask=exists, other=NEVER)
     scored = labels < NEVER
 
-    mine, fits, before, everything = _room(
+    mine, live, fits, before, everything = _room(
         counts_ptr, ends_ptr, block, blocks, allocated, index, spans, most, listed, BLOCK_B,
         BLOCK_S,
     )  # fmt: skip
@@ -202,7 +206,7 @@ def _live_columns_kernel(
     tl.store(lost_ptr + block, tl.where(fits > 0, lost + loses, lost))
     if block == 0:
         tl.store(used_ptr + following, tl.minimum(used + everything, capacity))
-    kept = tl.where(fits > 0, mine, C).to(tl.int64) * tl.minimum(R - block * ROWS, ROWS)
+    kept = tl.where(fits > 0, live, C).to(tl.int64) * tl.minimum(R - block * ROWS, ROWS)
     entries_ptr += first_row // ROWS + block
     tl.store(entries_ptr, tl.load(entries_ptr) + kept)
 

@@ -1,6 +1,7 @@
 """The live columns of a tile to slots, and what it drops to the sums of the tail.
 
-    slot_k[t] = E_tv r_tv scale / 2^reference_t,  v = column k of the list of 64 rows, bfloat16
+    slot_k[t] = E_tv r_tv scale / 2^reference_t,  v = column k of the list of 64 rows, bfloat16;
+                of a column that is listed twice, the second has what rounding left of the first
     mass_t   <- factor_t mass_t + sum of the slots of a wide span, as rounded
     tail_gv  += sum over row blocks that are not dense of the column sums of `scan`
 
@@ -16,13 +17,13 @@ import triton.language as tl
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
-from orpo_kernels.kernels.scan import NEVER, exponentials
+from orpo_kernels.kernels.scan import NEVER, WHOLE, exponentials
 from orpo_kernels.kernels.scan_state import ScanState
 from orpo_kernels.kernels.start import Start
 from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _COUNTED = 128  # counts a program looks at together
-_ADDED = 8  # row blocks whose sums it adds at once
+_ADDED = 16  # row blocks whose sums it adds at once
 
 
 @triton.jit
@@ -30,6 +31,21 @@ def reference_of(rows_ptr, exists, M):
     """What slots of rows refer to; where a row has nothing yet, what makes every entry 0."""
     reference = tl.load(rows_ptr + M, mask=exists, other=NEVER)
     return tl.where(reference < -0.5 * NEVER, NEVER, reference)
+
+
+@triton.jit
+def listed_columns(columns_ptr, k, count):
+    """The columns of entries k of a list, and which is the second of its column."""
+    token = tl.load(columns_ptr + k, mask=k < count, other=0)
+    earlier = tl.load(columns_ptr + k - 1, mask=(k > 0) & (k < count), other=-1)
+    return token, earlier == token
+
+
+@triton.jit
+def slot_of(u, again):
+    """Entries (BLOCK_K, ROWS) rounded, or what that leaves of them."""
+    slot = u.to(tl.bfloat16)
+    return tl.where(again[:, None], (u - slot.to(tl.float32)).to(tl.bfloat16), slot)
 
 
 @triton.jit
@@ -53,11 +69,11 @@ def _add_tails(
 
 @triton.jit
 def _counts(counts_ptr, first, end, BLOCK: tl.constexpr):
-    """Live columns of the spans before `first`, and of those from there to `end`."""
+    """Slots of the spans before `first`, and of those from there to `end`."""
     before, mine = 0, 0
     for start in range(0, end, BLOCK):
         span = start + tl.arange(0, BLOCK)
-        count = tl.load(counts_ptr + span, mask=span < end, other=0)
+        count = tl.load(counts_ptr + span, mask=span < end, other=0) % WHOLE
         before += tl.sum(tl.where(span < first, count, 0), 0)
         mine += tl.sum(tl.where(span < first, 0, count), 0)
     return before, mine
@@ -99,7 +115,7 @@ def _pack_slots_kernel(
     columns_ptr, addresses_ptr,  # (B, P) int32
     tail_ptr,  # (G, V) float32
     tails_ptr,  # (B, G, S SPAN) float32
-    live_ptr,  # (B, S SPAN) int8
+    live_ptr,  # (B, S SPAN) int8: slots of a column
     heads_ptr, counts_ptr,  # (5, B), (B, S) int32
     factor_ptr, rows_ptr,  # (R,), (4, M) float32
     logits_ptr,  # (R, C)
@@ -144,15 +160,17 @@ def _pack_slots_kernel(
         _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
     if count > 0:
         place = before + tl.cumsum(live, 0) - live
-        entry = first_entry + place
-        tl.store(columns_ptr + entry, first_column + column, mask=live != 0)
-        tl.store(addresses_ptr + entry, (first_slot + place) * (ROWS // 8), mask=live != 0)
+        for one in tl.static_range(2):
+            entry = first_entry + place + one
+            tl.store(columns_ptr + entry, first_column + column, mask=live > one)
+            address = (first_slot + place + one) * (ROWS // 8)
+            tl.store(addresses_ptr + entry, address, mask=live > one)
         tl.debug_barrier()  # what the other threads listed is read next
 
         offs = lane.to(tl.int64) * whole_vectors(stride_logits, True, VECTOR)
         for start in range(0, count, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            token = tl.load(columns_ptr + first_entry + before + k, mask=k < count, other=0)
+            token, again = listed_columns(columns_ptr + first_entry + before, k, count)
             mine = (k < count)[:, None] & exists[None, :]
             source = logits_ptr + offs[None, :] + (token - first_column)[:, None]
             x = tl.load(source, mask=mine, other=0.0).to(tl.float32)
@@ -160,7 +178,7 @@ def _pack_slots_kernel(
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + token, mask=k < count, other=0.0).to(tl.float32)[:, None]
             _e, u = exponentials(x, bias, reference[None, :], ratio, log2_scale, SIGN, HAS_SOFTCAP)
-            slot = tl.where(mine, u * logit_scale, 0.0).to(tl.bfloat16)
+            slot = slot_of(tl.where(mine, u * logit_scale, 0.0), again)
             mass += tl.sum(slot.to(tl.float32), 0)
             slot_at = (first_slot + before + k).to(tl.int64)[:, None] * ROWS
             slot_at = slots_ptr + slot_at + tl.arange(0, ROWS)[None, :]

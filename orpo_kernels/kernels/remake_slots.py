@@ -1,6 +1,7 @@
 """The slots of a head that trains, made again in the backward: the store has their columns alone.
 
-    slot_k[t] = E_tv r_tv scale / 2^reference_t,   z_t = h_t W_v,  v = column k of 64 rows
+    slot_k[t] = E_tv r_tv scale / 2^reference_t,   z_t = h_t W_v,  v = column k of 64 rows; of a
+                column listed twice, the second has what rounding left of the first
 
 as `pack_slots` made them of the forward's logits, of the same operands in 16 bits and float32 sums.
 The order of these sums is another, so a slot may be rounded otherwise where it lies between two
@@ -19,6 +20,7 @@ from torch import Tensor
 from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import row_place, whole_vectors
 from orpo_kernels.kernels.inputs import LANGUAGE_DTYPE, Inputs, pair
+from orpo_kernels.kernels.pack_slots import listed_columns, slot_of
 from orpo_kernels.kernels.scan import exponentials
 from orpo_kernels.kernels.scan_state import exponents
 from orpo_kernels.kernels.slot_store import SlotStore
@@ -81,7 +83,7 @@ def _remake_slots_kernel(
         return
     first = tl.load(table_ptr + 2 * block)
     k = start + tl.arange(0, BLOCK_K)
-    token = tl.load(columns_ptr + first + k, mask=k < count, other=0)
+    token, again = listed_columns(columns_ptr + first, k, count)
     lane = tl.arange(0, ROWS)
     row = block * ROWS + lane
     exists = row < M
@@ -114,7 +116,7 @@ def _remake_slots_kernel(
     reference = tl.load(coefficients_ptr + row, mask=exists, other=0.0) * _LOG2_E
     reference = tl.floor(reference + 0.5)
     _e, u = exponentials(x, bias, reference[None, :], ratio, log2_scale, SIGN, HAS_SOFTCAP)
-    slot = tl.where(exists[None, :], u * logit_scale, 0.0).to(tl.bfloat16)
+    slot = slot_of(tl.where(exists[None, :], u * logit_scale, 0.0), again)
     out = slots_ptr + (first + k)[:, None] * ROWS + lane[None, :]
     tl.store(out, slot, mask=(k < count)[:, None])
 

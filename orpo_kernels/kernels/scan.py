@@ -4,6 +4,7 @@
     estimate_t <= log of the sum of all exponentials of row t, its labels' among them
     s_t = sum_v E_tv e^-reference
     column v of 64 rows is live when some E_tv r_tv e^-estimate_t > eps / |scale|
+    and has two slots, not one, when these of 64 rows, of those over, add to SPLIT / |scale|
     tail_gv = sum over rows t of group g of E_tv r_tv e^-estimate_t, v not live
 
 As no estimate is above the true logarithm, every entry of the softmax gradient over eps is in a live
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orpo_kernels.constants import COMPACT_ROWS
+from orpo_kernels.constants import COMPACT_ROWS, SPLIT
 from orpo_kernels.kernels.elementwise import tanh, whole_vectors
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scan_state import ScanState
@@ -34,6 +35,9 @@ LOOKED = 8192
 ADDED = tl.constexpr(4)
 """Neighbours of a row whose exponentials a thread adds at once: 16 bytes of float32 logits."""
 
+WHOLE = tl.constexpr(2**16)
+"""Of the slots and the columns of a span in one number, what a column counts: slots are fewer."""
+
 NEVER = tl.constexpr(1e30)
 """Estimate of a row that keeps and drops nothing: every exponential is 0 against it."""
 
@@ -41,7 +45,8 @@ SPANS = 32
 """Spans whose sums a program adds at once."""
 
 _LOWEST = tl.constexpr(-1e30)  # a reference where there is nothing
-_LIVE = tl.constexpr(1e30)  # in the sum of a column, for an entry over the threshold
+_LIVE = tl.constexpr(2.0**100)  # factor of entries over the threshold in the sum of a column
+_FEW = tl.constexpr(2.0**10)  # thresholds, more than 64 entries that are not over it add to
 _FAR_TOO_LOW = tl.constexpr(2.0**64)  # a row's sum from which on its estimate is
 
 
@@ -164,14 +169,17 @@ def _in_second(groups_ptr, row, exists, GROUPS: tl.constexpr):
 
 @triton.jit
 def _drop(
-    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold,
+    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, split,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Marks the live columns of a tile and stores the sums of the others; both, (COLUMNS,)."""
-    total = tl.sum(tl.where(u > threshold, _LIVE, u), 0)  # one reduction says both
-    live = total >= _LIVE
+    """Stores slots of the columns of a tile, and sums of those without; both, (COLUMNS,)."""
+    # One reduction says all: 64 entries up to the threshold are far less than one over it, times
+    # the factor.
+    total = tl.sum(tl.where(u > threshold, u * _LIVE, u), 0)
+    live = total > threshold * _FEW
+    slots = live.to(tl.int32) + (total > split * _LIVE).to(tl.int32)
     total = tl.where(live, 0.0, total)
-    tl.store(live_ptr + block.to(tl.int64) * pitch + column, live.to(tl.int8))
+    tl.store(live_ptr + block.to(tl.int64) * pitch + column, slots.to(tl.int8))
     out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
     if GROUPS == 2:
         second = total * tl.max(in_second, 0)
@@ -181,13 +189,13 @@ def _drop(
         tl.store(out + pitch, second)
     else:
         tl.store(out, total)
-    return live, total
+    return slots, total
 
 
 @triton.jit(
     do_not_specialize=[
         "first_row", "R", "C", "first_column", "tiles", "spans", "looks", "stride_logits", "M",
-        "threshold", "ratio", "log2_scale",
+        "threshold", "split", "ratio", "log2_scale",
     ],
     do_not_specialize_on_alignment=[
         "partial_ptr", "looks_ptr", "counts_ptr", "losses_ptr", "rows_ptr", "labels_ptr",
@@ -198,14 +206,15 @@ def _scan_kernel(
     logits_ptr,  # (R, C); a label's own becomes -inf
     partial_ptr,  # (2 or 3, S, R) float32: reference, sum, sum of E r
     looks_ptr,  # (2, L, R) float32: likewise, of a look
-    live_ptr,  # (B, S SPAN) int8
-    counts_ptr,  # (B, S) int32
+    live_ptr,  # (B, S SPAN) int8: slots of a column
+    counts_ptr,  # (B, S) int32: slots, and columns that have some
     tails_ptr,  # (B, G, S SPAN) float32
     losses_ptr,  # (B, S) float32: what is dropped
     rows_ptr,  # (4, M) float32, of which the first is the estimate
     bias_ptr,  # (V,)
     labels_ptr, second_ptr, groups_ptr,  # (M,) int64
-    first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, ratio, log2_scale,
+    first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, split, ratio,
+    log2_scale,
     LOOK: tl.constexpr, GROUPS: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr, VECTOR: tl.constexpr,
@@ -251,11 +260,12 @@ def _scan_kernel(
         if HAS_SOFTCAP:
             sloped += _of_threads(u, ADDED)
         if not LOOK:
-            live, total = _drop(
-                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, GROUPS
-            )
+            slots, total = _drop(
+                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, split,
+                GROUPS,
+            )  # fmt: skip
             lost += total
-            count += live.to(tl.int32)
+            count += slots + (slots > 0).to(tl.int32) * WHOLE
 
     row_sum = tl.sum(sums, 1)
     level = estimate
@@ -282,8 +292,8 @@ class Scan:
         """Takes what stays the same from tile to tile."""
         self.state, self.row = state, state.row
         numbers = state.numbers(inputs)
-        threshold = eps / abs(inputs.logit_scale)
-        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, *numbers)
+        threshold, split = (each / abs(inputs.logit_scale) for each in (eps, SPLIT))
+        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, split, *numbers)
 
         def start(partial: Tensor, *, look: bool, ragged: bool) -> Start:
             return Start(

@@ -29,8 +29,8 @@ class ScanState(NamedTuple):
     groups: Tensor | None  # (M,) int64
     partial: Tensor  # (2 or 3, S, R) float32
     looks: Tensor  # (2 or 3, L, R) float32
-    live: Tensor  # (B, S SPAN) int8
-    counts: Tensor  # (B, S) int32
+    live: Tensor  # (B, S SPAN) int8: slots of a column, 2 where one does not say enough
+    counts: Tensor  # (B, S) int32: slots, and 2^16 times the columns that have some
     losses: Tensor  # (B, S) float32
     tails: Tensor  # (B, G, S SPAN) float32
     lost: Tensor  # (B,) float32: losses of all blocks so far

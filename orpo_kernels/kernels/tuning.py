@@ -192,16 +192,16 @@ TABLE["sum_products", "blackwell", torch.float32] = (Row(128, 4, 8),)
 TABLE["slot_products", "amd", torch.float32] = (Row(32, 8, 32),)
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
-for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and four on sm_100
-    TABLE["scan", "datacenter", _dtype] = TABLE["scan", "consumer", _dtype] = (Row(16, 4, 64),)
-    TABLE["scan", "blackwell", _dtype] = (Row(16, 2, 64),)
+for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and on sm_90 with 96
+    _limited = (Row(16, 4, 64, registers=128),)
+    TABLE["scan", "datacenter", _dtype] = TABLE["scan", "consumer", _dtype] = _limited
 # 16-bit logits with every option on: else, or with twice the warps, Triton 3.6 spills on sm_120.
 for _dtype in _NARROW:
-    TABLE["pack_slots", "consumer", _dtype] = (Row(256, 4, 32, registers=_ALL_REGISTERS),)
     TABLE["softmax_rows", "consumer", _dtype] = (Row(1024, 4),)
     TABLE["softmax_few_rows", "consumer", _dtype] = (Row(4096, 8),)
-# Rows on no vector: more warps spill on sm_100, likewise.
+# Of slots sm_120 spills else, float32 on sm_86. Rows on no vector: more warps spill on sm_100.
 for _dtype in (torch.float32, *_NARROW):
+    TABLE["pack_slots", "consumer", _dtype] = (Row(256, 4, 32, registers=_ALL_REGISTERS),)
     TABLE["given_back", "blackwell", _dtype] = (Row(256, 4, 4),)
 TABLE["linear_lse_elements_transformed", "blackwell", torch.float32] = (Tile(64, 64, 32, 4, 1),)
 # Triton 3.7 spills 8 registers of the one, and 2 of the other.

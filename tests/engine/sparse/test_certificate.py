@@ -60,10 +60,11 @@ def live_everywhere(eps):
 
 def rounding_hides_mass(eps):
     # One kept entry, rounded up by nearly the unit, and half of that dropped: mass is negative
-    # although entries were dropped. sqrt(eps * mass) would promise nothing, or be NaN.
+    # although entries were dropped. sqrt(eps * mass) would promise nothing, or be NaN. The column
+    # sums to less than is kept in two numbers.
     entries = torch.zeros(4, 3000, dtype=torch.float64)
-    entries[:, 0] = 0.5 * (1 + 2.0**-8 + 2.0**-20)
-    entries[:, 1:] = 0.5 * 2.0**-9 / 2999
+    entries[:, 0] = (1 + 2.0**-8 + 2.0**-20) / 32
+    entries[:, 1:] = 2.0**-9 / 2999 / 32
     return entries
 
 

@@ -114,6 +114,24 @@ def test_adversarial_tiles(gpu, shape, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
+def test_rounding_of_heavy_columns_is_kept_too(gpu, shape):
+    # All of the mass is in six columns, one of a label; two of the others have little of it.
+    torch.manual_seed(5)
+    logits, labels = torch.full((N, V), -20.0), torch.full((N,), 40)
+    logits[:, [7, 40, 150, 259]] = torch.randn(N, 4)
+    logits[[3, 68], [90, 200]] = -2.0
+    gpu(shape)
+    _, certificate, found = run(logits, labels)
+    assert certificate.kept_share < 0.05
+    _, u = entries(logits, labels)
+    error = (found - u).abs() / u
+    assert error[:, [7, 150, 259]].max() < 2.0**-15
+    light = torch.stack((error[3, 90], error[68, 200]))
+    assert (light > 2.0**-14).all()
+    assert (light < 2.0**-8).all()
+
+
+@pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_mass_is_conserved_where_nothing_is_dense(gpu, shape, monkeypatch):
     monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
     monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
