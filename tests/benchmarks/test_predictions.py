@@ -17,9 +17,9 @@ def test_the_model_is_near_what_was_measured():
         if found is not None:
             assert 1e3 * each.seconds == pytest.approx(found.time_ms, rel=ERROR[each.gradient])
             compared += 1
-    # Three budgets of frozen, trainable, evaluation, and both of sparse, but for the
-    # trainable one at 64 MiB, whose runs were of another way.
-    assert compared == 14
+    # Three budgets of frozen, trainable, evaluation, and both of sparse, but for the trainable one
+    # at 64 MiB, whose runs were of another way, and two frozen ones, of another eps.
+    assert compared == 12
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)

@@ -38,8 +38,9 @@ _SMALL_OF_TILE, _SMALL_OF_CHUNK, _SMALL_S = 3, 6, 6e-6
 _STARTS_OF_TILE, _STARTS_OF_CHUNK = 3, 5
 
 # Of kept slots: bytes that one entry of a tile is read by, and the share of the bandwidth that
-# packing, gathering rows of the head and the tail's product reach.
-_SECTOR, _PACKED, _GATHERED, _SUMMED = 32, 0.2, 0.87, 0.67
+# packing, gathering rows of the head and the tail's product reach. Of three eps, as of
+# `sparse-times-4.json`, the first two by what each further slot took.
+_SECTOR, _PACKED, _GATHERED, _SUMMED = 32, 0.88, 1.0, 0.67
 # Of dW from slots: the shares of the bandwidth that products are written and added at, and what the
 # two launches of a panel take however narrow it is; columns of a program that adds, programs for a
 # column of the vocabulary, how many a processor holds, and what one waits for lists and products,

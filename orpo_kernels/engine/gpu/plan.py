@@ -41,8 +41,8 @@ _AS_FAST = 1.02  # of the fastest time: the leanest of such shapes is taken
 _SCAN_AS_FAST = 1.005  # likewise: 22 tiles of an H200 took 4 % more than 15
 _FOLDED_AS_FAST = 1.003  # likewise: few groups measured 4 % faster than many
 _SAVES = 0.97  # E is kept where a step takes at most this of the time without
-_SLOT_SHARES = (8, 16, 32, 64)  # one in so many entries of a chunk has room among the slots
-_ROOMY = 1.015  # of the time with least room: what more of it may cost; text needs one in 75
+_SLOT_SHARES = (4, 8, 16, 32, 64)  # one in so many entries of a chunk has room among the slots
+_ROOMY = 1.015  # of the time with least room: what more of it may cost
 _LEAST_SCANNED = 256  # columns of a vocabulary block of the sparse forward
 _COLUMN_STEP = 256  # of wide ones: whole output tiles
 _BUDGET_STEP = 2**20  # what is left of a budget, rounded down, where there is so much
@@ -189,13 +189,30 @@ def _plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShap
         )  # fmt: skip
         return _fitting(found, job, budget)
 
-    leanest = planned(_SLOT_SHARES[-1])
-    for share in _SLOT_SHARES[:-1]:
+    shares = _roomy_shares(job)
+    try:
+        leanest = planned(shares[-1])
+    except ValueError:  # room for less, then, and what has none is done the exact way
+        shares = _SLOT_SHARES[1:]
+        leanest = planned(shares[-1])
+    for share in shares[:-1]:
         with contextlib.suppress(ValueError):
             shape, need, seconds = planned(share)
             if seconds <= _ROOMY * leanest[2]:
                 return shape, need
     return leanest[:2]
+
+
+def text_columns(vocabulary: int) -> int:
+    """More than 64 rows of text keep, at the default of eps: 1,200 of 8,000, 3,300 of 128,256."""
+    return min(vocabulary, 1500 + vocabulary // 40)
+
+
+def _roomy_shares(job: Job) -> tuple[int, ...]:
+    """Those with room for what text keeps, most room first; the most where no other has any."""
+    needed = text_columns(job.vocabulary)
+    found = tuple(each for each in _SLOT_SHARES[1:] if job.vocabulary // each >= needed)
+    return found or _SLOT_SHARES[:1]
 
 
 def _scan_shapes(job: Job, share: int, card: Card) -> Iterator[ScanShape]:

@@ -39,15 +39,15 @@ from orpo_kernels.engine.gpu.model import (
     slot_gradient_seconds,
 )
 from orpo_kernels.engine.gpu.plan import plan_backward as plan_sweeps
-from orpo_kernels.engine.gpu.plan import plan_scan
+from orpo_kernels.engine.gpu.plan import plan_scan, text_columns
 from orpo_kernels.engine.gpu.shapes import pitch
 from orpo_kernels.kernels import has_slots
 from orpo_kernels.kernels.slot_store import COLUMN_BYTES, SLOT_BYTES, ScanShape, aligned
 
 _LIST_SHARE, _SLOT_SHARE = 8, 4  # a store is at most this part of the budget
 _LIST_ROW_BYTES = 2**11  # a row of a list keeps about 50 entries, 400 bytes
-# So many columns of 64 rows for each that has room in the store, least and most: text keeps one in
-# 75.
+# So many columns of 64 rows for each that has room in the store, least and, of a vocabulary that is
+# not small, most: text keeps one in 75.
 _MOST_KEPT, _LEAST_KEPT = 8, 64
 _MANY_ROWS = 8192  # more than any chunk has
 
@@ -203,8 +203,10 @@ def slot_stores(sizes: Sizes, groups: int, budget: int) -> list[Store]:
     counts = [(min(room // of_slots, budget // _SLOT_SHARE // SLOT_BYTES), SLOT_BYTES, False)]
     if job.item == 2:
         counts.append((room // of_columns, COLUMN_BYTES, True))
+    most = max(job.vocabulary // _MOST_KEPT, min(job.vocabulary // 3, text_columns(job.vocabulary)))
+    most *= -(-job.rows // COMPACT_ROWS)
     return [
-        Store(aligned(min(count, _slots(job, _MOST_KEPT)) * size), remade)
+        Store(aligned(min(count, most) * size), remade)
         for count, size, remade in counts
         if count >= _slots(job, _LEAST_KEPT)
     ]

@@ -10,7 +10,7 @@ import torch
 
 from orpo_kernels.engine.gpu.card import Card, card_of
 from orpo_kernels.engine.gpu.model import Job, backward_seconds, forward_seconds
-from orpo_kernels.engine.gpu.plan import kept_rows, plan_backward, plan_forward
+from orpo_kernels.engine.gpu.plan import kept_rows, plan_backward, plan_forward, plan_scan
 from orpo_kernels.engine.gpu.shapes import MOST_HELD, Shape, Sweep
 
 MIB = 2**20
@@ -184,3 +184,30 @@ def test_a_card_is_what_its_driver_says(monkeypatch):
     assert card.bandwidth == pytest.approx(4.04e12, rel=0.02)
     assert (card.processors, card.capability) == (132, 90)
     assert card_of(torch.device("cpu")).processors > 0
+
+
+@pytest.mark.parametrize("card", [H200, LAPTOP], ids=["H200", "laptop"])
+@pytest.mark.parametrize("mib", [64, 81, 256, 1400])
+@pytest.mark.parametrize(
+    ("vocabulary", "H", "kept"),
+    [
+        # What 64 rows of trained-like logits keep at the default of a frozen head.
+        pytest.param(8000, 2048, 1200, id="a small one, at 2^-12"),
+        pytest.param(32_000, 4096, 1450, id="Mistral, at 2^-12"),
+        pytest.param(128_256, 4096, 3300, id="Llama 3, at 2^-14"),
+        pytest.param(262_144, 1152, 5500, id="Gemma 3, at 2^-15"),
+    ],
+)
+def test_what_text_keeps_has_room_at_every_budget(vocabulary, H, kept, mib, card):
+    job = Job(8192, vocabulary, H)
+    shape, need = plan_scan(job, 2, mib * MIB, card)
+    assert need <= mib * MIB
+    assert shape.slots >= 1.25 * kept * (shape.rows // 64)
+    assert shape.listed >= 1.25 * kept
+
+
+def test_what_has_little_room_keeps_less():
+    # 8 MiB: a tile of 64 rows, its product and 4,700 slots do not fit; a sixty-fourth does.
+    shape, need = plan_scan(LLAMA, 2, 8 * MIB, H200)
+    assert need <= 8 * MIB
+    assert shape.slots * 64 >= LLAMA.vocabulary
