@@ -28,7 +28,6 @@ from benchmarks.steps import Step
 from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels import orpo_loss
-from orpo_kernels.constants import DEFAULT_EPS
 
 MIB = 2**20
 # The default of an 8 GB card is 80 MiB, of one with 24 GB 240 MiB; None: of the card at hand.
@@ -62,7 +61,7 @@ def lines() -> Iterator[Line]:
             yield Line(name, mode, None, IMPLEMENTATIONS[name])
 
 
-def ours(gradient: str, budget: int | None, eps: float = DEFAULT_EPS) -> Implementation:
+def ours(gradient: str, budget: int | None, eps: float | None = None) -> Implementation:
     """Our loss, with a workspace of so many bytes."""
 
     def prepare(workload: Workload) -> Callable[[], torch.Tensor]:

@@ -29,7 +29,6 @@ from benchmarks.measure import bare_gemm, kernels_of, totals
 from benchmarks.steps import Step
 from benchmarks.truth import Truth, WrongResult, compute_truth, errors, judge
 from benchmarks.workloads import Workload, make_workload
-from orpo_kernels.constants import DEFAULT_EPS
 
 BUDGETS = (None, 64 * MIB, 256 * MIB)  # the exact gradient at the first two
 SHOWN = 9  # kernels of a line, those that take longest
@@ -95,11 +94,11 @@ def _sweep(
     name: str, rows: tuple[tuple[int, ...], ...], logits: str, line: Line | None = None
 ) -> Iterator[Job]:
     for row in rows:
-        some = line or _frozen(DEFAULT_EPS)
+        some = line or _frozen(None)
         yield Job(f"{name} {row}", some, logits, (name, row), f"_{name}_kernel")
 
 
-def _frozen(eps: float) -> Line:
+def _frozen(eps: float | None) -> Line:
     return Line("sparse", "frozen", None, ours("sparse", None, eps))
 
 

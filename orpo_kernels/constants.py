@@ -23,8 +23,16 @@ The second one has what rounding left of the first. A hundredth of the columns o
 are such, and have nearly all that rounding kept entries to bfloat16 costs dhidden.
 """
 
-DEFAULT_EPS = 2.0**-12
-"""Default of `eps`: probabilities over it enter the sparse gradient one by one."""
+LARGEST_EPS = 2.0**-12
+"""Default of `eps`, of a head that trains, and the largest: probabilities over it enter the sparse
+gradient one by one."""
+
+FINE_EPS = 8.0
+"""Default of `eps` of a frozen head, in units of 1 / V: 2^-14 for Llama 3, 2^-12 for V = 32,768.
+
+Then rounding dhidden to bfloat16, what is rounded before and what is averaged err about alike, for
+4 % of the time. A head that trains would write and read H numbers for each column that it keeps.
+"""
 
 LARGE = 2.0**-10
 """Share of a row's sum over which an entry of a rounded tile is redone in float32.

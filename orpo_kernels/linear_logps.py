@@ -11,7 +11,7 @@ vocabulary-sized work.
 import torch
 from torch import Tensor
 
-from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
+from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.ops import exact, sparse
 from orpo_kernels.options import (
     Certificate,
@@ -32,7 +32,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     gradient: str = "exact",
-    eps: float = DEFAULT_EPS,
+    eps: float | None = None,
     tail_groups: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
@@ -54,6 +54,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
             group. Where too many are over `eps`, rows are done the exact way. "auto": sparse where
             the GEMMs are 16-bit.
         eps: of the sparse gradient, 0 to 1. Smaller is closer to exact, and keeps more entries.
+            Default: 2^-12; 8 / V, where that is less, if the head gets no gradient.
         tail_groups: (...) integer 0 or 1, of the sparse gradient: rows averaged together. Best are
             rows whose log-probs the loss pushes the same way. Default: all rows.
         compute_dtype: dtype of the GEMM operands; default: the autocast dtype when autocast is on,
@@ -122,7 +123,7 @@ def certified_logps(
         groups = options.tail_groups
         groups = None if groups is None else groups.to(device, torch.int64)
         logps, fields, *_ = sparse.sparse_token_logps(
-            *problem, groups, float(options.eps), *needs, True
+            *problem, groups, options.eps_of(weight.shape[0], trains=needs[1]), *needs, True
         )
         certificate = Certificate(*fields.unbind())
     else:

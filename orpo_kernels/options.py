@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from orpo_kernels.constants import DEFAULT_EPS, IGNORE_INDEX
+from orpo_kernels.constants import FINE_EPS, IGNORE_INDEX, LARGEST_EPS
 from orpo_kernels.engine.gemm import operand_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,7 +33,7 @@ class LogpsSettings(TypedDict, total=False):
     softcap: float | None
     ignore_index: int
     gradient: str
-    eps: float
+    eps: float | None
     compute_dtype: torch.dtype | None
     workspace_bytes: int | None
 
@@ -58,7 +58,7 @@ class LogpsOptions:
     softcap: float | None = None
     ignore_index: int = IGNORE_INDEX
     gradient: str = "exact"
-    eps: float = DEFAULT_EPS
+    eps: float | None = None
     tail_groups: Tensor | None = None
     compute_dtype: torch.dtype | None = None
     workspace_bytes: int | None = None
@@ -88,6 +88,12 @@ class LogpsOptions:
             )
         if self.low_rank is not None:
             _check_pair("low_rank", self.low_rank)
+
+    def eps_of(self, vocabulary: int, *, trains: bool) -> float:
+        """The threshold of a head of so many entries, given or the default."""
+        if self.eps is not None:
+            return float(self.eps)
+        return LARGEST_EPS if trains else min(LARGEST_EPS, FINE_EPS / vocabulary)
 
     def is_sparse(self, dtype: torch.dtype) -> bool:
         """Whether the sparse strategy is taken with GEMMs in `dtype`."""
@@ -212,13 +218,13 @@ def check_beta(beta: object) -> None:
 
 
 def check_eps(name: str, eps: object) -> None:
-    """Refuse a threshold of the sparse gradient that is no probability.
+    """Refuse a threshold of the sparse gradient that is neither None nor a probability.
 
     Raises:
         TypeError: not a number.
         ValueError: outside [0, 1].
     """
-    if not 0 <= _check_number(name, eps) <= 1:
+    if eps is not None and not 0 <= _check_number(name, eps) <= 1:
         raise ValueError(f"{name} must be a probability, from 0 to 1, got {eps!r}")
 
 

@@ -183,3 +183,29 @@ def test_the_nearest_name_is_offered():
 def test_labels_are_integers(labels, message):
     with pytest.raises(TypeError, match=message):
         validate_labels("ids", labels)
+
+
+@pytest.mark.parametrize(
+    ("head", "vocabulary", "eps", "same"),
+    [
+        ("frozen", 65_536, 2.0**-13, True),  # 8 / V
+        ("frozen", 65_536, 2.0**-12, False),
+        ("trains", 65_536, 2.0**-12, True),
+        ("trains", 65_536, 2.0**-13, False),
+        ("frozen", 16_384, 2.0**-12, True),  # 8 / V is more
+    ],
+)
+def test_the_default_of_eps_is_by_vocabulary_where_the_head_is_frozen(head, vocabulary, eps, same):
+    # A few rows, H 8; peaked softmaxes whose entries are on both sides of both thresholds.
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8) * 4, torch.randn(vocabulary, 8)
+    weight[0] = 0
+    hidden.requires_grad_()
+    weight.requires_grad_(head == "trains")
+    labels = torch.arange(6)
+
+    def gradient(**options):
+        logps = linear_logps(hidden, weight, labels, gradient="sparse", **options)
+        return torch.autograd.grad(logps.sum(), hidden)[0]
+
+    assert torch.equal(gradient(), gradient(eps=eps)) == same

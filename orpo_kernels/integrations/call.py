@@ -41,7 +41,7 @@ class FuseOptions:
     loss: ORPOLoss | None
     workspace_bytes: int | None
     gradient: str
-    eps: float
+    eps: float | None
     compute_dtype: torch.dtype | None
     mean_logits: bool | str
     check: bool

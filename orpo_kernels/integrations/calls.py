@@ -27,7 +27,7 @@ class FuseKeywords(TypedDict, total=False):
 
     workspace_bytes: int | None
     gradient: str
-    eps: float
+    eps: float | None
     compute_dtype: torch.dtype | None
     mean_logits: bool | str
     check: bool

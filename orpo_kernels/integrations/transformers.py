@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from orpo_kernels.constants import DEFAULT_EPS
 from orpo_kernels.guard import DensityGuard
 from orpo_kernels.integrations import narrow, peft
 from orpo_kernels.integrations.call import FuseOptions
@@ -35,7 +34,7 @@ def fuse_head(  # noqa: PLR0913 - the public signature
     loss: ORPOLoss | None = None,
     workspace_bytes: int | None = None,
     gradient: str = "exact",
-    eps: float = DEFAULT_EPS,
+    eps: float | None = None,
     compute_dtype: torch.dtype | None = None,
     mean_logits: bool | str = False,
     check: bool = True,
@@ -71,7 +70,7 @@ def fuse_head(  # noqa: PLR0913 - the public signature
         workspace_bytes: as in `linear_logps`, like `gradient`, `eps` and `compute_dtype`.
         gradient: "exact", "sparse", or "auto": sparse where the GEMMs are 16-bit, but for the 32
             steps after one whose softmax was too flat for it (`FusedHead.guard`).
-        eps: of the sparse gradient, 0 to 1.
+        eps: of the sparse gradient, 0 to 1; default: see `linear_logps`.
         compute_dtype: dtype of the GEMMs; default: autocast's, else that of hidden and weight.
         mean_logits: also report the mean logit of each row, over the positions that predict a
             token; "all": over the last one too.

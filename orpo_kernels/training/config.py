@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from orpo_kernels.constants import DEFAULT_EPS
 from orpo_kernels.layout import BatchLayout
 from orpo_kernels.options import (
     GRADIENTS,
@@ -224,9 +223,12 @@ class ORPOConfig(TrainingArguments):
             "(sparse where its matrix products are 16-bit)."
         },
     )
-    sparse_eps: float = field(
-        default=DEFAULT_EPS,
-        metadata={"help": "Probabilities over it enter a sparse gradient one by one."},
+    sparse_eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probabilities over it enter a sparse gradient one by one. Default: 2^-12, or "
+            "8 / V where that is less and the head is frozen."
+        },
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "dtype of the matrix products with the vocabulary."}
