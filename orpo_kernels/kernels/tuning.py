@@ -193,8 +193,8 @@ TABLE["slot_products", "amd", torch.float32] = (Row(32, 8, 32),)
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
 for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and on sm_90 with 96
-    _limited = (Row(16, 4, 64, registers=128),)
-    TABLE["scan", "datacenter", _dtype] = TABLE["scan", "consumer", _dtype] = _limited
+    TABLE["scan", "datacenter", _dtype] = (Row(16, 4, 64, registers=128),)
+    TABLE["scan", "consumer", _dtype] = TABLE["scan", "datacenter", _dtype]
 # 16-bit logits with every option on: else, or with twice the warps, Triton 3.6 spills on sm_120.
 for _dtype in _NARROW:
     TABLE["softmax_rows", "consumer", _dtype] = (Row(1024, 4),)
