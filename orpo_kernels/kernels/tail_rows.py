@@ -21,6 +21,7 @@ from orpo_kernels.kernels.start import Start, in_vectors
 from orpo_kernels.kernels.tuning import VECTOR, cdiv, row_of
 
 _SPANS = 32  # looked at together
+_ADDED = 2  # rows of the head that a program's sums are of
 
 
 @triton.jit(
@@ -83,24 +84,25 @@ def _tail_product_kernel(
     weight_ptr,  # (V, H)
     V, H, each, stride_weight, stride_out, size_out,
     GROUPS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ADDED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     width = whole_vectors(H, ALIGNED, VECTOR)
     stride = whole_vectors(stride_weight, ALIGNED, VECTOR)
     column_blocks = tl.cdiv(H, BLOCK)
     split = tl.program_id(0) // column_blocks
     column = tl.program_id(0) % column_blocks * BLOCK + tl.arange(0, BLOCK)
-    first = tl.zeros((ROWS, BLOCK), tl.float32)
-    second = tl.zeros((ROWS, BLOCK), tl.float32)
+    first = tl.zeros((ADDED, BLOCK), tl.float32)
+    second = tl.zeros((ADDED, BLOCK), tl.float32)
     end = tl.minimum((split + 1) * each, V)
     for start in range(split * each, end, ROWS):
-        v = start + tl.arange(0, ROWS)
-        at = weight_ptr + v[:, None].to(tl.int64) * stride + column[None, :]
-        inside = (v < end)[:, None] & (column < width)[None, :]
-        w = tl.load(at, mask=inside, other=0.0).to(DTYPE).to(tl.float32)
-        first += tl.load(tail_ptr + v, mask=v < end, other=0.0)[:, None] * w
-        if GROUPS == 2:
-            second += tl.load(tail_ptr + V + v, mask=v < end, other=0.0)[:, None] * w
+        for part in tl.static_range(0, ROWS, ADDED):  # whose loads do not wait for one another
+            v = start + part + tl.arange(0, ADDED)
+            at = weight_ptr + v[:, None].to(tl.int64) * stride + column[None, :]
+            inside = (v < end)[:, None] & (column < width)[None, :]
+            w = tl.load(at, mask=inside, other=0.0).to(DTYPE).to(tl.float32)
+            first += tl.load(tail_ptr + v, mask=v < end, other=0.0)[:, None] * w
+            if GROUPS == 2:
+                second += tl.load(tail_ptr + V + v, mask=v < end, other=0.0)[:, None] * w
     out = out_ptr + split.to(tl.int64) * size_out + column
     tl.store(out, tl.sum(first, 0), mask=column < width)
     if GROUPS == 2:
@@ -126,7 +128,7 @@ def tail_product(
             _tail_product_kernel, (out, tail, weight), row,
             {
                 "GROUPS": G, "DTYPE": LANGUAGE_DTYPE[dtype], "ALIGNED": in_vectors(weight),
-                "ROWS": row.depth, "BLOCK": row.block, "VECTOR": VECTOR,
+                "ROWS": row.depth, "ADDED": _ADDED, "BLOCK": row.block, "VECTOR": VECTOR,
             },
         )  # fmt: skip
         start(splits * programs, V, H, each, weight.stride(0), H, G * H)

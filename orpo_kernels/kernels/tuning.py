@@ -101,7 +101,6 @@ for _class in ("datacenter", "consumer", "amd", "other"):
         TABLE["softmax_rows", _class, _dtype] = (Row(2048, 8 // _lanes),)
         TABLE["softmax_few_rows", _class, _dtype] = (Row(8192, 16),)
         TABLE["column_totals", _class, _dtype] = (Row(32, 4),)
-        TABLE["tail_product", _class, _dtype] = (Row(512, 4, 8),)
         TABLE["given_back", _class, _dtype] = (Row(512, 8 // _lanes, 4 * _lanes),)
         # Columns of a panel; slots a step, and of sums the lanes of a program.
         TABLE["slot_products", _class, _dtype] = (Row(128 // _lanes, 4 * _lanes, 64 // _lanes),)
@@ -162,8 +161,7 @@ for _class, _stages, _limit in (
 ):  # fmt: skip
     for _dtype in (torch.float32, *_NARROW):
         _registers = 0 if _dtype == torch.float32 else _limit
-        # Sums are read beside the slots, and float16 slots widened. 128 columns by 64 of an H200:
-        # 0.55 ms for 0.71 of 256 by 32, which sm_120 spills.
+        # Float16 slots are widened. 128 by 64 of an H200: 0.55 ms for 0.71 of 256 by 32 (sm_120: spills).
         _most = _stages if _dtype == torch.bfloat16 else min(_stages, 3)
         _registers = 0 if _dtype == torch.float16 else _registers
         _many = _class == "other" or (_class == "consumer" and _dtype == torch.float32)
@@ -172,8 +170,10 @@ for _class, _stages, _limit in (
         if _class == "datacenter":  # by 64 sm_100 would spill
             TABLE["gather_slots", "blackwell", _dtype] = (Row(256, 8, 32, _most),)
         TABLE["gather_slots_odd", _class, _dtype] = (Row(64, 4, 32, 2),)
-        # Columns of 64 rows; `depth` of H a step.
         _free = _ALL_REGISTERS if _class == "consumer" else 0
+        _sums = Row(512, 2 if _class == "amd" else 4, 8, registers=_free)
+        TABLE["tail_product", _class, _dtype] = (_sums,)
+        # Columns of 64 rows; `depth` of H a step.
         TABLE["remake_slots", _class, _dtype] = (Row(128, 8, _depth, min(_stages, 3), _free),)
         TABLE["remake_slots_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
         # Two blocks of 64 rows; `depth` columns of the tile a step.
