@@ -45,7 +45,8 @@ page is written by `python -m benchmarks.report`.
   divided by the mean of TRL's turns before and after it. They are in README and docs/layouts.md.
 - *trained-like* logits have the sparsity of real text, *flat* ones none
   (`benchmarks/workloads.py`). An implementation whose time cannot depend on the logits is measured
-  on trained-like ones only.
+  on trained-like ones only. Sparse rows take the default `eps`: before 2026-11-26 2^-12 for every
+  head, since then less for a frozen one of more than 32,768 entries (docs/sparse.md).
 """
 
 
