@@ -68,7 +68,7 @@ def jobs() -> Iterator[Job]:
     yield from _lines("frozen")
     for narrow in (False, True):
         what = f"{16 if narrow else 32}-bit logits"
-        for power in (10, 12, 14):
+        for power in (10, 12, 14, 15):
             yield Job(f"eps 2^-{power}, {what}", _frozen(2.0**-power), narrow=narrow)
         exact = Line("exact", "frozen", None, ours("exact", None))
         yield Job(f"eps 0, {what}", exact, narrow=narrow)

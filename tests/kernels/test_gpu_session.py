@@ -26,8 +26,8 @@ def test_dry_run(tmp_path):
     last = done.stdout[done.stdout.rindex((tmp_path / "budgets.txt").read_text()) :]
     lines = last.splitlines()
     assert lines[-1] == "Tests ended with 0; failed: none"
-    assert [line.split()[:3] for line in lines[-9:-1]] == [
-        ["frozen", "eps", f"{power},"] for power in 2 * ("2^-10", "2^-12", "2^-14", "0")
+    assert [line.split()[:3] for line in lines[-11:-1]] == [
+        ["frozen", "eps", f"{power},"] for power in 2 * ("2^-10", "2^-12", "2^-14", "2^-15", "0")
     ]
     modes = {row["mode"] for row in json.loads((tmp_path / "budgets.json").read_text())["results"]}
     assert modes == {"frozen", "trainable", "eval"}
