@@ -46,7 +46,7 @@ page is written by `python -m benchmarks.report`.
 - *trained-like* logits have the sparsity of real text, *flat* ones none
   (`benchmarks/workloads.py`). An implementation whose time cannot depend on the logits is measured
   on trained-like ones only. Sparse rows take the default `eps`: before 2026-11-26 2^-12 for every
-  head, since then less for a frozen one of more than 32,768 entries (docs/sparse.md).
+  head, since then less for a frozen one of more than 24,576 entries (docs/sparse.md).
 """
 
 

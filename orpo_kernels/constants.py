@@ -27,11 +27,11 @@ LARGEST_EPS = 2.0**-12
 """Default of `eps`, of a head that trains, and the largest: probabilities over it enter the sparse
 gradient one by one."""
 
-FINE_EPS = 8.0
-"""Default of `eps` of a frozen head, in units of 1 / V: 2^-14 for Llama 3, 2^-12 for V = 32,768.
+FINE_EPS = 6.0
+"""Default of `eps` of a frozen head, in units of 1 / V: 2^-14.4 for Llama 3, 2^-12 up to 24,576.
 
-Then rounding dhidden to bfloat16, what is rounded before and what is averaged err about alike, for
-4 % of the time. A head that trains would write and read H numbers for each column that it keeps.
+Then dhidden errs about what it does where it is exact: rounding it to bfloat16 and the average have
+like shares. A head that trains would write and read H numbers for each column that it keeps.
 """
 
 LARGE = 2.0**-10

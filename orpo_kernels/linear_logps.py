@@ -54,7 +54,7 @@ def linear_logps(  # noqa: PLR0913 - the public signature
             group. Where too many are over `eps`, rows are done the exact way. "auto": sparse where
             the GEMMs are 16-bit.
         eps: of the sparse gradient, 0 to 1. Smaller is closer to exact, and keeps more entries.
-            Default: 2^-12; 8 / V, where that is less, if the head gets no gradient.
+            Default: 2^-12; 6 / V, where that is less, if the head gets no gradient.
         tail_groups: (...) integer 0 or 1, of the sparse gradient: rows averaged together. Best are
             rows whose log-probs the loss pushes the same way. Default: all rows.
         compute_dtype: dtype of the GEMM operands; default: the autocast dtype when autocast is on,

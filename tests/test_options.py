@@ -188,11 +188,11 @@ def test_labels_are_integers(labels, message):
 @pytest.mark.parametrize(
     ("head", "vocabulary", "eps", "same"),
     [
-        ("frozen", 65_536, 2.0**-13, True),  # 8 / V
-        ("frozen", 65_536, 2.0**-12, False),
-        ("trains", 65_536, 2.0**-12, True),
-        ("trains", 65_536, 2.0**-13, False),
-        ("frozen", 16_384, 2.0**-12, True),  # 8 / V is more
+        ("frozen", 98_304, 2.0**-14, True),  # 6 / V
+        ("frozen", 98_304, 2.0**-12, False),
+        ("trains", 98_304, 2.0**-12, True),
+        ("trains", 98_304, 2.0**-14, False),
+        ("frozen", 16_384, 2.0**-12, True),  # 6 / V is more
     ],
 )
 def test_the_default_of_eps_is_by_vocabulary_where_the_head_is_frozen(head, vocabulary, eps, same):

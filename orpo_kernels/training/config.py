@@ -227,7 +227,7 @@ class ORPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Probabilities over it enter a sparse gradient one by one. Default: 2^-12, or "
-            "8 / V where that is less and the head is frozen."
+            "6 / V where that is less and the head is frozen."
         },
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(

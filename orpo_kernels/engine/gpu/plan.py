@@ -204,7 +204,7 @@ def _plan_scan(job: Job, groups: int, budget: int, card: Card) -> tuple[ScanShap
 
 
 def text_columns(vocabulary: int) -> int:
-    """More than 64 rows of text keep, at the default of eps: 1,200 of 8,000, 3,300 of 128,256."""
+    """More than 64 rows of text keep, at the default of eps: 1,200 of 8,000, 4,000 of 128,256."""
     return min(vocabulary, 1500 + vocabulary // 40)
 
 
