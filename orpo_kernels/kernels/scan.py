@@ -169,7 +169,7 @@ def _in_second(groups_ptr, row, exists, GROUPS: tl.constexpr):
 
 @triton.jit
 def _drop(
-    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, split,
+    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, heavy,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Stores slots of the columns of a tile, and sums of those without; both, (COLUMNS,)."""
@@ -177,7 +177,7 @@ def _drop(
     # the factor.
     total = tl.sum(tl.where(u > threshold, u * _LIVE, u), 0)
     live = total > threshold * _FEW
-    slots = live.to(tl.int32) + (total > split * _LIVE).to(tl.int32)
+    slots = live.to(tl.int32) + (total > heavy * _LIVE).to(tl.int32)
     total = tl.where(live, 0.0, total)
     tl.store(live_ptr + block.to(tl.int64) * pitch + column, slots.to(tl.int8))
     out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
@@ -195,7 +195,7 @@ def _drop(
 @triton.jit(
     do_not_specialize=[
         "first_row", "R", "C", "first_column", "tiles", "spans", "looks", "stride_logits", "M",
-        "threshold", "split", "ratio", "log2_scale",
+        "threshold", "heavy", "ratio", "log2_scale",
     ],
     do_not_specialize_on_alignment=[
         "partial_ptr", "looks_ptr", "counts_ptr", "losses_ptr", "rows_ptr", "labels_ptr",
@@ -213,7 +213,7 @@ def _scan_kernel(
     rows_ptr,  # (4, M) float32, of which the first is the estimate
     bias_ptr,  # (V,)
     labels_ptr, second_ptr, groups_ptr,  # (M,) int64
-    first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, split, ratio,
+    first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, heavy, ratio,
     log2_scale,
     LOOK: tl.constexpr, GROUPS: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr,
@@ -261,7 +261,7 @@ def _scan_kernel(
             sloped += _of_threads(u, ADDED)
         if not LOOK:
             slots, total = _drop(
-                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, split,
+                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, heavy,
                 GROUPS,
             )  # fmt: skip
             lost += total
@@ -292,8 +292,8 @@ class Scan:
         """Takes what stays the same from tile to tile."""
         self.state, self.row = state, state.row
         numbers = state.numbers(inputs)
-        threshold, split = (each / abs(inputs.logit_scale) for each in (eps, SPLIT))
-        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, split, *numbers)
+        threshold, heavy = (each / abs(inputs.logit_scale) for each in (eps, SPLIT))
+        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, heavy, *numbers)
 
         def start(partial: Tensor, *, look: bool, ragged: bool) -> Start:
             return Start(

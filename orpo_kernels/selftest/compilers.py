@@ -40,8 +40,8 @@ MOST_WORKERS = 16
 _MOST_SECONDS = 30.0  # of one kernel, after which the workers are given up
 # Parameters of kernels that are floats; numbers of other names are integers.
 FLOATS = {
-    "eps", "largest_slope", "limit", "log2_scale", "logit_scale", "most_lost", "ratio", "rounding",
-    "scale", "softcap", "threshold",
+    "eps", "heavy", "largest_slope", "limit", "log2_scale", "logit_scale", "most_lost", "ratio",
+    "rounding", "scale", "softcap", "threshold",
 }  # fmt: skip
 COMPILED, KNOWN, FAILED = "compiled", "known", "failed"  # what workers answer
 
