@@ -52,9 +52,10 @@ def test_a_barrier_that_goes_is_missed(monkeypatch, tmp_path):
     plain = [case for case in CASES if "float32, " not in case.label and "all" not in case.label]
     monkeypatch.setattr(TritonSemantic, "debug_barrier", lambda self: None)
     # A device and a cache of its own: nothing is compiled yet, and nothing is left to others.
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(_Driver, "get_current_device", lambda self: 999)
-    _, faulty = found("gfx942", plain)
+    with knobs.cache.scope():  # which monkeypatch would leave set, to what it was
+        knobs.cache.dir = str(tmp_path)
+        _, faulty = found("gfx942", plain)
     assert faulty == RESTING
 
 

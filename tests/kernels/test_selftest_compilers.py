@@ -30,6 +30,7 @@ def found(monkeypatch, tmp_path):
     """Whether Triton found the kernels of this process in its cache, which is empty at first."""
     hits = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert knobs.cache.dir == str(tmp_path)  # no test before left it set
     monkeypatch.setattr(
         knobs.compilation, "listener", lambda *, cache_hit, **_rest: hits.append(cache_hit)
     )
