@@ -15,21 +15,22 @@ def test_the_model_is_near_what_was_measured():
     for each in predictions(LLAMA, DEVICES[0]):
         found = known.get((each.mode, each.gradient, each.budget))
         if found is not None:
-            assert 1e3 * each.seconds == pytest.approx(found.time_ms, rel=ERROR[each.gradient])
+            error = ERROR[each.gradient.split()[0]]
+            assert 1e3 * each.seconds == pytest.approx(found.time_ms, rel=error)
             compared += 1
-    # Three budgets of frozen, trainable, evaluation, and both of sparse, but for the trainable one
-    # at 64 MiB, whose runs were of another way, and two frozen ones, of another eps.
-    assert compared == 12
+    # Three budgets of frozen, trainable, evaluation, and both of sparse, but for the
+    # trainable one at 64 MiB, whose runs were of another way.
+    assert compared == 14
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_what_it_says_of_every_card(device):
     found = {each[:3]: each.seconds for each in predictions(LLAMA, device)}
-    assert len(found) == 18
+    assert len(found) == 21
     for mode, gradient, budget in found:
         seconds = found[mode, gradient, budget]
         assert seconds <= 1.03 * found[mode, gradient, 64 * 2**20]  # more room costs nothing
-        if gradient == "sparse":
+        if gradient.startswith("sparse"):
             assert seconds < found[mode, "exact", budget]
 
 
