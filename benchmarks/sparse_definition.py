@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.heads import HEADS, Case, sizes_of
 from benchmarks.results import FOLDER
+from benchmarks.truth import relative
 from benchmarks.workloads import Workload, make_workload
 from orpo_kernels import reference
 from orpo_kernels.constants import COMPACT_ROWS, IGNORE_INDEX
@@ -55,7 +56,7 @@ def inputs_of(workload: Workload, rows: int) -> Inputs:
     rejected = torch.arange(len(labels)) >= len(labels) // 2
     scored = (labels != IGNORE_INDEX).nonzero()[:, 0]
     blocks = scored[: len(scored) // COMPACT_ROWS * COMPACT_ROWS].view(-1, COMPACT_ROWS)
-    wanted = min(len(blocks), max(1, rows // COMPACT_ROWS))
+    wanted = min(len(blocks), rows // COMPACT_ROWS)
     chosen = blocks[torch.linspace(0, len(blocks) - 1, wanted).long()].flatten()
     weight = workload.weight.detach().float()
     return Inputs(hidden[chosen].float(), weight, labels[chosen], rejected[chosen].long())
@@ -84,7 +85,7 @@ def measure(given: Inputs, powers: list[float]) -> list[dict[str, Any]]:
             _add(sums, entries, groups[rows], 2.0**power, rows, weight)
     label = beside.double() * weight[labels].double()
     truth = label - true.double()
-    lines, rounding = [], _error(truth.bfloat16().double(), truth)
+    lines, rounding = [], relative(truth.bfloat16().double(), truth)
     for power, sums in zip(powers, found, strict=True):
         mean = sums.tail / sums.tail.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         rest = (mean.float() @ weight).double()[groups]
@@ -93,8 +94,8 @@ def measure(given: Inputs, powers: list[float]) -> list[dict[str, Any]]:
         line["rounding"] = rounding
         for name, product, mass in zip(("once", "twice"), sums.products, sums.masses, strict=True):
             gradient = label - product.double() - mass[:, None] * rest
-            line[name] = _error(gradient, truth)
-            line[f"{name}_rounded"] = _error(gradient.bfloat16().double(), truth)
+            line[name] = relative(gradient, truth)
+            line[f"{name}_rounded"] = relative(gradient.bfloat16().double(), truth)
         lines.append(line)
     return lines
 
@@ -115,10 +116,6 @@ def _add(
         sums.masses[i, rows] = total - each.double().sum(1)
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -129,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("--results", default=str(FOLDER), help="where <machine>/ is made")
     options = parser.parse_args(arguments)
+    if options.rows < COMPACT_ROWS:
+        parser.error(f"--rows is at least {COMPACT_ROWS}, a block of rows; got {options.rows}")
     sizes = sizes_of(Case(options.head), "cuda", tiny=options.tiny)
     given = inputs_of(make_workload(Case(options.head, sizes=sizes)), options.rows)
     default = math.log2(LogpsOptions().eps_of(len(given.weight), trains=False))

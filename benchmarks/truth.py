@@ -137,13 +137,14 @@ def errors(
     """Relative errors (of the loss; Frobenius norm of the sampled gradients)."""
     found = {"loss": abs(loss.item() - truth.loss) / abs(truth.loss)}
     if dhidden is not None:
-        found["dhidden"] = _relative(dhidden.flatten(0, 1)[truth.rows], truth.dhidden)
+        found["dhidden"] = relative(dhidden.flatten(0, 1)[truth.rows], truth.dhidden)
     if dweight is not None:
-        found["dweight"] = _relative(dweight[truth.columns], truth.dweight)
+        found["dweight"] = relative(dweight[truth.columns], truth.dweight)
     return found
 
 
-def _relative(got: Tensor, expected: Tensor) -> float:
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference, over that of what is expected."""
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 

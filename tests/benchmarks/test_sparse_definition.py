@@ -44,6 +44,12 @@ def test_row_blocks_are_whole_ones_of_all():
     assert torch.equal(given.groups, (given.hidden[:, 0] >= 200).long())
 
 
+def test_fewer_rows_than_a_block_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        sparse_definition.main(["--tiny", "--rows", "63"])
+    assert "--rows is at least 64" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     assert sparse_definition.main(["--tiny", "--results", str(tmp_path), "--rows", "64"]) == 0
     (path,) = tmp_path.glob(f"*/{sparse_definition.FILE}")
