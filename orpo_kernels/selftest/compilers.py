@@ -111,7 +111,7 @@ class Workers:
         """
         from orpo_kernels.kernels import tuning
 
-        if start.constants.get("RAGGED") is False:  # no vocabulary of the checks is in whole tiles
+        if start.constants.get("RAGGED") is False:  # hardly a call of the checks launches both
             return
         kernel = start.kernel
         names = [each.name for each in kernel.params if not each.is_constexpr]

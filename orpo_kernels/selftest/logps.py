@@ -31,23 +31,29 @@ class Variant(NamedTuple):
     logit_scale: float = 1.0
     bias: bool = False
     rank: int = 0
-    wide: bool = False  # a vocabulary of which a program holds no row
+    vocabulary: int | None = None  # another than that of most
     workspace_bytes: int | None = None  # where they are not enough, the fewest that are
     gaps: bool = False  # rows that no label set scores, of two
     peaked: bool = (
         False  # four times the logits, of a head with a mean: what is lost of a tail shows
     )
+    evaluates: bool = False  # without a gradient too, where a GPU multiplies and sums in one kernel
 
+
+# V = 2,053 is a prime, of three blocks in the smallest workspace. A tenth of 80 rows is unscored.
+ROWS, HIDDEN, VOCABULARY = 80, 48, 2053
+WIDE = 8209  # the first prime over the 8,192 columns that a program of a GPU holds
+WHOLE = 2048  # as most vocabularies are: in whole tiles of every kernel
 
 KEPT = Variant("trainable head, E kept")
 # Of so few bytes the plan for a GPU makes 3 blocks of the vocabulary, and 17 to 33 of everything.
 IN_BLOCKS = Variant("trainable head, recomputed in blocks", bias=True, workspace_bytes=2**15)
 VARIANTS = (
-    Variant("frozen head", trains=(True, False)),
+    Variant("frozen head", trains=(True, False), evaluates=True),
     Variant("frozen hidden states", trains=(False, True), bias=True),
     KEPT,
     # What a GPU does of most heads: their tiles have all columns.
-    Variant("trainable head, whole rows", bias=True, wide=True),
+    Variant("trainable head, whole rows", bias=True, vocabulary=WIDE),
     IN_BLOCKS,
     Variant("softcap, scale, bias", softcap=4.0, logit_scale=0.7, bias=True),
     # As in a padded batch: the kernels are then those of the loss's checks too.
@@ -59,10 +65,6 @@ VARIANTS = (
         workspace_bytes=2**16,
     ),
 )  # fmt: skip
-
-# V = 2,053 is a prime, of three blocks in the smallest workspace. A tenth of 80 rows is unscored.
-ROWS, HIDDEN, VOCABULARY = 80, 48, 2053
-WIDE = 8209  # the first prime over the 8,192 columns that a program of a GPU holds
 
 
 class Problem(NamedTuple):
@@ -82,15 +84,20 @@ class Problem(NamedTuple):
         labels = tuple(each.cpu() for each in self.labels)
         return Problem(leaves, labels, tuple(exact(a) for a in self.coefficients), self.options)
 
-    def evaluate(self, function: Callable[..., Any], **extra: Any) -> dict[str, Tensor]:
-        """Log-probs of each label set and the gradients of the leaves that have one."""
+    def logps(self, function: Callable[..., Any], **extra: Any) -> tuple[Tensor, ...]:
+        """Log-probs of each label set."""
         low_rank = None
         if "hidden_r" in self.leaves:
             low_rank = (self.leaves["hidden_r"], self.leaves["weight_r"])
-        logps = function(
+        found: tuple[Tensor, ...] = function(
             self.leaves["hidden"], self.leaves["weight"], self.labels, self.leaves.get("bias"),
             low_rank=low_rank, **self.options, **extra,
         )  # fmt: skip
+        return found
+
+    def evaluate(self, function: Callable[..., Any], **extra: Any) -> dict[str, Tensor]:
+        """Log-probs of each label set and the gradients of the leaves that have one."""
+        logps = self.logps(function, **extra)
         trained = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
         gradients = gradients_of(logps, self.coefficients, list(trained.values()))
         results = {f"log-probs {i + 1}": each.detach() for i, each in enumerate(logps)}
@@ -112,7 +119,7 @@ def problem(setting: Setting, variant: Variant) -> Problem:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    V = WIDE if variant.wide else VOCABULARY
+    V = variant.vocabulary or VOCABULARY
     weight, hidden = draw(V, HIDDEN) / HIDDEN**0.5, 1.5 * draw(ROWS, HIDDEN)
     labels = [torch.randint(0, V, (ROWS,), generator=generator) for _ in range(2)]
     labels[0][::2] = (hidden @ weight.T).argmax(1)[::2]
@@ -184,6 +191,11 @@ def _linear_logps(setting: Setting, variant: Variant) -> Iterator[Figure]:
     eager = here.evaluate(materialised)
     for what, actual in _results(here, variant).items():
         yield like_torch(what, actual, truth[what], eager[what], setting.dtype)
+    if variant.evaluates:
+        with torch.no_grad():
+            (logps,) = here.logps(ours)
+        true, its = (each["log-probs 1"] for each in (truth, eager))
+        yield like_torch("log-probs without a gradient", logps, true, its, setting.dtype)
 
 
 def _sums(setting: Setting) -> Iterator[Figure]:

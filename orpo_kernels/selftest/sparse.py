@@ -39,7 +39,12 @@ EPS_OF_PEAKED = 2.0**-6
 
 VARIANTS = (
     (logps.Variant("frozen head, flat", trains=(True, False)), EPS),
-    (logps.Variant("frozen head, peaked", trains=(True, False), peaked=True), EPS_OF_PEAKED),
+    (
+        logps.Variant(
+            "frozen head, peaked", trains=(True, False), peaked=True, vocabulary=logps.WHOLE
+        ),
+        EPS_OF_PEAKED,
+    ),
     (logps.Variant("trainable head, peaked", bias=True, peaked=True), EPS_OF_PEAKED),
     (
         logps.Variant("all of it", label_sets=2, softcap=4.0, logit_scale=0.7, bias=True, rank=4),

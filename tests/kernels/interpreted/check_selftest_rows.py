@@ -1,25 +1,29 @@
-"""The self-test of whole rows: the loop that most heads take on a GPU, at 8,209 columns."""
+"""The self-test of whole rows, at 8,209 columns, and of what is folded without a gradient."""
 
 import pytest
 import torch
 
+from orpo_kernels.engine import policy
+from orpo_kernels.engine.gpu import folded
 from orpo_kernels.kernels.softmax_rows import SoftmaxRows
 from orpo_kernels.selftest import logps, schedule
 from orpo_kernels.selftest.figures import Setting
 from tests.kernels.interpreted.engine import as_on_a_gpu
 from tests.kernels.interpreted.plugin import launches
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
-def check(dtype, monkeypatch):
+
+def check(dtype, monkeypatch, name="trainable head, whole rows"):
     """The one check, and the kernels it launched."""
     as_on_a_gpu(monkeypatch, widens=True)
     setting, before = Setting(torch.device("cpu"), dtype), len(launches)
-    (case,) = [each for each in logps.cases(setting) if each.name == "trainable head, whole rows"]
+    (case,) = [each for each in logps.cases(setting) if each.name == name]
     ((found,), _) = schedule.run([case], setting.device)
     return found, set(launches[before:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@DTYPES
 def test_it_passes_on_whole_rows(dtype, monkeypatch):
     found, names = check(dtype, monkeypatch)
     assert found.passed, found
@@ -37,3 +41,27 @@ def test_it_finds_a_wrong_sum(monkeypatch):
     monkeypatch.setattr(SoftmaxRows, "__call__", wrong)
     found, _ = check(torch.float32, monkeypatch)
     assert "log-probs 1 is off by" in found.message
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """As where `linear_lse` runs; a quarter of the vocabulary."""
+    monkeypatch.setattr(policy, "device_class", lambda device: "cuda sm_80+")
+    monkeypatch.setattr(logps, "VOCABULARY", 509)
+
+
+@DTYPES
+def test_it_passes_on_what_is_folded(dtype, folds, monkeypatch):
+    found, names = check(dtype, monkeypatch, "frozen head")
+    assert found.passed, found
+    assert {"softmax_block", "combine_rows"} <= names  # with a gradient, and without
+
+
+def test_it_finds_sums_that_are_not_combined(folds, monkeypatch):
+    def wrong(state, partials, first_row):
+        right(state, partials[..., :-1].contiguous(), first_row)
+
+    right = folded.combine_rows
+    monkeypatch.setattr(folded, "combine_rows", wrong)
+    found, _ = check(torch.float32, monkeypatch, "frozen head")
+    assert "log-probs without a gradient is off by" in found.message

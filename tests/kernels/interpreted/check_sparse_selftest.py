@@ -25,7 +25,10 @@ def small(monkeypatch):
     """
     as_on_a_gpu(monkeypatch, widens=True)
     monkeypatch.setattr(logps, "VOCABULARY", 509)
-    variants = [(v, 4 * eps if v.name in PEAKED else eps) for v, eps in sparse.VARIANTS]
+    variants = [
+        (v._replace(vocabulary=v.vocabulary and 512), 4 * eps if v.name in PEAKED else eps)
+        for v, eps in sparse.VARIANTS
+    ]
     monkeypatch.setattr(sparse, "VARIANTS", variants)
 
 
