@@ -262,7 +262,7 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
     raw = hidden[rows] @ weight.transpose(0, 1)
     z, slope = transform(raw if bias is None else raw + bias, logit_scale, softcap)
     p = torch.softmax(z, 1)
-    is_label = torch.isinf(tile_logits(raw, bias, targets, 0, logit_scale, softcap)[0])
+    is_label = (targets[:, :, None] == torch.arange(p.shape[1], device=p.device)).any(0)
     known = None
     if columns is not None:
         last = (torch.arange(p.shape[1]) // columns + (looked is None)).mul(columns) - 1
@@ -318,11 +318,14 @@ def linear_logps(
     ignore_index: int = IGNORE_INDEX,
     low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Log-prob of each label, `(...)`, 0 where ignored. `hidden (..., H)`, `weight (V, H)`."""
+    """Log-prob of each label, `(...)`, 0 where ignored. `hidden (..., H)`, `weight (V, H)`.
+
+    Of several label sets, `(K, ...)`, as many.
+    """
     z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, low_rank=low_rank)
     scored = labels != ignore_index
-    picked = F.log_softmax(z, dim=-1).gather(-1, labels.where(scored, 0)[..., None])[..., 0]
-    return picked * scored
+    logps = F.log_softmax(z, dim=-1).expand(*labels.shape, -1)
+    return logps.gather(-1, labels.where(scored, 0)[..., None])[..., 0] * scored
 
 
 def sequence_mean(token_logps: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

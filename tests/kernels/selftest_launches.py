@@ -1,4 +1,4 @@
-"""What the self-test launches on a GPU that is not here: kernels, and the constants of each.
+"""What the self-test launches on a GPU that is not here: how often, and with which constants.
 
 python -m tests.kernels.selftest_launches 90
 
@@ -10,6 +10,7 @@ decides what is launched next. In a process of its own: the dispatch key of the 
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +28,12 @@ from orpo_kernels.selftest import schedule
 
 CPU = torch.device("cpu")
 launched: dict[str, dict[str, set[Any]]] = {}
+counts = Counter[str]()  # of the check that is being made
 
 
 def record(kernel: Any, constants: dict[str, Any]) -> None:
     """Notes a launch."""
+    counts[kernel.__name__] += 1
     seen = launched.setdefault(kernel.__name__, {})
     for name, value in constants.items():
         if isinstance(value, bool | int):
@@ -115,17 +118,19 @@ def take_the_cpu_for(capability: int) -> None:
 
 
 def main() -> None:
-    """Prints what all checks launch, as JSON: kernel -> constant -> its values."""
+    """Prints, as JSON, the values of each constant of each kernel, and each check's launches."""
     take_the_cpu_for(int(sys.argv[1]))
     torch.set_num_threads(1)
-    checks, _ = schedule.run(tuple(selftest._cases(CPU, 1, with_model=False)), CPU)
-    raised = {each.message for each in checks if each.message.startswith("raised")}
-    sys.stderr.write("".join(f"{each}\n" for each in raised))
-    found = {
-        name: {each: sorted(values) for each, values in constants.items()}
-        for name, constants in launched.items()
+    checks: dict[str, list[Counter[str]]] = {}  # one a dtype
+    for case in selftest._cases(CPU, 1, with_model=False):
+        counts.clear()
+        schedule.run([case], CPU)
+        checks.setdefault(f"{case.op}: {case.name}", []).append(counts.copy())
+    constants = {
+        name: {each: sorted(values) for each, values in of_kernel.items()}
+        for name, of_kernel in launched.items()
     }
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps({"constants": constants, "checks": checks}))
 
 
 if __name__ == "__main__":

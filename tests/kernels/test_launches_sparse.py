@@ -13,7 +13,7 @@ from orpo_kernels.engine.problem import Problem, Transform
 from orpo_kernels.engine.sparse import plan as plans
 from orpo_kernels.engine.sparse.tail import Packed
 from orpo_kernels.engine.weight_gradient import HeadGradients
-from orpo_kernels.selftest import logps
+from orpo_kernels.selftest import logps, sparse
 
 pytest.importorskip("triton")
 
@@ -196,10 +196,10 @@ def test_a_head_that_is_cast_and_odd(started, head_dtype):
 def test_the_self_test_looks_at_whole_rows_on_every_card(architecture, item, wide):
     # In one block of the vocabulary which row blocks are dense is a matter of the inputs alone:
     # what the self-test compares with (`selftest/sparse.py`, `_dense`).
-    job = Job(logps.ROWS, logps.VOCABULARY, logps.HIDDEN, item=item, wide=wide)
+    job = Job(sparse.OF_A_CALL, logps.VOCABULARY, logps.HIDDEN, item=item, wide=wide)
     shape, _ = plan_scan(job, 2, DEFAULT_WORKSPACE_BYTES, CARDS[architecture])
     assert shape.columns == logps.VOCABULARY <= LOOKED
-    assert shape.rows >= logps.ROWS
+    assert shape.rows >= sparse.OF_A_CALL
     assert shape.listed >= logps.VOCABULARY // MOST_LIVE
     assert shape.slots >= 2 * logps.VOCABULARY // 5  # "peaked" keeps a sixth
 

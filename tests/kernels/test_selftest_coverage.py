@@ -1,5 +1,6 @@
 """The self-test launches every kernel that a call on a GPU can."""
 
+import functools
 import importlib
 import json
 import os
@@ -18,8 +19,9 @@ from orpo_kernels import kernels
 BEFORE_TENSOR_CORES = {"_reach_kernel"}  # of GEMMs that write float16
 
 
+@functools.cache
 def launched(capability):
-    """Kernel -> constant -> its values, of all checks on a card of this compute capability."""
+    """Of all checks on a card of this compute capability: constants, and launches by check."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.selftest_launches", str(capability)],
         capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -42,7 +44,7 @@ def written():
 
 
 def test_every_kernel_is_launched():
-    found = launched(90)
+    found = launched(90)["constants"]
     assert written() - set(found) == BEFORE_TENSOR_CORES
     # Vocabularies in whole tiles, which is a loop of its own, and others.
     assert found["_scan_kernel"]["RAGGED"] == [False, True]
@@ -51,4 +53,10 @@ def test_every_kernel_is_launched():
 
 
 def test_older_cards_launch_what_only_they_do():
-    assert set(launched(75)) >= BEFORE_TENSOR_CORES
+    assert set(launched(75)["constants"]) >= BEFORE_TENSOR_CORES
+
+
+@pytest.mark.parametrize("name", ["trainable head, recomputed in blocks", "all of it, in blocks"])
+def test_blocks_are_blocks_of_the_vocabulary(name):
+    for counts in launched(90)["checks"][f"linear_logps: {name}"]:
+        assert counts["_softmax_block_kernel"] >= 3 * counts["_finish_rows_kernel"] > 0
