@@ -1,20 +1,24 @@
 """Compiles kernels in processes beside this one: Triton's compiler is mostly Python, and a lock's.
 
 A launch whose kernel was not compiled before in this process asks Triton's `jit_cache_hook` first.
-The hook here hands the specialisation to a worker, which compiles it into Triton's cache on disk,
-and lets the launch go on: Triton finds the binary there, under the same key. What several threads
-ask for at a time is compiled once. Where Triton also compiles a launcher in C (3.6: one for every
-signature), the worker makes that too. A call makes most of its launches ready (`kernels/start.py`)
-before it makes the first: their kernels are asked for then, and compiled side by side.
+The hook here looks whether it is in Triton's cache on disk. If not, it hands the specialisation to
+a worker, which compiles it into that cache, and lets the launch go on: Triton finds the binary
+there, under the same key. What several threads ask for at a time is compiled once. Where Triton
+also compiles a launcher in C (3.6: one for every signature), the worker makes that too. A call
+makes most of its launches ready (`kernels/start.py`) before it makes the first: their kernels are
+asked for then, and compiled side by side.
 
-A worker is a fork, made before this process has a context on a device, and never touches one.
-Where none can be made, and for a kernel that a worker fails at, Triton compiles in the thread that
-asks, as ever: what is wrong with a kernel is then raised there.
+Workers are forks of a fork, which is made before this process has a context on a device; none ever
+touches one. They are there from the first kernel on that is not in the cache. Where none can be
+made, and for a kernel that a worker fails at, Triton compiles in the thread that asks, as ever:
+what is wrong with a kernel is then raised there.
 """
 
 import contextlib
 import gc
+import hashlib
 import importlib
+import json
 import multiprocessing
 import os
 import pkgutil
@@ -30,7 +34,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -55,16 +59,11 @@ class Specialisation(NamedTuple):
     target: Any
 
 
-class _Worker(NamedTuple):
-    process: Any
-    connection: Connection
-
-
 class Workers:
     """Processes that compile."""
 
     def __init__(self, count: int, wait: Callable[[Future[Any]], Any] = Future.result) -> None:
-        """Forks them.
+        """Forks what forks them, when one is needed.
 
         Args:
             count: how many.
@@ -72,15 +71,14 @@ class Workers:
         """
         self.answers: Counter[str] = Counter()
         self._asked: dict[Specialisation, Future[None]] = {}
+        self._found: set[Specialisation] = set()  # in Triton's cache, before any was asked for
         self._lock, self._wait, self._here = threading.Lock(), wait, threading.local()
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        self._all: list[_Worker] = []
-        with contextlib.suppress(OSError):  # no more processes may be had: as many as there are
-            for _ in range(count):
-                self._all.append(_forked([each.connection for each in self._all]))
+        self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
+        self._parent, self._control, self._all = _forked(count)
+        self._begun, self._lost = False, 0
         for each in reversed(self._all):
             self._idle.put(each)  # the first is taken first, and those that are at home in Triton
-        self._threads = ThreadPoolExecutor(count)  # each waits for a worker; not before the forks
+        self._threads = ThreadPoolExecutor(count)  # each waits for a worker; not before the fork
         # Beside what is done until the first kernel is launched; it needs no lock.
         self._hashed = self._threads.submit(_hash_triton)
 
@@ -88,19 +86,25 @@ class Workers:
         """Triton's hook: returns once the kernel is in Triton's cache, or cannot be put there.
 
         Returns:
-            Whether Triton is not to compile it, nor to launch it: of what is only announced.
+            Whether Triton is not to compile it, nor to launch it: of what is only announced, and
+            must be compiled.
         """
         from triton.runtime import driver
 
         target = driver.active.get_current_target()
         kernel = Specialisation(fn.module, fn.name, compile["specialization_data"], target)
+        self._wait(self._hashed)
+        known = kernel not in self._asked and is_cached(fn, compile, target)
         with self._lock:
+            if known and kernel not in self._asked:
+                self.answers[KNOWN] += kernel not in self._found
+                self._found.add(kernel)
+                return False
             if kernel not in self._asked:
                 self._asked[kernel] = self._threads.submit(self._compile, kernel)
         if getattr(self._here, "announces", False):
             return True
         self._wait(self._asked[kernel])
-        self._wait(self._hashed)
         return False
 
     def announce(self, start: Any) -> None:
@@ -131,21 +135,28 @@ class Workers:
             self.answers[FAILED] += 1
             return
         try:
-            worker.connection.send(kernel)
-            if not worker.connection.poll(_MOST_SECONDS):
+            worker.send(kernel)
+            if not worker.poll(_MOST_SECONDS):
                 raise TimeoutError
-            self.answers[worker.connection.recv()] += 1
+            self.answers[worker.recv()] += 1
         except Exception as error:  # the thread compiles
             self.answers[FAILED] += 1
-            # What one is stuck in, a lock that was held while it was forked, all are.
-            for each in self._all if isinstance(error, TimeoutError) else [worker]:
-                each.process.kill()
+            with self._lock:
+                self._lost += 1
+            if isinstance(error, TimeoutError):
+                # What one is stuck in, a lock that was held while it was forked, all are.
+                self._control.close()
             return
         self._idle.put(worker)
 
-    def _take(self) -> _Worker | None:
+    def _take(self) -> Connection | None:
         """The next that is idle, or None where none is alive."""
-        while any(each.process.is_alive() for each in self._all):
+        with self._lock:
+            if not self._begun:
+                self._begun = True
+                with contextlib.suppress(OSError):  # its other end is gone
+                    self._control.send(None)
+        while self._lost < len(self._all) and self._parent.is_alive() and not self._control.closed:
             with contextlib.suppress(queue.Empty):
                 return self._idle.get(timeout=1.0)
         return None
@@ -154,13 +165,13 @@ class Workers:
         """Ends them, at once: what they are at was announced, and nobody has waited for it."""
         # None asks for the next when its worker ends, and none that lives is in the others' way.
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for each in self._all:
-            each.process.kill()
-        for each in self._all:
-            each.process.join()
+        if not self._begun:
+            self._parent.kill()
+        self._control.close()
+        self._parent.join()
         self._threads.shutdown()
         for each in self._all:
-            each.connection.close()
+            each.close()
 
 
 @contextmanager
@@ -231,35 +242,95 @@ def _hash_triton() -> None:
         importlib.import_module("triton.runtime.cache").triton_key()
 
 
-def _forked(others: list[Connection]) -> _Worker:
-    """A new worker; `others` are this process's ends of the pipes of those before it."""
+def _forked(count: int) -> tuple[Any, Connection, list[Connection]]:
+    """A process that forks so many workers once told to, our end of its pipe, and of theirs.
+
+    When ours is closed it ends them, and itself.
+    """
     fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    process = fork.Process(target=_serve, args=(theirs, [*others, ours]), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
+    (ours, *all_ours), (its, *theirs) = zip(*(fork.Pipe() for _ in range(count + 1)), strict=True)
+    parent = fork.Process(target=_fork_workers, args=(its, theirs, [ours, *all_ours]), daemon=True)
+    parent.start()
+    for each in (its, *theirs):
+        each.close()
+    return parent, ours, all_ours
 
 
-def _serve(connection: Connection, others: list[Connection]) -> None:
-    """A worker's life: ends when the other end of its pipe is closed."""
-    for each in others:  # copies of the others' ends would keep them open
+def _fork_workers(
+    control: Connection, connections: list[Connection], others: list[Connection]
+) -> None:
+    """Forks a worker for each connection when told to, and ends them when there is nobody to."""
+    for each in others:  # copies of the other ends would keep them open
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is told, and ends the workers
     warnings.simplefilter("ignore")  # Triton's are said by the process that launches
+    _hash_triton()  # once for all of them, and before the first kernel is asked for
     gc.freeze()
-    gc.enable()  # of what this process makes
-    _hash_triton()  # before the first kernel is asked for
-    while True:
-        try:
+    gc.enable()  # of what they make
+    workers: list[int] = []
+    with contextlib.suppress(EOFError, OSError):
+        control.recv()
+        for connection in connections:
+            worker = os.fork()  # no more processes may be had: as many as there are
+            if worker == 0:
+                _serve(connection, [each for each in (control, *connections) if each != connection])
+            workers.append(worker)
+    for each in connections:
+        each.close()
+    with contextlib.suppress(EOFError, OSError):
+        control.recv()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    for worker in workers:
+        os.waitpid(worker, 0)
+
+
+def _serve(connection: Connection, others: list[Connection]) -> NoReturn:
+    """A worker's life: ends when the other end of its pipe is closed."""
+    try:
+        for each in others:
+            each.close()
+        while True:
             kernel = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer = COMPILED if compile_into_cache(kernel) else KNOWN
-        except Exception:  # it is raised again, where it is asked for
-            answer = FAILED
-        connection.send(answer)
+            try:
+                answer = COMPILED if compile_into_cache(kernel) else KNOWN
+            except Exception:  # it is raised again, where it is asked for
+                answer = FAILED
+            connection.send(answer)
+    finally:
+        os._exit(0)
+
+
+def is_cached(kernel: Any, told: dict[str, Any], target: Any) -> bool:
+    """Whether a kernel is in Triton's cache on disk, where Triton will look for it.
+
+    Args:
+        kernel: as Triton names it to its hook.
+        told: what Triton tells it of the specialisation.
+        target: what it is compiled for.
+
+    Returns:
+        False also where this version of Triton looks in another way: then a worker finds it.
+    """
+    from triton import knobs
+
+    compiler = importlib.import_module("triton.compiler.compiler")
+    with contextlib.suppress(Exception):
+        source = compiler.ASTSource(
+            kernel.jit_function, told["signature"], told["constants"], told["configs"][0]
+        )
+        backend = compiler.make_backend(target)
+        given = json.loads(told["specialization_data"])["options"] | source.parse_options()
+        options = backend.parse_options(
+            {name: tuple(each) if isinstance(each, list) else each for name, each in given.items()}
+        )
+        key = compiler.get_cache_key(
+            source, backend, options, env_vars=compiler.get_cache_invalidating_env_vars()
+        )
+        cache = compiler.get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        files = cache.get_group(f"{source.name[:150]}.json")
+        return bool(files) and not knobs.compilation.always_compile
+    return False
 
 
 def compile_into_cache(kernel: Specialisation) -> bool:

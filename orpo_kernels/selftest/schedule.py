@@ -187,8 +187,9 @@ class Limit:
 
     def wait(self, done: Future[Any]) -> None:
         """For a kernel."""
-        with self.pause():
-            done.result()
+        if not done.done():
+            with self.pause():
+                done.result()
 
     def _spent(self) -> float:
         return perf_counter() - self._start
@@ -242,13 +243,14 @@ class EndsInTime(Limit):
             OutOfTimeError: there is none.
         """
         first = self._first == get_ident()
-        # Where none is compiled, more checks at a time would only end later, all of them.
-        with self.pause(lends=self.compiles):
-            try:
-                # What is waited for long is being compiled, even where all were there so far.
-                done.result(None if first else max(0.0, self._left(COLD_S)))
-            except NotDoneError:
-                raise OutOfTimeError from None
+        if not done.done():
+            # Where none is compiled, more checks at a time would only end later, all of them.
+            with self.pause(lends=self.compiles):
+                try:
+                    # What is waited for long is being compiled, even where all were there so far.
+                    done.result(None if first else max(0.0, self._left(COLD_S)))
+                except NotDoneError:
+                    raise OutOfTimeError from None
         if not first and self._left(self.seconds) < 0:
             raise OutOfTimeError
 

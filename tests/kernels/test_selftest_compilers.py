@@ -59,10 +59,33 @@ def test_workers_compile_what_is_launched(found):
         assert len(launch()) == 2
     assert found == [True, True]
     assert workers.answers == {COMPILED: 2}
+    assert workers._parent.exitcode == 0  # who has forked them, and ended them
     assert knobs.runtime.jit_cache_hook is None
-    with compilers.compiling_beside(2) as workers:
+
+
+def test_what_is_in_the_cache_no_worker_is_asked_for(found, monkeypatch):
+    with compilers.compiling_beside(1):
+        launch()
+    with compilers.compiling_beside(1) as workers:
+        launch()
+        assert workers.answers == {KNOWN: 2}
+        assert not workers._begun
+    assert workers._parent.exitcode == -signal.SIGKILL  # there was none to end
+    monkeypatch.setattr(knobs.compilation, "always_compile", True)
+    with compilers.compiling_beside(1) as workers:
+        launch()
+    assert workers.answers == {COMPILED: 2}
+    assert found == [True] * 4 + [False] * 2  # in the thread again, as ever
+
+
+def test_another_cache_of_triton_is_looked_through_by_a_worker(found, monkeypatch):
+    with compilers.compiling_beside(1):
+        launch()
+    monkeypatch.setattr(compilers, "is_cached", lambda *given: False)
+    with compilers.compiling_beside(1) as workers:
         launch()
     assert workers.answers == {KNOWN: 2}
+    assert found == [True] * 4
 
 
 def test_each_target_is_compiled_for(found):
@@ -122,11 +145,35 @@ def test_floats_are_known_by_name(monkeypatch):
 
 def test_without_a_worker_the_thread_compiles(found):
     with compilers.compiling_beside(1) as workers:
-        workers._all[0].process.kill()
-        workers._all[0].process.join()
+        workers._parent.kill()
+        workers._parent.join()
         assert len(launch()) == 2
     assert found == [False, False]
     assert workers.answers == {FAILED: 2}
+
+
+def test_a_worker_that_dies_is_asked_once(found, monkeypatch):
+    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: os._exit(1))
+    with compilers.compiling_beside(1) as workers:
+        assert len(launch()) == 2
+    assert found == [False, False]
+    assert workers.answers == {FAILED: 2}
+
+
+def test_workers_end_when_nobody_asks_any_more(tmp_path):
+    # Killed, a process ends nobody; what it has forked sees that its pipes are closed.
+    script = """
+import os, time
+from orpo_kernels.selftest import compilers
+compilers._hash_triton = lambda: None
+compilers.compile_into_cache = lambda kernel: print(os.getpid(), os.getppid(), flush=True)
+workers = compilers.Workers(1)
+workers._compile(compilers.Specialisation("", "", "", None))
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL  # and its output is closed by all that had it
+    assert len(done.stdout.split()) == 2
 
 
 def test_stuck_workers_are_given_up(found, monkeypatch):
@@ -134,9 +181,8 @@ def test_stuck_workers_are_given_up(found, monkeypatch):
     monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: time.sleep(60))
     with compilers.compiling_beside(2) as workers:
         assert len(launch()) == 2
-        for each in workers._all:
-            each.process.join(10)
-            assert each.process.exitcode == -signal.SIGKILL
+        workers._parent.join(10)
+        assert workers._parent.exitcode == 0  # it has waited for them
     assert found == [False, False]
 
 
