@@ -367,3 +367,15 @@ def test_a_tail_whose_mass_is_subnormal(lead, monkeypatch):
     torch.testing.assert_close(hidden.grad[:, 0], expected, rtol=4e-3, atol=1e-6)
     assert weight.grad.isfinite().all()
     torch.testing.assert_close(weight.grad[1], torch.tensor([-2.0]), rtol=8e-3, atol=0)
+
+
+def test_a_low_rank_of_one_whose_entries_lie_apart(monkeypatch):
+    # (1, V) transposed: of a matrix of one column any stride is a row's.
+    given = problem(Case(), monkeypatch)
+    part, entries = torch.randn(N, 1).bfloat16(), torch.randn(1, V).bfloat16()
+    found = []
+    for each in (entries.t(), entries.view(V, 1)):
+        options = LogpsOptions(gradient="sparse", eps=EPS, low_rank=(part, each))
+        logps, _ = certified_logps(given.hidden, given.weight, given.labels[0], None, options)
+        found.append(torch.autograd.grad(logps.sum(), given.hidden)[0])
+    assert torch.equal(*found)
