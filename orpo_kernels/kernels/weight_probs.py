@@ -43,6 +43,8 @@ def _weight_probs_kernel(
     coefficients = coefficients_ptr + row
     m, softmax = tl.load(coefficients), tl.load(coefficients + M)
     share, share2 = tl.load(coefficients + 2 * M), tl.load(coefficients + 3 * M)
+    # A captured graph's row that is not scored may have no m: E is 0 there, and never infinite.
+    m = tl.where(softmax == 0, float("inf"), m)
     label = (tl.load(labels_ptr + row) - first_column).to(tl.int32)
 
     column = tl.arange(0, BLOCK)

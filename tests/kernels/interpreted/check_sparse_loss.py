@@ -333,10 +333,14 @@ def test_orpo_loss(trains, monkeypatch):
         assert relative(each.view(expected[name].shape), expected[name]) < 3.5e-3, name
 
 
-def test_rows_that_are_not_scored_under_capture_are_in_no_tail(monkeypatch):
-    # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail.
-    case = Case(torch.float32, trains=True, groups=False)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias of 100"])
+def test_rows_that_are_not_scored_under_capture_are_in_no_tail(bias, monkeypatch):
+    # Every row is processed then, those not scored as rows of 0: a flat softmax that is all tail,
+    # and one whose logits have no maximum to be compared with, as nothing of it is looked at.
+    case = Case(torch.float32, trains=True, groups=False, bias=bias)
     given = problem(case, monkeypatch)
+    if bias:
+        given.bias.detach()[:] += 100.0
     for module in (host_copy, scoring, slot_gradient):
         monkeypatch.setattr(module, "is_capturing", lambda device: True)
     _, _, found = run(case, given)
