@@ -84,8 +84,8 @@ def _self_test(
         plan = schedule.plan_of(wanted, forks=compilers.can_fork(wanted))
         limit = limit_of(start, plan)
         if plan.workers:  # before the device is used
-            limit.loading_seconds = compilers.load_kernels()
             workers = stack.enter_context(compilers.compiling_beside(plan.workers, limit.wait))
+            limit.loading_seconds = compilers.load_kernels()
             if workers is not None:
                 limit.answers = workers.answers
         where = usable_device(wanted)

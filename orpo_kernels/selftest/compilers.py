@@ -8,10 +8,10 @@ also compiles a launcher in C (3.6: one for every signature), the worker makes t
 makes most of its launches ready (`kernels/start.py`) before it makes the first: their kernels are
 asked for then, and compiled side by side.
 
-Workers are forks of a fork, which is made before this process has a context on a device; none ever
-touches one. They are there from the first kernel on that is not in the cache. Where none can be
-made, and for a kernel that a worker fails at, Triton compiles in the thread that asks, as ever:
-what is wrong with a kernel is then raised there.
+Workers are forks of a fork, which is made before this process has threads, or a context on a
+device; none ever touches one. They are there from the first kernel on that is not in the cache.
+Where none can be made, and for a kernel that a worker fails at, Triton compiles in the thread that
+asks, as ever: what is wrong with a kernel is then raised there.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ import torch
 from orpo_kernels import kernels
 
 MOST_WORKERS = 16
+_BUSY = 2  # processors at first: of the thread that imports, and the one that hashes
 _MOST_SECONDS = 30.0  # of one kernel, after which the workers are given up
 # Parameters of kernels that are floats; numbers of other names are integers.
 FLOATS = {
@@ -79,7 +80,7 @@ class Workers:
         for each in reversed(self._all):
             self._idle.put(each)  # the first is taken first, and those that are at home in Triton
         self._threads = ThreadPoolExecutor(count)  # each waits for a worker; not before the fork
-        # Beside what is done until the first kernel is launched; it needs no lock.
+        # Beside what is done until the first kernel is launched; it does not hold Python's lock.
         self._hashed = self._threads.submit(_hash_triton)
 
     def __call__(self, *, fn: Any, compile: dict[str, Any], **_rest: Any) -> bool:
@@ -155,7 +156,7 @@ class Workers:
             if not self._begun:
                 self._begun = True
                 with contextlib.suppress(OSError):  # its other end is gone
-                    self._control.send(None)
+                    self._control.send(self._hashed.result())
         while self._lost < len(self._all) and self._parent.is_alive() and not self._control.closed:
             with contextlib.suppress(queue.Empty):
                 return self._idle.get(timeout=1.0)
@@ -184,14 +185,15 @@ def compiling_beside(
         count: processes, forked now: `can_fork` says whether they may be.
         wait: for one of them, in the thread that launches.
     """
+    before = sys.modules.get("triton.knobs")
+    if before is not None and before.runtime.jit_cache_hook is not None:
+        yield None
+        return
+    workers = Workers(count, wait)
     from triton import knobs
 
     from orpo_kernels.kernels import start
 
-    if knobs.runtime.jit_cache_hook is not None:
-        yield None
-        return
-    workers = Workers(count, wait)
     knobs.runtime.jit_cache_hook, start.announced = workers, workers.announce
     try:
         yield workers
@@ -214,7 +216,7 @@ def can_fork(device: torch.device) -> bool:
 
 
 def load_kernels() -> float:
-    """Imports Triton and every kernel, once, for the workers too; seconds that it took.
+    """Imports Triton and every kernel; seconds that it took.
 
     Triton's key of a kernel depends on which of the functions that it calls were hashed before it
     (3.6 and 3.9: `DependenciesFinder._update_hash` takes over what they use before it hashes them).
@@ -223,7 +225,6 @@ def load_kernels() -> float:
     start = perf_counter()
     from triton.runtime.jit import JITFunction
 
-    importlib.import_module("triton.compiler.code_generator")
     modules = [
         importlib.import_module(f"{kernels.__name__}.{each.name}")
         for each in pkgutil.iter_modules(kernels.__path__)
@@ -236,10 +237,11 @@ def load_kernels() -> float:
     return seconds
 
 
-def _hash_triton() -> None:
-    """Triton's hash of itself, part of every key: made once, when asked for, in 0.25 s."""
+def _hash_triton() -> str | None:
+    """Triton's hash of itself, part of every key: made once, when asked for, in 0.3 s."""
     with contextlib.suppress(Exception):  # elsewhere in another version: then when asked for
-        importlib.import_module("triton.runtime.cache").triton_key()
+        return str(importlib.import_module("triton.runtime.cache").triton_key())
+    return None
 
 
 def _forked(count: int) -> tuple[Any, Connection, list[Connection]]:
@@ -264,12 +266,16 @@ def _fork_workers(
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is told, and ends the workers
     warnings.simplefilter("ignore")  # Triton's are said by the process that launches
-    _hash_triton()  # once for all of them, and before the first kernel is asked for
-    gc.freeze()
-    gc.enable()  # of what they make
     workers: list[int] = []
     with contextlib.suppress(EOFError, OSError):
-        control.recv()
+        if len(connections) > _BUSY:
+            _load_compiler()
+        of_triton = control.recv()
+        _load_compiler()
+        if of_triton is not None:  # as Triton gives it to processes that compile
+            vars(sys.modules["triton.runtime.cache"])["triton_key"] = lambda: of_triton
+        gc.freeze()
+        gc.enable()  # of what they make
         for connection in connections:
             worker = os.fork()  # no more processes may be had: as many as there are
             if worker == 0:
@@ -283,6 +289,11 @@ def _fork_workers(
         os.kill(worker, signal.SIGKILL)
     for worker in workers:
         os.waitpid(worker, 0)
+
+
+def _load_compiler() -> None:
+    load_kernels()
+    importlib.import_module("triton.compiler.code_generator")
 
 
 def _serve(connection: Connection, others: list[Connection]) -> NoReturn:

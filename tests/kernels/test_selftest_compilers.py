@@ -165,7 +165,7 @@ def test_workers_end_when_nobody_asks_any_more(tmp_path):
     script = """
 import os, time
 from orpo_kernels.selftest import compilers
-compilers._hash_triton = lambda: None
+compilers.load_kernels = compilers._hash_triton = lambda: None
 compilers.compile_into_cache = lambda kernel: print(os.getpid(), os.getppid(), flush=True)
 workers = compilers.Workers(1)
 workers._compile(compilers.Specialisation("", "", "", None))
@@ -174,6 +174,19 @@ os.kill(os.getpid(), 9)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL  # and its output is closed by all that had it
     assert len(done.stdout.split()) == 2
+
+
+def test_workers_are_told_the_hash_of_triton(monkeypatch, tmp_path):
+    def told(kernel):
+        (tmp_path / "hash").write_text(triton.runtime.cache.triton_key())
+        return True
+
+    monkeypatch.setattr(compilers, "_hash_triton", lambda: "of half a gigabyte")
+    monkeypatch.setattr(compilers, "compile_into_cache", told)
+    with compilers.compiling_beside(1) as workers:
+        workers._compile(compilers.Specialisation("", "", "", None))
+    assert workers.answers == {COMPILED: 1}
+    assert (tmp_path / "hash").read_text() == "of half a gigabyte"
 
 
 def test_stuck_workers_are_given_up(found, monkeypatch):
