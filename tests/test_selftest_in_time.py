@@ -116,8 +116,25 @@ def test_who_waits_is_left_out_when_the_time_has_come(monkeypatch: MonkeyPatch) 
     host.now = COLD_S - 0.4
     with pytest.raises(schedule.OutOfTimeError):
         host.limit.wait(Kernel(host, COMPILED))
-    assert host.now == pytest.approx(COLD_S - 0.18 - 0.06)  # as long as there was time
+    assert host.now == pytest.approx(COLD_S - 0.09 - 0.06)  # as long as there was time
     assert host.answers == {KNOWN: 3, COMPILED: 1}
+
+
+def test_who_was_begun_in_time_and_waits_for_nothing_is_made(monkeypatch: MonkeyPatch) -> None:
+    host, there = Host(1, monkeypatch), Future[None]()
+    there.set_result(None)
+    host.answers[KNOWN] += 1
+    host.now = WARM_S
+    host.limit.wait(there)
+    with pytest.raises(schedule.OutOfTimeError):
+        host.limit.wait(Kernel(host, KNOWN))
+
+
+def test_the_first_is_a_quick_check(monkeypatch: MonkeyPatch) -> None:
+    host = Host(1000, monkeypatch)
+    assert not host.limit.begins(CASE._replace(op="orpo_loss"))  # it may wait for many kernels
+    assert host.limit.begins(CASE)
+    assert not host.limit.begins(CASE)
 
 
 def test_says_how_to_check_the_rest(monkeypatch: MonkeyPatch) -> None:

@@ -33,7 +33,14 @@ COLD_S, WARM_S = 20.0, 5.0
 # Importing transformers takes so many times as long as importing Triton and the kernels: 5 to 9;
 # and so many times as long as that beside all other checks, whose Python is 2.0 s for its 1.4.
 _TRANSFORMERS, _BESIDE_OTHERS = 8, 2.5
-_CLOSING = 1 / 3  # as long takes ending 16 processes that compile, and the report
+# As long takes the report; and ending 16 processes that compile.
+_REPORTING, _CLOSING = 1 / 9, 1 / 3
+# In bfloat16 before all others: what a training step launches, and an evaluation.
+_FIRST = (
+    ("orpo_loss", "token mean, padded, an empty side"),
+    ("linear_logps", "trainable head, whole rows"),
+    ("linear_logps", "frozen head"),
+)
 # By what their kernels take to be compiled, the longest last.
 _SLOW = ("orpo_loss", "linear_logps", "slot_gradient", "linear_lse", "sparse_token_logps")
 
@@ -199,9 +206,9 @@ class EndsInTime(Limit):
     """None is begun that may end after `WARM_S`, or `COLD_S` where kernels are compiled.
 
     How long one works is judged by what was seen in this run, on this host: at most as long as the
-    longest so far without waiting; and as importing Triton and the kernels, which takes three times
-    as long as the longest check. One that waits for a kernel when its time has come is left out.
-    The first check is made in any case.
+    longest so far without waiting; and half as long as importing Triton and the kernels took, which
+    takes three times as long as the longest check. One that waits for a kernel when its time has
+    come is left out. The first of the quick checks is made in any case.
     """
 
     def __init__(self, turns: Turns, start: float) -> None:
@@ -222,7 +229,7 @@ class EndsInTime(Limit):
 
     def begins(self, case: Case) -> bool:
         """Whether it will end in time."""
-        if self._first is None:
+        if self._first is None and case.op not in _SLOW:
             self._first = get_ident()
             return True
         if self._first == get_ident():
@@ -242,22 +249,24 @@ class EndsInTime(Limit):
         Raises:
             OutOfTimeError: there is none.
         """
+        if done.done():  # nothing is waited for: it was begun in time
+            return
         first = self._first == get_ident()
-        if not done.done():
-            # Where none is compiled, more checks at a time would only end later, all of them.
-            with self.pause(lends=self.compiles):
-                try:
-                    # What is waited for long is being compiled, even where all were there so far.
-                    done.result(None if first else max(0.0, self._left(COLD_S)))
-                except NotDoneError:
-                    raise OutOfTimeError from None
+        # Where none is compiled, more checks at a time would only end later, all of them.
+        with self.pause(lends=self.compiles):
+            try:
+                # What is waited for long is being compiled, even where all were there so far.
+                done.result(None if first else max(0.0, self._left(COLD_S)))
+            except NotDoneError:
+                raise OutOfTimeError from None
         if not first and self._left(self.seconds) < 0:
             raise OutOfTimeError
 
     def _left(self, seconds: float) -> float:
         """Seconds in which one may still go to work, to end within `seconds`."""
-        works = max(self.loading_seconds, self._longest())
-        return seconds - self._spent() - works - _CLOSING * self.loading_seconds
+        works = max(self.loading_seconds / 2, self._longest())
+        closing = _CLOSING if self.compiles else _REPORTING
+        return seconds - self._spent() - works - closing * self.loading_seconds
 
 
 def run(
@@ -322,15 +331,17 @@ def _side_by_side(work: Callable[[], None], threads: int, waiting: list[int]) ->
 def _order(cases: Sequence[Case], plan: Plan) -> list[int]:
     """So that what a limit leaves out is what is missed least.
 
-    bfloat16, which most train in, before the others; of each, every op once before any is checked
-    in other ways, and the quick ones first; last what imports much.
+    bfloat16, which most train in, before the others; of it what a training step launches; of each
+    dtype, every op once before any is checked in other ways, and the quick ones first; last what
+    imports much.
     """
     kinds = [(case.op, case.setting.dtype) for case in cases]
 
-    def urgency(i: int) -> tuple[bool, bool, bool, int]:
-        op, dtype = kinds[i]
+    def urgency(i: int) -> tuple[bool, int, bool, bool, int]:
+        (op, dtype), case = kinds[i], (cases[i].op, cases[i].name)
+        first = _FIRST.index(case) if case in _FIRST and dtype == torch.bfloat16 else len(_FIRST)
         slow = _SLOW.index(op) + 1 if op in _SLOW else 0
-        return dtype != torch.bfloat16, op == "fuse_head", kinds[i] in kinds[:i], slow
+        return dtype != torch.bfloat16, first, op == "fuse_head", kinds[i] in kinds[:i], slow
 
     order = range(len(cases))
     return sorted(order, key=urgency) if plan.threads > 1 else list(order)

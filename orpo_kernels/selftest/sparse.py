@@ -41,6 +41,7 @@ OF_A_CALL = 80
 EPS_OF_PEAKED = 2.0**-6
 
 _VARIANTS = (
+    (logps.Variant("trainable head, peaked", bias=True, peaked=True), EPS_OF_PEAKED),
     (logps.Variant("frozen head, flat", trains=(True, False)), EPS),
     (
         logps.Variant(
@@ -48,7 +49,6 @@ _VARIANTS = (
         ),
         EPS_OF_PEAKED,
     ),
-    (logps.Variant("trainable head, peaked", bias=True, peaked=True), EPS_OF_PEAKED),
     (
         logps.Variant("all of it", label_sets=2, softcap=4.0, logit_scale=0.7, bias=True, rank=4),
         EPS,
