@@ -164,11 +164,11 @@ def unit_of(
 ) -> Tensor:
     """What float16 operands of the weight gradient are divided by, (1,) float32.
 
-    At most 2^14 is then what multiplies h; where the GEMM writes float16, the sum of the products.
+    At most 2^14 is then what multiplies h; where the GEMM writes float16, the sum of the products
+    too.
     """
-    if hidden is None:
-        largest = bounds.amax(0, keepdim=True)
-    else:
+    largest = bounds.amax(0, keepdim=True)
+    if hidden is not None:
         row = row_of("reach", hidden.dtype, hidden.device)
         start = Start(
             _reach_kernel, (bounds, hidden, index), row,
@@ -178,5 +178,5 @@ def unit_of(
             },
         )  # fmt: skip
         start(bounds.shape[0], hidden.shape[-1], *places(hidden))
-        largest = bounds.sum(0, keepdim=True)
+        largest = torch.maximum(largest, bounds.sum(0, keepdim=True))
     return largest.mul_(2.0**-14).clamp_(min=torch.finfo(torch.float32).tiny)

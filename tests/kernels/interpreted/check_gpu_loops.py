@@ -291,6 +291,17 @@ def test_the_smallest_gradients_of_float16(solved, monkeypatch):
     assert error.norm() <= 2 * torch.finfo(FP16).eps * truth[1].norm()
 
 
+def test_hidden_states_that_float16_products_leave_room_for(solved, monkeypatch):
+    # Where a GEMM writes float16 its products are scaled to 2^14, and what multiplies h of 1 / 64
+    # must not be 64 times that.
+    problem = Problem(Case(FP16, widens=False), monkeypatch)
+    problem.hidden[0] /= 64 * problem.hidden[0].abs().max()
+    problem.labels[:, 1:] = -100
+    problem.forward()
+    problem.backward()
+    problem.check()
+
+
 def test_a_repeated_label_costs_nothing(solved, monkeypatch):
     # The labels' entries are in P: the same launches and programs, whatever the labels are.
     started = []
