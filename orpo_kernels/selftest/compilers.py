@@ -179,7 +179,9 @@ class Workers:
 def compiling_beside(
     count: int, wait: Callable[[Future[Any]], Any] = Future.result
 ) -> Iterator[Workers | None]:
-    """Within, so many workers compile what is launched; yields None where another has the hook.
+    """Within, so many workers compile what is launched.
+
+    Yields None where another has the hook, or no process may be had.
 
     Args:
         count: processes, forked now: `can_fork` says whether they may be.
@@ -189,7 +191,11 @@ def compiling_beside(
     if before is not None and before.runtime.jit_cache_hook is not None:
         yield None
         return
-    workers = Workers(count, wait)
+    try:
+        workers = Workers(count, wait)
+    except OSError:
+        yield None
+        return
     from triton import knobs
 
     from orpo_kernels.kernels import start

@@ -246,6 +246,34 @@ def test_another_listener_is_left_alone(found, monkeypatch):
         assert workers is None
 
 
+def test_without_processes_the_threads_compile(found, monkeypatch):
+    def refused(*given):
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
+    with compilers.compiling_beside(1) as workers:
+        assert workers is None
+        assert len(launch()) == 2
+    assert found == [False, False]
+    assert knobs.runtime.jit_cache_hook is None
+
+
+def test_fewer_workers_than_were_asked_for(found, monkeypatch):
+    forked = []
+
+    def fork():  # one for what forks them, and one worker
+        forked.append(os.getpid())
+        if len(forked) > 2:
+            raise BlockingIOError("Resource temporarily unavailable")
+        return real()
+
+    real = os.fork
+    monkeypatch.setattr(os, "fork", fork)
+    with compilers.compiling_beside(2) as workers:
+        launch()
+    assert workers.answers == {COMPILED: 2}
+
+
 def test_no_fork_where_the_gpu_was_used(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
