@@ -31,6 +31,15 @@ def test_side_by_side_gives_the_same_figures() -> None:
     assert checks == expected
 
 
+def test_a_default_device_of_the_caller_is_not_that_of_a_check() -> None:
+    cases = [case for case in selftest._cases(CPU, 1, with_model=False) if case.op == "odds_ratio"]
+    with torch.device("meta"):
+        checks, _ = schedule.run(cases, CPU)
+        assert torch.get_default_device().type == "meta"
+    assert len(checks) == 3
+    assert all(check.passed for check in checks)
+
+
 def test_a_backward_waits_for_no_other_check() -> None:
     # On a GPU all backwards would share the one thread that autograd has for it.
     assert torch._C._is_multithreading_enabled()
