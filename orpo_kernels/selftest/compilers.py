@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -41,6 +42,7 @@ import torch
 from orpo_kernels import kernels
 
 MOST_WORKERS = 16
+_SHARE = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors, and of the clock
 _BUSY = 2  # processors at first: of the thread that imports, and the one that hashes
 _MOST_SECONDS = 30.0  # of one kernel, after which the workers are given up
 # Parameters of kernels that are floats; numbers of other names are integers.
@@ -209,8 +211,13 @@ def compiling_beside(
 
 
 def processors() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those this process may use: of a container, no more than its share of the host's."""
+    affine = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no Linux, an older one, or no limit ("max")
+        quota, period = map(int, _SHARE.read_text().split())
+        count = min(count, max(1, round(quota / period)))
+    return count
 
 
 def can_fork(device: torch.device) -> bool:

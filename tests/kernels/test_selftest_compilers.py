@@ -274,6 +274,17 @@ def test_fewer_workers_than_were_asked_for(found, monkeypatch):
     assert workers.answers == {COMPILED: 2}
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 6), (None, 6)]
+)
+def test_no_more_processors_than_the_share_of_a_container(share, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    monkeypatch.setattr(compilers, "_SHARE", tmp_path / "cpu.max")
+    if share is not None:
+        (tmp_path / "cpu.max").write_text(f"{share}\n")
+    assert compilers.processors() == expected
+
+
 def test_no_fork_where_the_gpu_was_used(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
