@@ -137,12 +137,12 @@ class Buffers(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Where the logits go and where E goes, (R, C) each: one tile when the dtypes agree.
 
-        With `kept` (M, C), E goes to its rows from `start` on.
+        With `kept` (M, C or more), E goes to its rows from `start` on.
         """
         sizes = self.operands.sizes
         pitch = sizes.pitch(columns)
         if kept is not None:
-            probs = kept[start : start + rows]
+            probs = kept[start : start + rows, :columns]
             return (tile_of(self.raw, rows, columns, pitch) if sizes.widens else probs), probs
         tile = tile_of(self.raw, rows, columns, pitch)
         return tile, tile_of(self.narrow, rows, columns, pitch) if sizes.widens else tile
