@@ -10,8 +10,8 @@ import torch
 
 from orpo_kernels import selftest
 from orpo_kernels.selftest import schedule
-from orpo_kernels.selftest.compilers import COMPILED, KNOWN
 from orpo_kernels.selftest.figures import Case, Figure, Setting
+from orpo_kernels.selftest.forks import COMPILED, KNOWN
 from orpo_kernels.selftest.schedule import COLD_S, WARM_S, EndsInTime, Limit, Plan, Turns
 from tests.test_selftest import CPU, MonkeyPatch
 

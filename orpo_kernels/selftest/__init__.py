@@ -18,6 +18,7 @@ import torch
 
 from orpo_kernels.selftest import (
     compilers,
+    forks,
     logps,
     losses,
     model,
@@ -85,7 +86,7 @@ def _self_test(
         limit = limit_of(start, plan)
         if plan.workers:  # before the device is used
             workers = stack.enter_context(compilers.compiling_beside(plan.workers, limit.wait))
-            limit.loading_seconds = compilers.load_kernels()
+            limit.loading_seconds = forks.load_kernels()
             if workers is not None:
                 limit.answers = workers.answers
         where = usable_device(wanted)

@@ -6,6 +6,7 @@ few wait for a kernel. Results do not depend on how many there are: a check draw
 of its own.
 """
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ import torch
 
 from orpo_kernels.kernels import runs_triton
 from orpo_kernels.selftest import model
-from orpo_kernels.selftest.compilers import COMPILED, KNOWN, MOST_WORKERS, processors
+from orpo_kernels.selftest.compilers import MOST_WORKERS, asking, processors
 from orpo_kernels.selftest.figures import Case
+from orpo_kernels.selftest.forks import COMPILED, KNOWN
 from orpo_kernels.selftest.report import Check, dtype_name
 
 # On an H200 whose host has 16 processors: 4 threads took 12.7 s, 16 took 14.8 s, all compiled.
@@ -288,6 +290,7 @@ def run(
     """
     limit = limit or Limit(None, plan.turns)
     waiting, found, choosing = _order(cases, plan), dict[int, Check](), threading.Lock()
+    begun = itertools.count()
 
     def choose() -> int | None:
         """The next that there is time for."""
@@ -295,6 +298,7 @@ def run(
             for i in sorted(waiting, key=lambda i: limit.comes_last(cases[i])):
                 if limit.begins(cases[i]):
                     waiting.remove(i)
+                    asking.rank = next(begun)
                     return i
         return None
 

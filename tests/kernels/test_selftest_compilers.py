@@ -18,8 +18,8 @@ import triton.language as tl
 from triton import knobs
 
 from orpo_kernels.kernels import odds_ratio, score_rows, start
-from orpo_kernels.selftest import compilers
-from orpo_kernels.selftest.compilers import COMPILED, FAILED, KNOWN
+from orpo_kernels.selftest import compilers, forks
+from orpo_kernels.selftest.forks import COMPILED, FAILED, KNOWN
 from tests.kernels.dryrun import dryrun
 from tests.kernels.test_dryrun import forward_and_backward, launchers  # noqa: F401
 from tests.kernels.test_dryrun_sparse import engine, whole_loss  # noqa: F401
@@ -34,7 +34,7 @@ def found(monkeypatch, tmp_path):
     monkeypatch.setattr(
         knobs.compilation, "listener", lambda *, cache_hit, **_rest: hits.append(cache_hit)
     )
-    compilers.load_kernels()
+    forks.load_kernels()
     return hits
 
 
@@ -70,6 +70,7 @@ def test_what_is_in_the_cache_no_worker_is_asked_for(found, monkeypatch):
         launch()
         assert workers.answers == {KNOWN: 2}
         assert not workers._begun
+        workers.announce(None)  # what is launched later is not looked at
     assert workers._parent.exitcode == -signal.SIGKILL  # there was none to end
     monkeypatch.setattr(knobs.compilation, "always_compile", True)
     with compilers.compiling_beside(1) as workers:
@@ -81,7 +82,7 @@ def test_what_is_in_the_cache_no_worker_is_asked_for(found, monkeypatch):
 def test_another_cache_of_triton_is_looked_through_by_a_worker(found, monkeypatch):
     with compilers.compiling_beside(1):
         launch()
-    monkeypatch.setattr(compilers, "is_cached", lambda *given: False)
+    monkeypatch.setattr(forks, "is_cached", lambda *given: False)
     with compilers.compiling_beside(1) as workers:
         launch()
     assert workers.answers == {KNOWN: 2}
@@ -153,7 +154,7 @@ def test_without_a_worker_the_thread_compiles(found):
 
 
 def test_a_worker_that_dies_is_asked_once(found, monkeypatch):
-    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: os._exit(1))
+    monkeypatch.setattr(forks, "compile_into_cache", lambda kernel: os._exit(1))
     with compilers.compiling_beside(1) as workers:
         assert len(launch()) == 2
     assert found == [False, False]
@@ -164,11 +165,11 @@ def test_workers_end_when_nobody_asks_any_more(tmp_path):
     # Killed, a process ends nobody; what it has forked sees that its pipes are closed.
     script = """
 import os, time
-from orpo_kernels.selftest import compilers
-compilers.load_kernels = compilers._hash_triton = lambda: None
-compilers.compile_into_cache = lambda kernel: print(os.getpid(), os.getppid(), flush=True)
+from orpo_kernels.selftest import compilers, forks
+forks.load_kernels = forks.hash_triton = lambda: None
+forks.compile_into_cache = lambda kernel: print(os.getpid(), os.getppid(), flush=True)
 workers = compilers.Workers(1)
-workers._compile(compilers.Specialisation("", "", "", None))
+workers._compile(forks.Specialisation("", "", "", None))
 os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -181,17 +182,40 @@ def test_workers_are_told_the_hash_of_triton(monkeypatch, tmp_path):
         (tmp_path / "hash").write_text(triton.runtime.cache.triton_key())
         return True
 
-    monkeypatch.setattr(compilers, "_hash_triton", lambda: "of half a gigabyte")
-    monkeypatch.setattr(compilers, "compile_into_cache", told)
+    monkeypatch.setattr(forks, "hash_triton", lambda: "of half a gigabyte")
+    monkeypatch.setattr(forks, "compile_into_cache", told)
     with compilers.compiling_beside(1) as workers:
-        workers._compile(compilers.Specialisation("", "", "", None))
+        workers._compile(forks.Specialisation("", "", "", None))
     assert workers.answers == {COMPILED: 1}
     assert (tmp_path / "hash").read_text() == "of half a gigabyte"
 
 
+def test_what_was_begun_first_is_compiled_first(monkeypatch):
+    order, release = [], threading.Event()
+    monkeypatch.setattr(forks, "is_cached", lambda *given: False)
+
+    def record(kernel):
+        order.append(kernel.data)
+        release.wait(10)
+
+    with dryrun(90), compilers.compiling_beside(1) as workers:
+        monkeypatch.setattr(workers, "_compile", record)
+        monkeypatch.setattr(compilers, "asking", SimpleNamespace())
+        workers._here.announces = True  # and does not wait
+        for rank, data in ((2, "at once"), (5, "third"), (1, "first"), (1, "second")):
+            compilers.asking.rank = rank
+            workers(fn=SimpleNamespace(module="", name=""), compile={"specialization_data": data})
+            while not order:
+                time.sleep(0.001)
+        release.set()
+        for future in workers._asked.values():
+            future.result(10)
+    assert order == ["at once", "first", "second", "third"]
+
+
 def test_stuck_workers_are_given_up(found, monkeypatch):
     monkeypatch.setattr(compilers, "_MOST_SECONDS", 0.2)
-    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: time.sleep(60))
+    monkeypatch.setattr(forks, "compile_into_cache", lambda kernel: time.sleep(60))
     with compilers.compiling_beside(2) as workers:
         assert len(launch()) == 2
         workers._parent.join(10)
@@ -200,13 +224,13 @@ def test_stuck_workers_are_given_up(found, monkeypatch):
 
 
 def test_workers_end_at_once(monkeypatch):
-    monkeypatch.setattr(compilers, "compile_into_cache", lambda kernel: time.sleep(60))
+    monkeypatch.setattr(forks, "compile_into_cache", lambda kernel: time.sleep(60))
     taken = []
     with compilers.compiling_beside(2) as workers:
         take = workers._take
         monkeypatch.setattr(workers, "_take", lambda: (taken.append("kernel"), take())[1])
         kernels = [
-            workers._threads.submit(workers._compile, compilers.Specialisation("", "", "", i))
+            workers._threads.submit(workers._compile, forks.Specialisation("", "", "", i))
             for i in range(6)
         ]
         while not workers._idle.empty():
@@ -235,8 +259,8 @@ def test_launchers_are_made_where_triton_compiles_them(monkeypatch, compiles):
     if compiles:  # as Triton 3.6
         monkeypatch.setattr(driver, "make_launcher", None, raising=False)
     compiled = SimpleNamespace(src="src", metadata="metadata")
-    compilers._make_launcher(compiled, "cuda")
-    compilers._make_launcher(compiled, "hip")
+    forks._make_launcher(compiled, "cuda")
+    forks._make_launcher(compiled, "hip")
     assert made == [("src", "metadata")] * compiles
 
 
@@ -298,13 +322,13 @@ def test_keys_do_not_depend_on_what_was_launched_first():
     script = """
 from triton.runtime.jit import JITFunction
 from orpo_kernels.kernels import odds_ratio
-from orpo_kernels.selftest import compilers
+from orpo_kernels.selftest import forks
 
 def keys(names):
     for each in vars(odds_ratio).values():
         if isinstance(each, JITFunction):
             each.hash, each.used_global_vals = None, {}
-    compilers.load_kernels()
+    forks.load_kernels()
     return {name: getattr(odds_ratio, name).cache_key for name in names}
 
 names = ["_odds_ratio_kernel", "_odds_ratio_backward_kernel"]
