@@ -179,21 +179,21 @@ for _class, _stages, _limit in (
         # Two blocks of 64 rows; `depth` columns of the tile a step.
         TABLE["dense_rows", _class, _dtype] = (Row(128, 8, 32, 3 if _stages == 4 else 2),)
         TABLE["dense_rows_odd", _class, _dtype] = (Row(64, 8, 32, 2),)
-        # Tiles of 64 rows x `depth` columns, `block` of them to a program.
-        # 200 registers: five programs of two warps to a processor, where the compiler takes four.
+        # Tiles of 64 rows x `depth`, `block` to a program, five of which (200) are on a processor.
         TABLE["scan", _class, _dtype] = (Row(16, 2, 64, registers=200 if _limit else 0),)
         _few = _class == "amd" or _dtype == torch.float32
         TABLE["scan_softcap", _class, _dtype] = (Row(32, 4 if _few else 8, 32, 1, _limit),)
         TABLE["live_columns", _class, _dtype] = (Row(128, 4, registers=168 if _limit else 0),)
         TABLE["pack_slots", _class, _dtype] = (Row(256, 4, 32),)
 
-# With Triton 3.6 sm_100 and gfx942 spill two registers of twice that.
+# With Triton 3.6 sm_100 spills two registers of half the warps; with gfx942 of twice the columns.
+TABLE["scan", "blackwell", torch.float32] = (Row(16, 4, 64),)
 TABLE["sum_products", "blackwell", torch.float32] = (Row(128, 4, 8),)
 TABLE["slot_products", "amd", torch.float32] = (Row(32, 8, 32),)
 # sm_100 keeps accumulators outside the registers, and spills under a limit that suits the others.
 TABLE["softmax_rows", "blackwell", torch.float16] = (Row(1024, 4),)
-for _dtype in _NARROW:  # of 16-bit logits two warps spill on sm_75 and 80, and on sm_90 with 96
-    TABLE["scan", "datacenter", _dtype] = (Row(16, 4, 64, registers=128),)
+for _dtype in _NARROW:  # two warps spill on sm_75 and 80, and four of 128 with pairs of labels
+    TABLE["scan", "datacenter", _dtype] = (Row(16, 4, 64, registers=168),)
     TABLE["scan", "consumer", _dtype] = TABLE["scan", "datacenter", _dtype]
 # 16-bit logits with every option on: else, or with twice the warps, Triton 3.6 spills on sm_120.
 for _dtype in _NARROW:

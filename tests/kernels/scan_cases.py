@@ -50,21 +50,27 @@ def scan_launches() -> Yielded:
     narrow = {"wide_loads": False}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        for everything, what in ((False, "plain"), (True, "all options")):
+        # Pairs: two label sets, two groups, what the loss of a Llama launches.
+        for what in ("plain", "pairs", "all options"):
 
-            def look(dtype=dtype, everything=everything):
-                given = _given(dtype, dtype, everything)
+            def given_of(dtype=dtype, what=what):
+                given = _given(dtype, dtype, what == "all options")
+                second = _cuda(M, dtype=torch.int64) if what == "pairs" else given.second
+                return given._replace(second=second)
+
+            def look(given_of=given_of):
+                given = given_of()
                 Scan(given, state_of(given), 2.0**-12)(ROWS, VOCABULARY)
 
-            def live(dtype=dtype, everything=everything):
-                given = _given(dtype, dtype, everything)
+            def live(given_of=given_of):
+                given = given_of()
                 LiveColumns(given, state_of(given), _state(given))(ROWS, VOCABULARY, 1)
 
-            def pack(dtype=dtype, everything=everything):
-                given = _given(dtype, dtype, everything)
+            def pack(given_of=given_of):
+                given = given_of()
                 PackSlots(given, state_of(given))(ROWS, VOCABULARY, 1)
 
-            key = "scan_softcap" if everything else "scan"
+            key = "scan_softcap" if what == "all options" else "scan"
             yield f"scan {name}, {what}", key, dtype, look, {"meant": "_scan_kernel"}
             yield f"live_columns {name}, {what}", "live_columns", dtype, live, narrow
             yield (
