@@ -66,26 +66,68 @@ def _first_estimate_kernel(
 
 
 @triton.jit
+def _rows_of(rows_ptr, state_ptr, exists, M):
+    """Of rows: the labels' exponentials, reference and sum so far, what was looked at."""
+    labels = tl.load(rows_ptr + 2 * M, mask=exists, other=NEVER)
+    old = tl.load(rows_ptr + M, mask=exists, other=_LOWEST)
+    s = tl.load(state_ptr + M, mask=exists, other=0.0)
+    return labels, old, s, tl.load(rows_ptr + 3 * M, mask=exists, other=0.0)
+
+
+@triton.jit
+def _earlier(heads_ptr, ends_ptr, used_ptr, lost_ptr, block, blocks, allocated, index):
+    """Of the blocks of the vocabulary before: slots, entries, what was lost, had a sum."""
+    later = index > 0  # of a chunk's first block nothing was written before
+    used = tl.load(used_ptr + index % 2, mask=later, other=0)
+    entry = tl.load(ends_ptr + index % 2 * allocated + block, mask=later, other=0)
+    lost = tl.load(lost_ptr + block, mask=later, other=0.0)
+    had_sum = tl.load(heads_ptr + block, mask=later, other=0)
+    had_sum += tl.load(heads_ptr + 3 * blocks + block, mask=later, other=0)
+    return used, entry, lost, had_sum
+
+
+@triton.jit
+def _counts_of(
+    counts_ptr, first, start, blocks, spans, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Counts of some row blocks and spans."""
+    other, span = first + tl.arange(0, BLOCK_B), start + tl.arange(0, BLOCK_S)
+    inside = (other < blocks)[:, None] & (span < spans)[None, :]
+    return tl.load(counts_ptr + other[:, None] * spans + span[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _ends_of(ends_ptr, first, blocks, index, allocated, BLOCK_B: tl.constexpr):
+    """Entries of the lists of some row blocks before this tile."""
+    other = first + tl.arange(0, BLOCK_B)
+    there = other < tl.where(index > 0, blocks, 0)
+    return tl.load(ends_ptr + index % 2 * allocated + other, mask=there, other=0)
+
+
+@triton.jit
 def _room(
-    counts_ptr, ends_ptr, block, blocks, allocated, index, spans, most, listed,
+    counts_ptr, ends_ptr, counts, ends, block, blocks, allocated, index, spans, most, listed,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Slots and columns of this block, whether its list takes them; slots before it, and of all."""
-    each, lane = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_S)
+    """Slots and columns of this block, whether its list takes them; slots before it, and of all.
+
+    Of `counts` and `ends` the first are given; each next is loaded before the last is looked at.
+    """
+    each = tl.arange(0, BLOCK_B)
     before, everything, mine, mine_live, fits = 0, 0, 0, 0, 0
     for first in range(0, blocks, BLOCK_B):
-        other = first + each
+        other, end = first + each, ends
+        ends = _ends_of(ends_ptr, first + BLOCK_B, blocks, index, allocated, BLOCK_B)
         count = tl.zeros((BLOCK_B,), tl.int32)
         live = count
         for start in range(0, spans, BLOCK_S):
-            span = start + lane
-            inside = (other < blocks)[:, None] & (span < spans)[None, :]
-            at = counts_ptr + other[:, None] * spans + span[None, :]
-            both = tl.load(at, mask=inside, other=0)
+            both, following = counts, start + BLOCK_S
+            counts = _counts_of(
+                counts_ptr, tl.where(following < spans, first, first + BLOCK_B),
+                tl.where(following < spans, following, 0), blocks, spans, BLOCK_B, BLOCK_S,
+            )  # fmt: skip
             count += tl.sum(both % WHOLE, 1)
             live += tl.sum(both // WHOLE, 1)
-        there = other < tl.where(index > 0, blocks, 0)
-        end = tl.load(ends_ptr + index % 2 * allocated + other, mask=there, other=0)
         takes = (live <= most) & (end + count <= listed)
         taken = tl.where(takes, count, 0)
         before += tl.sum(tl.where(other < block, taken, 0), 0)
@@ -97,12 +139,9 @@ def _room(
 
 
 @triton.jit
-def _sum_of(values_ptr, count, BLOCK: tl.constexpr):
-    total = 0.0
-    for start in range(0, count, BLOCK):
-        each = start + tl.arange(0, BLOCK)
-        total += tl.sum(tl.load(values_ptr + each, mask=each < count, other=0.0), 0)
-    return total
+def _some(values_ptr, start, count, BLOCK: tl.constexpr):
+    each = start + tl.arange(0, BLOCK)
+    return tl.load(values_ptr + each, mask=each < count, other=0.0)
 
 
 @triton.jit
@@ -157,34 +196,36 @@ def _live_columns_kernel(
     exists = lane < R
     rows_ptr += first_row + lane
     state_ptr += first_row + lane
-    labels = tl.load(rows_ptr + 2 * M, mask=exists, other=NEVER)
-    scored = labels < NEVER
-
-    mine, live, fits, before, everything = _room(
-        counts_ptr, ends_ptr, block, blocks, allocated, index, spans, most, listed, BLOCK_B,
-        BLOCK_S,
-    )  # fmt: skip
-    later = index > 0  # of a chunk's first block nothing was written before
-    used = tl.load(used_ptr + index % 2, mask=later, other=0)
-    first_slot = used + before
-    first_entry = tl.load(ends_ptr + index % 2 * allocated + block, mask=later, other=0)
-    fits = tl.where(first_slot + mine <= capacity, fits, 0)
-    lost = tl.load(lost_ptr + block, mask=later, other=0.0)
-    loses = _sum_of(losses_ptr + block * spans, spans, BLOCK_S)
-    count = tl.sum(scored.to(tl.float32), 0)
-    fits = tl.where(lost + loses <= most_lost * count, fits, 0)
-    had_sum = tl.load(heads_ptr + block, mask=later, other=0)
-    had_sum += tl.load(heads_ptr + 3 * blocks + block, mask=later, other=0)
-
+    losses_ptr += block * spans
+    # Everything is on its way before anything waits, which takes longer than to compute it.
+    labels, old, s, looked = _rows_of(rows_ptr, state_ptr, exists, M)
+    counts = _counts_of(counts_ptr, 0, 0, blocks, spans, BLOCK_B, BLOCK_S)
+    ends = _ends_of(ends_ptr, 0, blocks, index, allocated, BLOCK_B)
+    some = _some(losses_ptr, 0, spans, BLOCK_S)
+    used, first_entry, lost, had_sum = _earlier(
+        heads_ptr, ends_ptr, used_ptr, lost_ptr, block, blocks, allocated, index
+    )
+    entries_ptr += first_row // ROWS + block
+    kept = tl.load(entries_ptr)
     zero = tl.zeros((ROWS,), tl.float32)
     top, total, sloped = add_spans(
         partial_ptr, lane, exists, R, spans, zero + _LOWEST, zero, zero, HAS_SOFTCAP, SPANS
     )
+
+    mine, live, fits, before, everything = _room(
+        counts_ptr, ends_ptr, counts, ends, block, blocks, allocated, index, spans, most, listed,
+        BLOCK_B, BLOCK_S,
+    )  # fmt: skip
+    loses = tl.sum(some, 0)
+    for start in range(BLOCK_S, spans, BLOCK_S):
+        loses += tl.sum(_some(losses_ptr, start, spans, BLOCK_S), 0)
+    scored = labels < NEVER
+    count = tl.sum(scored.to(tl.float32), 0)
+    first_slot = used + before
+    fits = tl.where(first_slot + mine <= capacity, fits, 0)
+    fits = tl.where(lost + loses <= most_lost * count, fits, 0)
     if not HAS_SOFTCAP:
         sloped = total
-    old = tl.load(rows_ptr + M, mask=exists, other=_LOWEST)
-    s = tl.load(state_ptr + M, mask=exists, other=0.0)
-    looked = tl.load(rows_ptr + 3 * M, mask=exists, other=0.0)
     reference, factor, share = _reference(old, s, top, total)
     s = s * factor + total * share
     looked = looked * factor + tl.where(fits > 0, sloped * share, 0.0)
@@ -206,9 +247,8 @@ def _live_columns_kernel(
     tl.store(lost_ptr + block, tl.where(fits > 0, lost + loses, lost))
     if block == 0:
         tl.store(used_ptr + following, tl.minimum(used + everything, capacity))
-    kept = tl.where(fits > 0, live, C).to(tl.int64) * tl.minimum(R - block * ROWS, ROWS)
-    entries_ptr += first_row // ROWS + block
-    tl.store(entries_ptr, tl.load(entries_ptr) + kept)
+    kept += tl.where(fits > 0, live, C).to(tl.int64) * tl.minimum(R - block * ROWS, ROWS)
+    tl.store(entries_ptr, kept)
 
 
 class LiveColumns:

@@ -68,12 +68,19 @@ def _add_tails(
 
 
 @triton.jit
-def _counts(counts_ptr, first, end, BLOCK: tl.constexpr):
-    """Slots of the spans before `first`, and of those from there to `end`."""
+def _counts_of(counts_ptr, start, end, BLOCK: tl.constexpr):
+    """Counts of some spans."""
+    span = start + tl.arange(0, BLOCK)
+    return tl.load(counts_ptr + span, mask=span < end, other=0)
+
+
+@triton.jit
+def _slots_of(counts_ptr, counts, first, end, BLOCK: tl.constexpr):
+    """Slots of the spans before `first`, and from there to `end`; the first counts are given."""
     before, mine = 0, 0
     for start in range(0, end, BLOCK):
-        span = start + tl.arange(0, BLOCK)
-        count = tl.load(counts_ptr + span, mask=span < end, other=0) % WHOLE
+        span, count = start + tl.arange(0, BLOCK), counts % WHOLE
+        counts = _counts_of(counts_ptr, start + BLOCK, end, BLOCK)
         before += tl.sum(tl.where(span < first, count, 0), 0)
         mine += tl.sum(tl.where(span < first, 0, count), 0)
     return before, mine
@@ -141,20 +148,22 @@ def _pack_slots_kernel(
     exists = lane < R
     columns_ptr += block.to(tl.int64) * listed
     addresses_ptr += block.to(tl.int64) * listed
-    # All that the start depends on is on its way before anything waits for any of it.
+    # All that the start depends on is on its way before anything waits for any of it; of the marks
+    # last, which threads exchange as soon as they have them.
     first = span * together
     end = tl.minimum(first + together, spans)
-    column = first * width + tl.arange(0, SPAN)
-    in_span = column < tl.minimum(C, end * width)
-    marks = live_ptr + block.to(tl.int64) * (spans * width) + column
-    live = tl.load(marks, mask=in_span, other=0).to(tl.int32)
     reference = reference_of(rows_ptr + first_row + lane, exists, M)
     factor = tl.load(factor_ptr + lane, mask=exists, other=1.0)
     at_mass = mass_ptr + span.to(tl.int64) * R + lane
     filled = tl.where(index > 0, R, 0)  # of a chunk's first block nothing was written before
     mass = tl.load(at_mass, mask=lane < filled, other=0.0) * factor
     dense, first_entry, first_slot, moved = _heads(heads_ptr + block, blocks)
-    before, count = _counts(counts_ptr + block * spans, first, end, BLOCK_S)
+    counts = _counts_of(counts_ptr + block * spans, 0, end, BLOCK_S)
+    column = first * width + tl.arange(0, SPAN)
+    live_ptr += block.to(tl.int64) * (spans * width)
+    inside = column < tl.minimum(C, end * width)
+    live = tl.load(live_ptr + column, mask=inside, other=0).to(tl.int32)
+    before, count = _slots_of(counts_ptr + block * spans, counts, first, end, BLOCK_S)
     count = tl.where(dense > 0, 0, count)
     if (span == 0) & (moved > 0):
         _rescale(slots_ptr, addresses_ptr, factor, first_entry, ROWS, BLOCK_K)
@@ -180,9 +189,8 @@ def _pack_slots_kernel(
             _e, u = exponentials(x, bias, reference[None, :], ratio, log2_scale, SIGN, HAS_SOFTCAP)
             slot = slot_of(tl.where(mine, u * logit_scale, 0.0), again)
             mass += tl.sum(slot.to(tl.float32), 0)
-            slot_at = (first_slot + before + k).to(tl.int64)[:, None] * ROWS
-            slot_at = slots_ptr + slot_at + tl.arange(0, ROWS)[None, :]
-            tl.store(slot_at, slot, mask=(k < count)[:, None])
+            slot_at = slots_ptr + (first_slot + before + k).to(tl.int64)[:, None] * ROWS
+            tl.store(slot_at + tl.arange(0, ROWS)[None, :], slot, mask=(k < count)[:, None])
     tl.store(at_mass, mass, mask=exists)
 
 

@@ -90,33 +90,54 @@ def _tile(
 
 
 @triton.jit
+def _spans(partial_ptr, row, exists, R, spans, start, SLOPED: tl.constexpr, SPANS: tl.constexpr):
+    """Reference and sums of rows in some spans, 0 past the last."""
+    span = start + tl.arange(0, SPANS)
+    inside = exists[:, None] & (span < spans)[None, :]
+    at = partial_ptr + span[None, :] * R + row[:, None]
+    reference = tl.load(at, mask=inside, other=0.0)
+    s = tl.load(at + spans * R, mask=inside, other=0.0)
+    if SLOPED:
+        return reference, s, tl.load(at + 2 * spans * R, mask=inside, other=0.0)
+    return reference, s, s
+
+
+@triton.jit
 def add_spans(partial_ptr, row, exists, R, spans, top, total, sloped, SLOPED: tl.constexpr,
     SPANS: tl.constexpr,
 ):  # fmt: skip
     """To sums of rows relative to `top` those of spans: the new reference, both sums."""
+    of_rows = (partial_ptr, row, exists, R, spans)
+    reference, s, u = _spans(*of_rows, 0, SLOPED, SPANS)
     for start in range(0, spans, SPANS):
-        span = start + tl.arange(0, SPANS)
-        inside = exists[:, None] & (span < spans)[None, :]
-        at = partial_ptr + span[None, :] * R + row[:, None]
-        reference = tl.load(at, mask=inside, other=0.0)
-        s = tl.load(at + spans * R, mask=inside, other=0.0)
+        following = _spans(*of_rows, start + SPANS, SLOPED, SPANS)  # on its way meanwhile
         reference = tl.where(s > 0, reference, _LOWEST)
         higher = tl.maximum(top, tl.max(reference, 1))
         before, share = tl.exp2(top - higher), tl.exp2(reference - higher[:, None])
         total = total * before + tl.sum(s * share, 1)
         if SLOPED:
-            u = tl.load(at + 2 * spans * R, mask=inside, other=0.0)
             sloped = sloped * before + tl.sum(u * share, 1)
         top = higher
+        reference, s, u = following
     return top, total, sloped
 
 
 @triton.jit
+def _looked(looks_ptr, row, exists, R, looks, estimate, SPANS: tl.constexpr):
+    """Estimates of rows, with what a look has shown of them."""
+    if looks > 0:
+        estimate, looked, _u = add_spans(
+            looks_ptr, row, exists, R, looks, estimate, estimate * 0.0 + 1.0, 0.0, False, SPANS
+        )
+        estimate += tl.log2(looked)
+    return estimate
+
+
+@triton.jit
 def _mark(
-    logits_ptr, labels_ptr, row, exists, stride, first_column, begin, end, SIGN: tl.constexpr
+    logits_ptr, labels_ptr, lane, row, exists, stride, first_column, begin, end, SIGN: tl.constexpr
 ):
     """-inf at the labels of rows, where they are columns `begin` to `end`."""
-    lane = row - tl.min(row, 0)
     marked = (exists * 0.0 + SIGN * float("-inf")).to(logits_ptr.dtype.element_ty)
     label = tl.load(labels_ptr + row, mask=exists, other=-1) - first_column
     mine = exists & (label >= begin) & (label < end)
@@ -159,17 +180,25 @@ def _against_maxima(
 
 @triton.jit
 def _in_second(groups_ptr, row, exists, GROUPS: tl.constexpr):
-    """1 for rows of the second group, 0 for others; whether there are rows of both."""
+    """1 for rows of the second group, 0 for others."""
     if GROUPS == 2:
-        mine = (tl.load(groups_ptr + row, mask=exists, other=0) == 1).to(tl.float32)
-        count = tl.sum(mine, 0)
-        return mine, (count > 0) & (count < tl.sum(exists.to(tl.float32), 0))
-    return row * 0.0, False
+        return (tl.load(groups_ptr + row, mask=exists, other=0) == 1).to(tl.float32)
+    return row * 0.0
+
+
+@triton.jit
+def _groups_of(in_second, exists, GROUPS: tl.constexpr):
+    """1 where all rows are of the second group, else 0; whether there are rows of both."""
+    if GROUPS == 2:
+        counts = tl.sum(exists.to(tl.int32) + WHOLE * in_second.to(tl.int32), 0)
+        rows, seconds = counts % WHOLE, counts // WHOLE
+        return (seconds == rows).to(tl.float32), (seconds > 0) & (seconds < rows)
+    return 0.0, False
 
 
 @triton.jit
 def _drop(
-    live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, heavy,
+    live_ptr, tails_ptr, u, in_second, all_second, mixed, block, column, pitch, threshold, heavy,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Stores slots of the columns of a tile, and sums of those without; both, (COLUMNS,)."""
@@ -182,7 +211,7 @@ def _drop(
     tl.store(live_ptr + block.to(tl.int64) * pitch + column, slots.to(tl.int8))
     out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
     if GROUPS == 2:
-        second = total * tl.max(in_second, 0)
+        second = total * all_second
         if mixed:
             second = tl.where(live, 0.0, tl.sum(u * in_second[:, None], 0))
         tl.store(out, total - second)
@@ -229,20 +258,19 @@ def _scan_kernel(
     begin = span * tiles
     end = tl.minimum(begin + tiles, tl.cdiv(C, COLUMNS))
 
+    # On their way before the labels are: nothing of it waits for these.
+    estimate = tl.load(rows_ptr + first_row + row, mask=exists, other=NEVER)
+    in_second = _in_second(groups_ptr, first_row + row, exists, GROUPS)
     own = (begin * COLUMNS, tl.minimum(end * COLUMNS, C))
-    here = (row + first_row, exists, stride, first_column)
+    here = (lane, row + first_row, exists, stride, first_column)
     _mark(logits_ptr, labels_ptr, *here, *own, SIGN)
     if HAS_SECOND:
         _mark(logits_ptr, second_ptr, *here, *own, SIGN)
     tl.debug_barrier()
 
-    estimate = tl.load(rows_ptr + first_row + row, mask=exists, other=NEVER)
     if not LOOK:
-        estimate, looked, _u = add_spans(
-            looks_ptr, row, exists, R, looks, estimate, estimate * 0.0 + 1.0, 0.0, False, SPANS
-        )
-        estimate += tl.log2(looked)
-    in_second, mixed = _in_second(groups_ptr, first_row + row, exists, GROUPS)
+        estimate = _looked(looks_ptr, row, exists, R, looks, estimate, SPANS)
+    all_second, mixed = _groups_of(in_second, exists, GROUPS)
     # A row that is not there reads the last one, against an estimate of 1e30.
     offs = tl.minimum(lane, R - 1 - block * ROWS)[:, None] * stride
     sums = tl.zeros((ROWS, COLUMNS // ADDED), tl.float32)
@@ -261,8 +289,8 @@ def _scan_kernel(
             sloped += _of_threads(u, ADDED)
         if not LOOK:
             slots, total = _drop(
-                live_ptr, tails_ptr, u, in_second, mixed, block, column, pitch, threshold, heavy,
-                GROUPS,
+                live_ptr, tails_ptr, u, in_second, all_second, mixed, block, column, pitch,
+                threshold, heavy, GROUPS,
             )  # fmt: skip
             lost += total
             count += slots + (slots > 0).to(tl.int32) * WHOLE
