@@ -26,8 +26,8 @@ _ALIGNMENT = 16
 MOST_SPAN = 1024
 """Columns that a program of the sparse forward's look sees one after the other, at most."""
 
-# Columns of one of its tiles; programs that run at once on a large card: four on a processor.
-_SPAN_STEP, _PROGRAMS = 64, 512
+# Columns of one of its tiles; programs that run at once on a large card: five on a processor.
+_SPAN_STEP, _PROGRAMS = 64, 640
 
 
 class ScanShape(NamedTuple):
