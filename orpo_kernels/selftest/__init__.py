@@ -85,8 +85,9 @@ def _self_test(
         plan = schedule.plan_of(wanted, forks=compilers.can_fork(wanted))
         limit = limit_of(start, plan)
         if plan.workers:  # before the device is used
+            begin = perf_counter()
             workers = stack.enter_context(compilers.compiling_beside(plan.workers, limit.wait))
-            limit.loading_seconds = forks.load_kernels()
+            limit.loading_seconds = forks.load_kernels() - begin
             if workers is not None:
                 limit.answers = workers.answers
         where = usable_device(wanted)

@@ -63,12 +63,25 @@ class Workers:
         self._lock, self._wait, self._here = threading.Lock(), wait, threading.local()
         self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._parent, self._control, self._all = forks.forked(count)
-        self._begun, self._lost = False, 0
+        self._begun, self._closed, self._lost = False, False, 0
+        self._of_triton: Callable[[], str] | None = None
         for each in reversed(self._all):
             self._idle.put(each)  # the first is taken first, and those that are at home in Triton
         self._threads = ThreadPoolExecutor(count)  # each waits for a worker; not before the fork
-        # Beside what is done until the first kernel is launched; it does not hold Python's lock.
-        self._hashed = self._threads.submit(forks.hash_triton)
+        self._hashed = self._threads.submit(self._take_hash)
+
+    def _take_hash(self) -> None:
+        """Has Triton know its hash of itself, which takes a thread of this process seconds.
+
+        Of each megabyte it would wait for Python's lock, while what is imported holds that.
+        """
+        told = None
+        with contextlib.suppress(EOFError, OSError):
+            told = self._control.recv()
+        if told is not None:
+            self._of_triton = forks.give_hash(lambda: told)
+        elif not self._closed:
+            forks.hash_triton()
 
     def __call__(self, *, fn: Any, compile: dict[str, Any], **_rest: Any) -> bool:
         """Triton's hook: returns once the kernel is in Triton's cache, or cannot be put there.
@@ -156,7 +169,7 @@ class Workers:
             if not self._begun:
                 self._begun = True
                 with contextlib.suppress(OSError):  # its other end is gone
-                    self._control.send(self._hashed.result())
+                    self._control.send(None)
         while self._lost < len(self._all) and self._parent.is_alive() and not self._control.closed:
             with contextlib.suppress(queue.Empty):
                 return self._idle.get(timeout=1.0)
@@ -166,13 +179,17 @@ class Workers:
         """Ends them, at once: what they are at was announced, and nobody has waited for it."""
         # None asks for the next when its worker ends, and none that lives is in the others' way.
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if not self._begun:
+        self._closed = True
+        if self._begun:
+            self._control.close()
+        else:
             self._parent.kill()
-        self._control.close()
         self._parent.join()
         self._threads.shutdown()
-        for each in self._all:
+        for each in (self._control, *self._all):
             each.close()
+        if self._of_triton is not None:
+            forks.give_hash(self._of_triton)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import multiprocessing
 import os
 import pkgutil
 import signal
-import sys
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from time import perf_counter
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from orpo_kernels import kernels
 
-_BUSY = 2  # processors at first: of the thread that imports, and the one that hashes
+_BUSY = 2  # processors at first: of the process that imports, and the one that hashes
 COMPILED, KNOWN, FAILED = "compiled", "known", "failed"  # what workers answer
 
 
@@ -37,25 +37,24 @@ class Specialisation(NamedTuple):
 
 
 def load_kernels() -> float:
-    """Imports Triton and every kernel; seconds that it took.
+    """Imports Triton and every kernel; the time when that was done, of `perf_counter`.
 
     Triton's key of a kernel depends on which of the functions that it calls were hashed before it
     (3.6 and 3.9: `DependenciesFinder._update_hash` takes over what they use before it hashes them).
     All are hashed here, in one order, so that workers and threads look under the same key.
     """
-    start = perf_counter()
     from triton.runtime.jit import JITFunction
 
     modules = [
         importlib.import_module(f"{kernels.__name__}.{each.name}")
         for each in pkgutil.iter_modules(kernels.__path__)
     ]
-    seconds = perf_counter() - start
+    imported = perf_counter()
     for module in modules:
         for function in list(vars(module).values()):
             if isinstance(function, JITFunction):
                 function.cache_key  # noqa: B018 - made when asked for
-    return seconds
+    return imported
 
 
 def hash_triton() -> str | None:
@@ -63,6 +62,18 @@ def hash_triton() -> str | None:
     with contextlib.suppress(Exception):  # elsewhere in another version: then when asked for
         return str(importlib.import_module("triton.runtime.cache").triton_key())
     return None
+
+
+def give_hash(made: Callable[[], str]) -> Callable[[], str]:
+    """Has Triton call `made` for its hash of itself, as it does in processes of its own.
+
+    Returns:
+        What it called before.
+    """
+    cache = vars(importlib.import_module("triton.runtime.cache"))
+    before: Callable[[], str] = cache["triton_key"]
+    cache["triton_key"] = made
+    return before
 
 
 def forked(count: int) -> tuple[Any, Connection, list[Connection]]:
@@ -82,19 +93,18 @@ def forked(count: int) -> tuple[Any, Connection, list[Connection]]:
 def _fork_workers(
     control: Connection, connections: list[Connection], others: list[Connection]
 ) -> None:
-    """Forks a worker for each connection when told to, and ends them when there is nobody to."""
+    """Says Triton's hash, forks a worker for each connection when told to, and ends them."""
     for each in others:  # copies of the other ends would keep them open
         each.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks is told, and ends the workers
     warnings.simplefilter("ignore")  # Triton's are said by the process that launches
     workers: list[int] = []
     with contextlib.suppress(EOFError, OSError):
+        control.send(hash_triton())  # once for all, and not in the time of who has the lock there
         if len(connections) > _BUSY:
             _load_compiler()
-        of_triton = control.recv()
+        control.recv()
         _load_compiler()
-        if of_triton is not None:  # as Triton gives it to processes that compile
-            vars(sys.modules["triton.runtime.cache"])["triton_key"] = lambda: of_triton
         gc.freeze()
         gc.enable()  # of what they make
         for connection in connections:

@@ -177,17 +177,28 @@ os.kill(os.getpid(), 9)
     assert len(done.stdout.split()) == 2
 
 
-def test_workers_are_told_the_hash_of_triton(monkeypatch, tmp_path):
-    def told(kernel):
-        (tmp_path / "hash").write_text(triton.runtime.cache.triton_key())
-        return True
-
+def test_the_hash_of_triton_is_that_of_another_process(monkeypatch):
+    cache = triton.runtime.cache
+    before = cache.triton_key
     monkeypatch.setattr(forks, "hash_triton", lambda: "of half a gigabyte")
-    monkeypatch.setattr(forks, "compile_into_cache", told)
     with compilers.compiling_beside(1) as workers:
-        workers._compile(forks.Specialisation("", "", "", None))
-    assert workers.answers == {COMPILED: 1}
-    assert (tmp_path / "hash").read_text() == "of half a gigabyte"
+        workers._hashed.result(60)
+        assert cache.triton_key() == "of half a gigabyte"
+    assert cache.triton_key is before
+    made = []
+    monkeypatch.setattr(forks, "hash_triton", lambda: made.append("here"))  # and None there
+    with compilers.compiling_beside(1) as workers:
+        workers._hashed.result(60)
+        assert cache.triton_key is before
+    assert made == ["here"]
+
+
+def test_nothing_is_waited_for_where_no_kernel_was(monkeypatch):
+    monkeypatch.setattr(forks, "hash_triton", lambda: time.sleep(60))
+    begin = time.perf_counter()
+    with compilers.compiling_beside(2):
+        pass
+    assert time.perf_counter() - begin < 30
 
 
 def test_what_was_begun_first_is_compiled_first(monkeypatch):
