@@ -128,6 +128,11 @@ def test_who_was_begun_in_time_and_waits_for_nothing_is_made(monkeypatch: Monkey
     host.limit.wait(there)
     with pytest.raises(schedule.OutOfTimeError):
         host.limit.wait(Kernel(host, KNOWN))
+    host.answers[COMPILED] += 1
+    host.limit.wait(there)
+    host.now = COLD_S  # it may have waited before
+    with pytest.raises(schedule.OutOfTimeError):
+        host.limit.wait(there)
 
 
 def test_the_first_is_a_quick_check(monkeypatch: MonkeyPatch) -> None:

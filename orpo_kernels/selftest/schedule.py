@@ -251,9 +251,9 @@ class EndsInTime(Limit):
         Raises:
             OutOfTimeError: there is none.
         """
-        if done.done():  # nothing is waited for: it was begun in time
-            return
         first = self._first == get_ident()
+        if done.done() and not self.compiles:  # nothing is waited for: it was begun in time
+            return
         # Where none is compiled, more checks at a time would only end later, all of them.
         with self.pause(lends=self.compiles):
             try:
