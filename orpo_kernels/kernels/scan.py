@@ -11,11 +11,12 @@ As no estimate is above the true logarithm, every entry of the softmax gradient 
 column. The estimate is the labels' exponentials, what earlier blocks have shown, and, of a chunk's
 first block, a look of its own at the first columns (`LOOK`), which gives sums alone.
 
-R rows in B blocks of 64; a program reads a span of columns, S spans, L of a look. Exponents are to base 2. Sums
-are kept by thread over the tiles of a span and reduced once; only where an estimate is so far too
-low that they leave float32 is the span read again, against the maxima of its rows. Labels' logits
-become -inf once per row, instead of a comparison per logit. Float32 arithmetic, no atomics. Bytes:
-the tile once; per 64 rows and column 1 + 4 G.
+R rows in B blocks of 64; a program reads a span of columns, S spans, L of a look. Exponents are to
+base 2. Sums are kept by thread over the tiles of a span and reduced once; only where an estimate is
+so far too low that they leave float32 is the span read again, against the maxima of its rows. (A
+softcap of at most 34 bounds how low: the kernel is then compiled without.) Labels' logits become
+-inf once per row, instead of a comparison per logit. Float32 arithmetic, no atomics. Bytes: the
+tile once; per 64 rows and column 1 + 4 G.
 """
 
 import triton
@@ -48,6 +49,7 @@ _LOWEST = tl.constexpr(-1e30)  # a reference where there is nothing
 _LIVE = tl.constexpr(2.0**100)  # factor of entries over the threshold in the sum of a column
 _FEW = tl.constexpr(2.0**10)  # thresholds, more than 64 entries that are not over it add to
 _FAR_TOO_LOW = tl.constexpr(2.0**64)  # a row's sum from which on its estimate is
+_NEAR = 100.0  # over every estimate, to base 2: no sum of a row leaves float32
 
 
 @triton.jit
@@ -69,8 +71,8 @@ def exponentials(x, bias, level, ratio, log2_scale, SIGN: tl.constexpr, HAS_SOFT
 @triton.jit
 def _tile(
     logits_ptr, offs, bias_ptr, first_column, column, C, level, ratio, log2_scale,
-    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
-    VECTOR: tl.constexpr,
+    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
+    RAGGED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """E and E r of a tile of columns, 0 past C."""
     if RAGGED:  # what is read past C is the row's own padding, whole vectors of it
@@ -83,6 +85,8 @@ def _tile(
         bias = tl.load(bias_ptr + first_column + column, mask=column < C, other=0.0)
         bias = bias.to(tl.float32)[None, :]
     e, u = exponentials(x, bias, level[:, None], ratio, log2_scale, SIGN, HAS_SOFTCAP)
+    if HAS_SOFTCAP and not NEAR:  # infinity times a slope of 0
+        u = tl.where((e == float("inf")) & (u != u), 0.0, u)
     if RAGGED:
         e = tl.where((column < C)[None, :], e, 0.0)
         u = tl.where((column < C)[None, :], u, 0.0)
@@ -151,31 +155,46 @@ def _of_threads(x, ADDED: tl.constexpr):
 
 
 @triton.jit
+def _exponents(x, bias, ratio, log2_scale, SIGN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """`z log2 e` of raw logits, -inf where x marks a label."""
+    if HAS_SOFTCAP:
+        is_label = x == SIGN * float("-inf")
+        bounded, _slope = tanh((tl.where(is_label, 0.0, x) + bias) * ratio)
+        return tl.where(is_label, float("-inf"), bounded * log2_scale)
+    return (x + bias) * log2_scale
+
+
+@triton.jit
 def _against_maxima(
-    logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, log2_scale,
-    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, ratio, log2_scale,
+    SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Reference and sum of the rows of a span, where an estimate is far too low: no softcap."""
+    """Reference and both sums of the rows of a span, where an estimate is far too low."""
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     for tile in range(begin, end):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         inside = (column < C)[None, :]
         x = tl.load(logits_ptr + offs + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + first_column + column, mask=column < C, other=0.0)
-            x += bias.to(tl.float32)[None, :]
-        top = tl.maximum(top, tl.max(tl.where(inside, x * log2_scale, float("-inf")), 1))
+            bias = bias.to(tl.float32)[None, :]
+        z = _exponents(x, bias, ratio, log2_scale, SIGN, HAS_SOFTCAP)
+        top = tl.maximum(top, tl.max(tl.where(inside, z, float("-inf")), 1))
     level = tl.maximum(estimate, top)
     sums = tl.zeros((ROWS, COLUMNS // ADDED), tl.float32)
+    sloped = sums
     for tile in range(begin, end):
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        e, _u = _tile(
-            logits_ptr, offs, bias_ptr, first_column, column, C, level, 1.0, log2_scale,
-            SIGN, HAS_BIAS, False, True, VECTOR,
+        e, u = _tile(
+            logits_ptr, offs, bias_ptr, first_column, column, C, level, ratio, log2_scale,
+            SIGN, HAS_BIAS, HAS_SOFTCAP, True, True, VECTOR,
         )  # fmt: skip
         sums += _of_threads(e, ADDED)
-    return level, tl.sum(sums, 1)
+        if HAS_SOFTCAP:
+            sloped += _of_threads(u, ADDED)
+    return level, tl.sum(sums, 1), tl.sum(sloped, 1)
 
 
 @triton.jit
@@ -212,9 +231,11 @@ def _drop(
     out = tails_ptr + block.to(tl.int64) * (GROUPS * pitch) + column
     if GROUPS == 2:
         second = total * all_second
-        if mixed:
+        first = total - second
+        if mixed:  # both summed: what a difference leaves of a group that drops nothing is noise
+            first = tl.where(live, 0.0, tl.sum(u * (1.0 - in_second)[:, None], 0))
             second = tl.where(live, 0.0, tl.sum(u * in_second[:, None], 0))
-        tl.store(out, total - second)
+        tl.store(out, first)
         tl.store(out + pitch, second)
     else:
         tl.store(out, total)
@@ -245,8 +266,9 @@ def _scan_kernel(
     first_row, R, C, first_column, tiles, spans, looks, stride_logits, M, threshold, heavy, ratio,
     log2_scale,
     LOOK: tl.constexpr, GROUPS: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SIGN: tl.constexpr, NEAR: tl.constexpr, RAGGED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0) % spans
     block = tl.program_id(0) // spans
@@ -282,7 +304,7 @@ def _scan_kernel(
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         e, u = _tile(
             logits_ptr, offs, bias_ptr, first_column, column, C, estimate, ratio, log2_scale,
-            SIGN, HAS_BIAS, HAS_SOFTCAP, RAGGED, VECTOR,
+            SIGN, HAS_BIAS, HAS_SOFTCAP, NEAR, RAGGED, VECTOR,
         )  # fmt: skip
         sums += _of_threads(e, ADDED)
         if HAS_SOFTCAP:
@@ -295,19 +317,19 @@ def _scan_kernel(
             lost += total
             count += slots + (slots > 0).to(tl.int32) * WHOLE
 
-    row_sum = tl.sum(sums, 1)
+    row_sum, row_sloped = tl.sum(sums, 1), tl.sum(sloped, 1)
     level = estimate
-    if not HAS_SOFTCAP:  # noqa: SIM102 - which bounds every logit; known when compiled
+    if not NEAR:  # noqa: SIM102 - known when compiled
         if tl.max(row_sum, 0) > _FAR_TOO_LOW:
-            level, row_sum = _against_maxima(
-                logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, log2_scale,
-                SIGN, HAS_BIAS, ROWS, COLUMNS, VECTOR,
+            level, row_sum, row_sloped = _against_maxima(
+                logits_ptr, offs, bias_ptr, first_column, begin, end, C, estimate, ratio,
+                log2_scale, SIGN, HAS_BIAS, HAS_SOFTCAP, ROWS, COLUMNS, VECTOR,
             )  # fmt: skip
     partial_ptr += span * R + row
     tl.store(partial_ptr, level, mask=exists)
     tl.store(partial_ptr + spans * R, row_sum, mask=exists)
     if HAS_SOFTCAP:
-        tl.store(partial_ptr + 2 * spans * R, tl.sum(sloped, 1), mask=exists)
+        tl.store(partial_ptr + 2 * spans * R, row_sloped, mask=exists)
     if not LOOK:
         tl.store(counts_ptr + block * spans + span, tl.sum(count, 0))
         tl.store(losses_ptr + block * spans + span, tl.sum(lost, 0))
@@ -322,6 +344,8 @@ class Scan:
         numbers = state.numbers(inputs)
         threshold, heavy = (each / abs(inputs.logit_scale) for each in (eps, SPLIT))
         self.last = (state.logits.stride(0), state.rows.shape[1], threshold, heavy, *numbers)
+        # Of logits between -softcap and softcap, that of a label among them.
+        near = inputs.softcap is not None and 2.0 * numbers[1] <= _NEAR
 
         def start(partial: Tensor, *, look: bool, ragged: bool) -> Start:
             return Start(
@@ -334,7 +358,7 @@ class Scan:
                 self.row,
                 {
                     "LOOK": look, "GROUPS": state.group_count, **inputs.options,
-                    "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "RAGGED": ragged,
+                    "SIGN": -1.0 if inputs.logit_scale < 0 else 1.0, "NEAR": near, "RAGGED": ragged,
                     "ROWS": COMPACT_ROWS, "COLUMNS": self.row.depth, "STAGES": self.row.stages,
                     "SPANS": SPANS, "VECTOR": VECTOR,
                 },

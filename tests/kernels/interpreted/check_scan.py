@@ -168,6 +168,51 @@ def test_a_group_gives_back_its_own(gpu, last, monkeypatch):
             assert rows.sum(0).abs().max() < 0.1 * rows.abs().sum(0).max()
 
 
+def test_a_group_that_drops_next_to_nothing_has_a_tail_of_its_own(gpu, monkeypatch):
+    # Every other row has two columns of its own; of all else it has 1e-11, its neighbours 0.004.
+    monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
+    monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
+    torch.manual_seed(0)
+    logits, labels, groups = torch.randn(N, V) * 0.1, torch.zeros(N).long(), torch.arange(N) % 2
+    even = torch.arange(0, N, 2)
+    logits[::2] -= 25.0
+    logits[even, even + 10] = logits[even, even + 11] = -4.0
+    logits[::2, 0] = 0.0
+    gpu(WHOLE)
+    _, certificate, found = run(logits, labels, groups)
+    assert certificate.tail_mass > 0.2
+    # What their kept entries were rounded by goes where they drop, in one proportion.
+    given = found[::2, 90:].abs()
+    shares = given / given.sum(1, keepdim=True)
+    _, u = entries(logits, labels)
+    expected = u[::2, 90:].sum(0) / u[::2, 90:].sum()
+    assert (shares / expected - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
+@pytest.mark.parametrize("softcap", [30.0, 60.0, 300.0])
+def test_estimates_that_are_far_too_low_under_a_softcap(gpu, shape, softcap, monkeypatch):
+    # The labels and the first block say -softcap, others softcap: 87, 173 and 866 powers of two. Of
+    # some rows slopes are 0 where exponentials are infinite.
+    monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
+    torch.manual_seed(4)
+    logits = torch.randn(N, V) * 0.2 * softcap
+    logits[:, :104] -= 3 * softcap
+    logits[:40, 200:] += 3 * softcap
+    logits[::3, 210] = 200 * softcap
+    labels = torch.randint(0, 104, (N,))
+    gpu(shape)
+    logps, certificate, found = run(logits, labels, torch.arange(N) % 2, softcap=softcap)
+    z = softcap * torch.tanh(logits.double() / softcap)
+    expected = torch.log_softmax(z, 1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-5)
+    u = z.softmax(1) / torch.cosh(logits.double() / softcap).square()
+    over = (u > EPS * (1 + 1e-4)).scatter(1, labels[:, None], False)
+    mass = float(certificate.tail_mass_max) + 1e-3
+    assert ((found - u).abs() <= KEPT * u + mass)[over].all()
+    assert torch.isfinite(found).all()
+
+
 @pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_flat_rows_are_done_the_exact_way(gpu, shape):
     # Nothing is over eps, and all of it would be an average: a fifth may be, in blocks.
