@@ -8,11 +8,15 @@
 What is dropped is counted against estimates, which are never too high: the mass that 64 rows give
 back as an average is at most that share, whatever the logits.
 
-The reference moves only when the sum passes 2^12 of it: slots that refer to it are then multiplied
-by `factor`, a power of two, which rounds nothing. One program for 64 rows; each adds the counts of
+The reference moves only when the sum passes 2^12 of it (of float16 products less, where the scale
+of the logits is over 8): slots that refer to it are then multiplied by `factor`, a power of two,
+which rounds nothing. One program for 64 rows; each adds the counts of
 all blocks before it, in one order. No atomics, and nothing for the host to wait for.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +25,7 @@ from orpo_kernels.constants import COMPACT_ROWS
 from orpo_kernels.kernels.elementwise import log_add
 from orpo_kernels.kernels.inputs import Inputs
 from orpo_kernels.kernels.scan import NEVER, SPANS, WHOLE, add_spans
-from orpo_kernels.kernels.scan_state import ScanState
+from orpo_kernels.kernels.scan_state import ScanState, product_dtype
 from orpo_kernels.kernels.start import Start
 from orpo_kernels.kernels.tuning import cdiv, row_of
 
@@ -31,7 +35,8 @@ MOST_LOST = 0.2
 MOST_LIVE = 4
 """One in so many columns of a tile is kept, at most; with more, multiplying all of them is as fast."""
 
-_LIMIT = tl.constexpr(12.0)  # float16 slots reach 2^15
+_LIMIT = 12  # powers of two that a sum may be over its reference
+_REACH = 15  # and that float16 takes of it, times the scale
 _LEAST = tl.constexpr(100.0)  # 2^-126 is the smallest normal number
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -145,14 +150,14 @@ def _some(values_ptr, start, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _reference(old, s, top, total):
+def _reference(old, s, top, total, LIMIT: tl.constexpr):
     """The reference of rows with sums s, and total of this tile; what brings both sums to it."""
     higher = tl.where(total > 0, tl.maximum(old, top), old)
     both = s * tl.exp2(old - higher) + total * tl.exp2(tl.where(total > 0, top - higher, 0.0))
     log_sum = higher + tl.log2(tl.where(both > 0, both, 1.0))
     # Beside a label that is certain a sum may be too small for its own reference.
     found = tl.floor(tl.maximum(log_sum, higher - _LEAST))
-    reference = tl.where((both > 0) & (log_sum > old + _LIMIT), found, old)
+    reference = tl.where((both > 0) & (log_sum > old + LIMIT), found, old)
     factor = tl.where(s > 0, tl.exp2(old - reference), 1.0)
     return reference, factor, tl.exp2(tl.where(total > 0, top - reference, 0.0))
 
@@ -187,8 +192,8 @@ def _live_columns_kernel(
     partial_ptr,  # (2 or 3, S, R) float32
     counts_ptr, losses_ptr,  # (B, S) int32, float32
     first_row, R, C, index, spans, M, most, listed, capacity, allocated, most_lost,
-    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPANS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
@@ -226,7 +231,7 @@ def _live_columns_kernel(
     fits = tl.where(lost + loses <= most_lost * count, fits, 0)
     if not HAS_SOFTCAP:
         sloped = total
-    reference, factor, share = _reference(old, s, top, total)
+    reference, factor, share = _reference(old, s, top, total, LIMIT)
     s = s * factor + total * share
     looked = looked * factor + tl.where(fits > 0, sloped * share, 0.0)
 
@@ -249,6 +254,13 @@ def _live_columns_kernel(
         tl.store(used_ptr + following, tl.minimum(used + everything, capacity))
     kept += tl.where(fits > 0, live, C).to(tl.int64) * tl.minimum(R - block * ROWS, ROWS)
     tl.store(entries_ptr, kept)
+
+
+def _limit(inputs: Inputs) -> int:
+    """`_LIMIT`, or what float16 has room for."""
+    if product_dtype(inputs) != torch.float16:
+        return _LIMIT
+    return max(1, min(_LIMIT, _REACH - math.ceil(math.log2(abs(inputs.logit_scale)))))
 
 
 class LiveColumns:
@@ -274,8 +286,8 @@ class LiveColumns:
             ),
             row,
             {
-                "HAS_SOFTCAP": inputs.softcap is not None, "ROWS": COMPACT_ROWS,
-                "BLOCK_B": _COUNTED[0], "BLOCK_S": _COUNTED[1], "SPANS": SPANS,
+                "HAS_SOFTCAP": inputs.softcap is not None, "LIMIT": _limit(inputs),
+                "ROWS": COMPACT_ROWS, "BLOCK_B": _COUNTED[0], "BLOCK_S": _COUNTED[1], "SPANS": SPANS,
             },
         )  # fmt: skip
         self.state, self.last = state, (

@@ -293,6 +293,27 @@ def test_the_reference_moves_after_slots_and_after_a_dense_tile(gpu, monkeypatch
     torch.testing.assert_close(found[:64, :104], u[:64, :104], rtol=2.0**-7, atol=2e-5)
 
 
+@pytest.mark.parametrize("live", [1, 4], ids=["slots", "dense tiles"])
+def test_float16_has_room_for_entries_times_the_scale(gpu, live, monkeypatch):
+    # What is 2^11 over the first block, whose reference would stay, times 64 is 2^17 of it.
+    monkeypatch.setattr(live_columns, "MOST_LIVE", live)
+    torch.manual_seed(6)
+    logits = (torch.randn(N, V) / 8).half()
+    logits[:, 150] = 17.5 * 0.693 / 64  # the first block has 2^6.7
+    logits[:, :104] /= 64
+    logits[:, 104:150] -= 1.0
+    logits[:, 151:] -= 1.0
+    labels = torch.full((N,), 200)
+    gpu(BLOCKS)
+    logps, _, found = run(logits, labels, logit_scale=64.0)
+    z = 64 * logits.double()
+    torch.testing.assert_close(logps, torch.log_softmax(z, 1)[:, 200], rtol=1e-5, atol=1e-5)
+    true = 64 * z.softmax(1)
+    # One is subtracted of the label, whose slope is 64.
+    found[:, 200] += 63.0
+    assert (found - true).norm() < 2.0**-7 * true.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_same_bits_twice_and_what_is_launched(gpu, shape, dtype):
