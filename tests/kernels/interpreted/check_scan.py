@@ -9,7 +9,7 @@ import torch
 
 from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop
-from orpo_kernels.kernels import live_columns, pack_slots, scan, scan_state, tuning
+from orpo_kernels.kernels import live_columns, pack_slots, scan, scan_state, tail_rows, tuning
 from orpo_kernels.kernels.slot_store import ScanShape
 from orpo_kernels.linear_logps import certified_logps, linear_logps
 from orpo_kernels.options import LogpsOptions
@@ -34,6 +34,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "SPANS", 2)
     monkeypatch.setattr(live_columns, "_COUNTED", (1, 2))
     monkeypatch.setattr(pack_slots, "_COUNTED", 2)
+    monkeypatch.setattr(pack_slots, "_ADDED", 1)
+    monkeypatch.setattr(tail_rows, "_SPANS", 1)
     for kernel in ("scan", "scan_softcap"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             monkeypatch.setitem(

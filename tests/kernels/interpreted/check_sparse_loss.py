@@ -14,7 +14,7 @@ import torch
 from orpo_kernels import orpo_loss, reference
 from orpo_kernels.engine import host_copy, scoring
 from orpo_kernels.engine.sparse import plan, scan_loop, slot_gradient
-from orpo_kernels.kernels import live_columns, scan, tuning
+from orpo_kernels.kernels import keep_slots, live_columns, scan, tuning
 from orpo_kernels.kernels.scan import LOOKED
 from orpo_kernels.kernels.slot_store import KEPT_ROUNDING, ScanShape
 from orpo_kernels.linear_logps import certified_logps
@@ -74,6 +74,7 @@ def problem(case, monkeypatch, *, guarded=False):
 
     monkeypatch.setattr(scan_loop, "Prepared", noted)
     monkeypatch.setattr(plan, "_MOST_KEPT", 1)  # the store has room for all
+    monkeypatch.setattr(keep_slots, "_COUNTED", 1)  # row blocks: several steps
     if not guarded:  # whatever is kept and dropped, no row block is done the exact way
         monkeypatch.setattr(live_columns, "MOST_LOST", 1.0)
         monkeypatch.setattr(live_columns, "MOST_LIVE", 1)
