@@ -121,6 +121,7 @@ def _gemm_cases() -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
         for what, bias, sets, options in (
             ("plain", None, 1, (1.0, None, False)),
+            ("pairs", None, 2, (1.0, None, False)),  # what the loss of a Llama evaluates
             ("all options", dtype, 2, (0.5, 30.0, True)),
         ):
 
@@ -138,7 +139,7 @@ def _gemm_cases() -> Iterator[Case]:
             kernel = f"linear_lse_elements{after}"
             label = f"linear_lse {name}, {what}, odd H"
             yield Case(label, kernel, dtype, odd, operands="elements", **gemm)
-            if bias is None:
+            if what == "plain":
                 yield Case(
                     f"label_dots {name}", "label_dots", dtype, even, alone=True,
                     since=TENSOR_CORES_SINCE,
