@@ -325,7 +325,7 @@ def linear_logps(
     z = logits(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, low_rank=low_rank)
     scored = labels != ignore_index
     logps = F.log_softmax(z, dim=-1).expand(*labels.shape, -1)
-    return logps.gather(-1, labels.where(scored, 0)[..., None])[..., 0] * scored
+    return logps.gather(-1, labels.where(scored, 0)[..., None])[..., 0].where(scored, 0.0)
 
 
 def sequence_mean(token_logps: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -32,6 +32,15 @@ def test_linear_logps():
     torch.testing.assert_close(plain.flatten(), -loss)
 
 
+def test_a_row_that_is_not_scored_is_0_whatever_token_0_has():
+    # A mask of -inf on token 0, which stands in for the label that is ignored.
+    hidden, weight = doubles((2, 4), (5, 4))
+    bias = torch.tensor([-torch.inf, 0, 0, 0, 0], dtype=torch.float64)
+    logps = reference.linear_logps(hidden, weight, torch.tensor([-100, 3]), bias)
+    assert logps[0] == 0
+    assert torch.isfinite(logps[1])
+
+
 def test_odds_ratio_loss():
     chosen = -torch.rand(5, dtype=torch.float64).mul(3).add(0.1).requires_grad_()
     chosen = chosen.detach().requires_grad_()
