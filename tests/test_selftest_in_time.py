@@ -104,7 +104,8 @@ def test_threads_that_compile_have_the_time_to() -> None:
 
 
 def test_who_waits_is_left_out_when_the_time_has_come(monkeypatch: MonkeyPatch) -> None:
-    host = Host(1, monkeypatch)
+    host, ended = Host(1, monkeypatch), list[float]()
+    host.limit.end_workers = lambda: ended.append(host.now)
     assert host.limit.begins(CASE)
     assert host.limit.begins(CASE)  # the second: the first has ended
     host.limit.wait(Kernel(host, KNOWN))
@@ -116,8 +117,20 @@ def test_who_waits_is_left_out_when_the_time_has_come(monkeypatch: MonkeyPatch) 
     host.now = COLD_S - 0.4
     with pytest.raises(schedule.OutOfTimeError):
         host.limit.wait(Kernel(host, COMPILED))
-    assert host.now == pytest.approx(COLD_S - 0.09 - 0.06)  # as long as there was time
+    assert host.now == pytest.approx(COLD_S - 0.09 - 0.18)  # as long as there was time
+    assert ended == [host.now]  # workers: in an 8th of a processor others take 2 s to give up
     assert host.answers == {KNOWN: 3, COMPILED: 1}
+
+
+def test_workers_are_there_for_the_first_check_on_any_host(monkeypatch: MonkeyPatch) -> None:
+    host, first = Host(1, monkeypatch), threading.Thread()
+    host.limit.end_workers = lambda: pytest.fail("the first check waits for them")
+    first.run = lambda: None if host.limit.begins(CASE) else pytest.fail("not begun")
+    first.start()
+    first.join()
+    host.now = COLD_S
+    with pytest.raises(schedule.OutOfTimeError):
+        host.limit.wait(Kernel(host, COMPILED))
 
 
 def test_who_was_begun_in_time_and_waits_for_nothing_is_made(monkeypatch: MonkeyPatch) -> None:

@@ -175,6 +175,12 @@ class Workers:
                 return self._idle.get(timeout=1.0)
         return None
 
+    def end(self) -> None:
+        """Ends them, without waiting for it: whoever asks has to compile by itself."""
+        with self._lock:
+            if self._begun:
+                self._control.close()
+
     def close(self) -> None:
         """Ends them, at once: what they are at was announced, and nobody has waited for it."""
         # None asks for the next when its worker ends, and none that lives is in the others' way.

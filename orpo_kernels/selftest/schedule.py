@@ -35,8 +35,8 @@ COLD_S, WARM_S = 20.0, 5.0
 # Importing transformers takes so many times as long as importing Triton and the kernels: 5 to 9;
 # and so many times as long as that beside all other checks, whose Python is 2.0 s for its 1.4.
 _TRANSFORMERS, _BESIDE_OTHERS = 8, 2.5
-# As long takes the report; and ending 16 processes that compile.
-_REPORTING, _CLOSING = 1 / 9, 1 / 3
+# As long takes the report; and, at most, ending 16 processes that compile: a few in a third of it.
+_REPORTING, _CLOSING = 1 / 9, 1.0
 # In bfloat16 before all others: what a training step launches, and an evaluation.
 _FIRST = (
     ("orpo_loss", "token mean, padded, an empty side"),
@@ -149,6 +149,7 @@ class Limit:
     loading_seconds = 0.0  # that importing Triton and the kernels took in this process
     # How many of each the workers have given so far; where there are none, the threads compile.
     answers: Mapping[str, int] = MappingProxyType({COMPILED: 0})
+    end_workers: Callable[[], None] | None = None
 
     def __init__(
         self, seconds: float | None, turns: Turns | None, start: float | None = None
@@ -260,6 +261,10 @@ class EndsInTime(Limit):
                 # What is waited for long is being compiled, even where all were there so far.
                 done.result(None if first else max(0.0, self._left(COLD_S)))
             except NotDoneError:
+                if self._first == 0 and self.end_workers is not None:
+                    # Others that wait give up too, which takes seconds beside as many processes
+                    # that compile as the host has processors, or more.
+                    self.end_workers()
                 raise OutOfTimeError from None
         if not first and self._left(self.seconds) < 0:
             raise OutOfTimeError

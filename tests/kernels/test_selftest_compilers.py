@@ -250,6 +250,19 @@ def test_workers_end_at_once(monkeypatch):
     assert [each.cancelled() for each in kernels] == [False] * 2 + [True] * 4
 
 
+def test_workers_may_end_before_those_who_wait(found, monkeypatch):
+    monkeypatch.setattr(forks, "compile_into_cache", lambda kernel: time.sleep(60))
+    with compilers.compiling_beside(2) as workers:
+        workers.end()  # none was needed yet: they stay
+        timer = threading.Timer(0.5, workers.end)
+        timer.start()
+        assert len(launch()) == 2  # the first is waited for, and compiled here
+        timer.join()
+        workers.end()
+    assert found == [False, False]
+    assert set(workers.answers) == {FAILED}
+
+
 def test_what_a_worker_cannot_find_the_thread_compiles(found):
     @triton.jit
     def local(out_ptr, BLOCK: tl.constexpr):
