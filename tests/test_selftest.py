@@ -383,7 +383,7 @@ def test_blocks_are_blocks(monkeypatch: MonkeyPatch) -> None:
         logps._results(logps.problem(setting, logps.IN_BLOCKS), logps.IN_BLOCKS)
         assert len(set(starts)) > 1
         starts.clear()
-        logps._results(logps.problem(setting, logps.KEPT), logps.KEPT)
+        logps._results(logps.problem(setting, logps.TRAINS), logps.TRAINS)
         assert set(starts) == {0}
 
 

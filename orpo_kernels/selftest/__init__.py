@@ -19,6 +19,7 @@ import torch
 from orpo_kernels.selftest import (
     compilers,
     forks,
+    kept,
     logps,
     losses,
     model,
@@ -221,6 +222,7 @@ def _cases(device: torch.device, threads: int, *, with_model: bool) -> Iterator[
         yield from tiles.cases(setting)
         yield from losses.cases(setting)
         yield from logps.cases(setting)
+        yield from kept.cases(setting)
         yield from sparse.cases(setting)
         if with_model:
             yield from model.cases(setting)

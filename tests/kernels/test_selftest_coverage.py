@@ -53,6 +53,9 @@ def test_every_kernel_is_launched():
     assert written() - set(found) == BEFORE_TENSOR_CORES
     # Vocabularies in whole tiles, which is a loop of its own, and others.
     assert found["_scan_kernel"]["RAGGED"] == [False, True]
+    # A head that trains keeps E where that is faster, of whole rows, mostly without a bias.
+    assert found["_weight_probs_kernel"]["KEPT"] == [False, True]
+    assert found["_softmax_rows_kernel"]["HAS_BIAS"] == [False, True]
     # The log-probs without a gradient are folded, the tile operation's sums have a total too.
     assert found["_linear_lse_kernel"]["WITH_TOTAL"] == [False, True]
 

@@ -1,4 +1,4 @@
-"""The self-test of whole rows, at 8,209 columns, and of what is folded without a gradient."""
+"""The self-test of whole rows, at 8,209 columns, of E kept, and of what is folded."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 from orpo_kernels.engine import policy
 from orpo_kernels.engine.gpu import folded
 from orpo_kernels.kernels.softmax_rows import SoftmaxRows
-from orpo_kernels.selftest import logps, schedule
+from orpo_kernels.kernels.weight_probs import WeightProbs
+from orpo_kernels.selftest import kept, logps, schedule
 from orpo_kernels.selftest.figures import Setting
 from tests.kernels.interpreted.engine import as_on_a_gpu
 from tests.kernels.interpreted.plugin import launches
@@ -18,7 +19,7 @@ def check(dtype, monkeypatch, name="trainable head, whole rows"):
     """The one check, and the kernels it launched."""
     as_on_a_gpu(monkeypatch, widens=True)
     setting, before = Setting(torch.device("cpu"), dtype), len(launches)
-    (case,) = [each for each in logps.cases(setting) if each.name == name]
+    (case,) = [case for case in (*logps.cases(setting), *kept.cases(setting)) if case.name == name]
     ((found,), _) = schedule.run([case], setting.device)
     return found, set(launches[before:])
 
@@ -41,6 +42,30 @@ def test_it_finds_a_wrong_sum(monkeypatch):
     monkeypatch.setattr(SoftmaxRows, "__call__", wrong)
     found, _ = check(torch.float32, monkeypatch)
     assert "log-probs 1 is off by" in found.message
+
+
+@DTYPES
+def test_it_passes_on_rows_that_keep_e(dtype, monkeypatch):
+    found, names = check(dtype, monkeypatch, kept.VARIANT.name)
+    assert found.passed, found
+    assert {"softmax_rows", "weight_probs", "scale_rows"} <= names
+
+
+def test_it_finds_an_e_that_is_not_kept(monkeypatch):
+    def wrong(self, rows, *given):
+        right(self, rows, *given)
+        if self.kept:
+            self.start.tensors[0][: rows[1] - rows[0]] *= 1.05
+
+    def make(self, *given, kept, **options):
+        made(self, *given, kept=kept, **options)
+        self.kept = kept
+
+    right, made = WeightProbs.__call__, WeightProbs.__init__
+    monkeypatch.setattr(WeightProbs, "__call__", wrong)
+    monkeypatch.setattr(WeightProbs, "__init__", make)
+    found, _ = check(torch.float32, monkeypatch, kept.VARIANT.name)
+    assert "dweight is off by" in found.message
 
 
 @pytest.fixture
