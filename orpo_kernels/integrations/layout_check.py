@@ -44,6 +44,7 @@ def check_layout(
 
     Raises:
         NotImplementedError: the hidden states differ, or the forward fails on the mask of rows.
+        RuntimeError: those of the padded batch are not finite.
 
     Note:
         Until it returns, the window in the model's config is another.
@@ -52,11 +53,14 @@ def check_layout(
     batch = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad(), WithoutDropout(), _small_reach(text_config(decoder)):
         truth = _hidden(own(**batch, use_cache=False))
+        _refuse_unless_finite(truth[mask.bool()], name)
         rows = laid_out(decoder, layout, [ids], mask)
         try:
             ours = _hidden(in_batch(rows, own(**in_rows(decoder, rows, batch))))
             leaking = _hidden(in_batch(rows, own(**in_rows(decoder, _leaking(rows), batch))))
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind: the forward is somebody else's
             raise NotImplementedError(
                 f"{name} cannot compute rows of several sequences: {type(error).__name__}: "
                 f"{error}; set batch_layout='padded' for this model"
@@ -70,6 +74,15 @@ def check_layout(
             f"{off:.2g} of their size on two small pairs, where {allowed:.2g} is rounding. It "
             "carries something past the end of a sequence, or has a mask that its config does not "
             "tell (windows, biases by distance); set batch_layout='padded' for this model"
+        )
+
+
+def _refuse_unless_finite(hidden: Tensor, name: str) -> None:
+    if not bool(hidden.isfinite().all()):
+        raise RuntimeError(
+            f"the hidden states of {name} are NaN or infinite for two small padded pairs, with any "
+            "batch_layout: its weights are, it overflows their dtype (float16 ends at 65,504), or "
+            "its attention cannot do with padding in this dtype; load it in bfloat16 or float32"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,16 +13,11 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from orpo_kernels.constants import IGNORE_INDEX
-from orpo_kernels.integrations.attention import attention_of
-from orpo_kernels.integrations.call import FuseOptions, HeadCall
+from orpo_kernels.integrations.call import HeadCall
 from orpo_kernels.integrations.decoder import DecoderOverride, RowsCall
 from orpo_kernels.integrations.follower import released
-from orpo_kernels.integrations.head import (
-    LogitTransform,
-    OutputHead,
-    logit_transforms,
-    resolve_head,
-)
+from orpo_kernels.integrations.fusing import Fusing
+from orpo_kernels.integrations.head import logit_transforms, resolve_head
 from orpo_kernels.integrations.layout_check import check_layout
 from orpo_kernels.integrations.output import fused_output
 from orpo_kernels.integrations.override import LOCK, THREAD, ForwardOverride, HeadOverride
@@ -36,42 +30,6 @@ from orpo_kernels.pair_batch import is_in_pairs, refuse_rejected_nll, stack_batc
 _OWN_ARGUMENTS = ("nll_labels", "num_nll_tokens", "num_pairs")
 _KEEP_ARGUMENTS = ("logits_to_keep", "num_logits_to_keep")  # the head must see every position
 _ATTRIBUTES = ("accepts_loss_kwargs", "extra_repr")  # of the instance, beside its forward
-
-
-class Fusing:
-    """What one `fuse_head` asked for, and how its self-check read the model's logit transform."""
-
-    def __init__(self, options: FuseOptions, transform: LogitTransform | None) -> None:
-        self.options = options
-        self.transform = transform  # None: to be found by the self-check
-        self._checked: tuple[Any, ...] | None = None
-        self._decoder: tuple[Any, ...] | None = None  # that computes rows as it should
-
-    def trusts(self, head: OutputHead) -> bool:
-        """Whether `transform` holds for `head`: adapters on it and its vocabulary may change."""
-        if not self.options.check:
-            return True
-        if self._checked is None:
-            return False
-        module, *rest = self._checked
-        return module() is head.module and rest == [head.linear.out_features, head.adapters]
-
-    def settle(self, head: OutputHead, transform: LogitTransform) -> None:
-        """Note that the self-check found `transform` for `head`."""
-        self.transform = transform
-        self._checked = (weakref.ref(head.module), head.linear.out_features, head.adapters)
-
-    def computes_rows(self, decoder: nn.Module) -> bool:
-        """Whether `decoder`, as it attends now, has been found to compute rows as it should."""
-        known = self._decoder
-        return known is not None and known[0]() is decoder and known[1] == attention_of(decoder)
-
-    def settle_decoder(self, decoder: nn.Module) -> None:
-        """Note that it does."""
-        self._decoder = (weakref.ref(decoder), attention_of(decoder))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": None, "_decoder": None}  # another model's modules
 
 
 class Entry:
@@ -177,8 +135,9 @@ class ModelOverride(ForwardOverride):
         if fusing.options.layout.name != "padded" and labels.numel() > 0:
             rows = self._rows(fusing, rest, labels.shape)
         new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels, in_rows=rows)
-        if fusing.transform is not None and fusing.trusts(head):
-            call = new_call(fusing.transform)
+        transform = fusing.settled(self.module, head)
+        if transform is not None:
+            call = new_call(transform)
             output = self._run(call, rest)
         else:
             call, output = self._checked(fusing, new_call, rest)
@@ -217,7 +176,7 @@ class ModelOverride(ForwardOverride):
         if call.check is None:  # no token in this batch
             return call, output
         agreeing = call.check.choose(self.module)
-        fusing.settle(call.head, agreeing)
+        fusing.settle(self.module, call.head, agreeing)
         if agreeing == call.transform:
             return call, output
         if arguments.get("past_key_values") is not None:

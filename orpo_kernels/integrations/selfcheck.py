@@ -10,6 +10,7 @@ The second token's hidden state is enlarged until its logits reach about 64: an 
 model has logits so small that a missing softcap or norm would pass for rounding.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ class SelfCheck:
         """The first reading of the logit transform that agrees with `outcome`.
 
         Raises:
-            RuntimeError: none does, or the logits could not follow.
+            RuntimeError: none does, the logits could not follow, or they are not finite.
         """
         name, logits = type(model).__name__, self.outcome
         if isinstance(logits, Exception):
@@ -77,6 +78,13 @@ class SelfCheck:
                 f"{name} turned the logits {tuple(self.logits.shape)} of its head into "
                 f"{tuple(logits.shape)}: it does more than scale and cap them, so the fused head "
                 "would train another objective; train this model on its own logits"
+            )
+        if not math.isfinite(self._largest):
+            raise RuntimeError(
+                f"the head of {name} returns logits that are NaN or infinite, fused or not: the "
+                f"weights are, or the model overflows {self.logits.dtype} before its head (float16 "
+                "ends at 65,504). Load it in bfloat16 or float32, and look at its logits without "
+                "labels"
             )
         theirs = logits[0].detach().float()
         truth = theirs.log_softmax(-1).gather(-1, self._labels.to(theirs.device)).flatten()

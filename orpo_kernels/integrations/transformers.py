@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from orpo_kernels.guard import DensityGuard
 from orpo_kernels.integrations import narrow, peft
 from orpo_kernels.integrations.call import FuseOptions
+from orpo_kernels.integrations.fusing import Fusing
 from orpo_kernels.integrations.head import LogitTransform, logit_transforms, resolve_head
-from orpo_kernels.integrations.model import Entry, Fusing, ModelOverride
+from orpo_kernels.integrations.model import Entry, ModelOverride
 from orpo_kernels.integrations.override import LOCK, THREAD
 from orpo_kernels.layout import BatchLayout
 from orpo_kernels.loss import ORPOLoss

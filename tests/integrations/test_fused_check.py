@@ -157,6 +157,48 @@ def test_the_check_draws_no_random_number_and_runs_no_second_forward() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("cohere", lambda model: setattr(model, "logit_scale", 0.5)),
+        ("granite", lambda model: setattr(model.config, "logits_scaling", 2.0)),
+        ("gemma2", lambda model: setattr(model.config, "final_logit_softcapping", None)),
+    ],
+)
+def test_a_transform_that_changes_after_the_check_is_noticed(
+    name: str, change: Any, check: bool
+) -> None:
+    model, batch = build(name), make_batch()
+    with fuse_head(model, loss=LOSS, mean_logits=True, check=check):
+        before = fused_step(model, batch)
+        change(model)
+        after = fused_step(model, batch)
+    expected = unfused_step(model, batch)
+    assert_same_step(after, expected)
+    assert abs(float(before.loss - expected.loss)) > 1e-2
+
+
+def test_a_hook_on_the_head_that_comes_after_the_check_is_noticed() -> None:
+    model = build("llama")
+    with fuse_head(model, loss=LOSS):
+        model(**make_batch())
+        hook = model.lm_head.register_forward_hook(lambda _, inputs, logits: 0.5 * logits)
+        with pytest.raises(RuntimeError, match="does not reproduce the logits of Llama"):
+            model(**make_batch())
+        hook.remove()
+        model(**make_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_that_are_not_finite_are_no_other_objective(dtype: torch.dtype) -> None:
+    model = build("llama").to(dtype)
+    value = torch.nan if dtype == torch.float32 else 3e4  # overflows beneath the head
+    model.model.norm.weight.data.fill_(value)
+    with fuse_head(model), pytest.raises(RuntimeError, match="NaN or infinite, fused or not"):
+        model(**make_batch())
+
+
 @pytest.mark.parametrize("all_ignored", [True, False])
 def test_one_or_no_scored_token_is_enough_for_the_check(all_ignored: bool) -> None:
     model = recast(UnknownScale)

@@ -38,6 +38,7 @@ REFUSED = {
     "rwkv": ("RwkvConfig", {}, "recurrent layers, which carry a state"),
     "qwen3_next": ("Qwen3NextConfig", {}, "layers of the types .*linear_attention"),
     "openai-gpt": ("OpenAIGPTConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "RuntimeError"),
+    "xlm": ("XLMConfig", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "AssertionError"),
 }
 
 
@@ -68,6 +69,13 @@ def test_a_decoder_that_does_not_look_at_its_mask(monkeypatch):
     )
     with pytest.raises(NotImplementedError, match=r"other hidden states .* off by 0\.\d+ of"):
         step(model, "shared_prompt")
+
+
+def test_hidden_states_that_are_not_finite_are_no_matter_of_the_layout():
+    model = build("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="NaN or infinite for two small padded pairs"):
+        step(model, "packed")
 
 
 def test_a_window_that_is_not_the_configs(monkeypatch):
