@@ -28,6 +28,7 @@ _PER_PAIR = (
     "pair_mask",
 )  # fmt: skip
 _SPARSE = "sparse_"
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # the second is JetMoe's
 
 
 class _FusedFields:
@@ -98,9 +99,10 @@ def router_aux_loss_coef(model: nn.Module) -> Any:
     """The model's own coefficient, where its class or config keeps it."""
     config = getattr(model, "config", None)
     for source in (model, config, getattr(config, "text_config", None)):
-        value = getattr(source, "router_aux_loss_coef", None)
-        if value is not None:
-            return float(value)
+        for name in _COEFFICIENTS:
+            value = getattr(source, name, None)
+            if value is not None:
+                return float(value)
     return 0.0
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from orpo_kernels import ORPOLoss
 from orpo_kernels.integrations.transformers import fuse_head
 from tests.integrations.helpers import BETA, assert_same_step, fused_step, make_batch, unfused_step
-from tests.tiny_models import FACTORIES, build
+from tests.tiny_models import FACTORIES, VOCAB_SIZE, build
 
 # float64 through and through: nothing of a wrong scale, cap, bias or shift hides behind rounding.
 TOLERANCE = 1e-9
@@ -72,6 +73,19 @@ def test_auxiliary_loss_is_added_as_trl_does(name: str) -> None:
         assert torch.allclose(output.loss, output.orpo.loss + coefficient * output.aux_loss / 2)
         output = model(**batch, output_router_logits=False)
         assert torch.equal(output.loss, output.orpo.loss)
+
+
+def test_auxiliary_loss_by_the_name_of_its_coefficient_in_jetmoe() -> None:
+    config = transformers.JetMoeConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        kv_channels=8, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, aux_loss_coef=0.5, experts_implementation="eager",
+    )  # fmt: skip
+    model = transformers.JetMoeForCausalLM(config)
+    with fuse_head(model, loss=ORPOLoss(BETA)):
+        output = model(**make_batch())
+    assert torch.allclose(output.loss, output.orpo.loss + 0.5 * output.aux_loss)
+    assert output.aux_loss > 0
 
 
 def test_gradient_accumulation_with_global_counts() -> None:
