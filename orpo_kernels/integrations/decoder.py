@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from orpo_kernels.constants import IGNORE_INDEX
 from orpo_kernels.integrations.attention import (
     DENSE,
     FLEX,
@@ -27,6 +28,11 @@ from orpo_kernels.integrations.attention import (
 from orpo_kernels.integrations.override import THREAD, ForwardOverride
 from orpo_kernels.layout import BatchLayout, Rows, lay_out
 
+_ON_PADDING = (  # torch takes no longer one than 254 characters for a device
+    "labels (or nll_labels) score tokens that follow padding (attention_mask 0), of which "
+    "batch_layout='packed' and 'shared_prompt' compute nothing: set labels to -100 on padding, or "
+    "batch_layout='padded'"
+)
 _OWN = ("attention_mask", "position_ids", "use_cache", "past_key_values", "cache_position")
 
 
@@ -80,6 +86,26 @@ class RowsCall:
         output = own(**in_rows(self.decoder, self.rows, arguments))
         self.is_done = True
         return in_batch(self.rows, output)
+
+    def refuse_unless_computed(self, *label_sets: Tensor | None) -> None:
+        """Refuse labels that are scored from padding, whose hidden states no row has.
+
+        Args:
+            *label_sets: (B, T), shifted; None or of another shape: left alone.
+
+        Raises:
+            ValueError: there is one. On CUDA devices an assertion of torch instead, which does not
+                make the host wait.
+        """
+        for labels in label_sets:
+            if labels is None or labels.shape != self.rows.real.shape:
+                continue
+            real = self.rows.real.to(labels.device)
+            computed = (real | (labels == IGNORE_INDEX)).all()
+            if computed.is_cuda:
+                torch._assert_async(computed, _ON_PADDING)
+            elif not computed:
+                raise ValueError(_ON_PADDING)
 
     def token_means(self, means: Tensor, of_padding: Tensor | float) -> Tensor:
         """Means over tokens, of means (B,) over T - 1 positions, padding's being `of_padding`."""

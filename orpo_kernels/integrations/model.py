@@ -133,7 +133,7 @@ class ModelOverride(ForwardOverride):
         self._cover(HeadOverride, head.module)
         rows = None
         if fusing.options.layout.name != "padded" and labels.numel() > 0:
-            rows = self._rows(fusing, rest, labels.shape)
+            rows = self._rows(fusing, rest, labels, nll_labels)
         new_call = partial(HeadCall, self, fusing.options, head, labels, nll_labels, in_rows=rows)
         transform = fusing.settled(self.module, head)
         if transform is not None:
@@ -148,10 +148,17 @@ class ModelOverride(ForwardOverride):
     @torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
         reason="how a batch is laid out in rows depends on its lengths"
     )
-    def _rows(self, fusing: Fusing, arguments: dict[str, Any], shape: torch.Size) -> RowsCall:
+    def _rows(
+        self,
+        fusing: Fusing,
+        arguments: dict[str, Any],
+        labels: Tensor,
+        nll_labels: Tensor | None,
+    ) -> RowsCall:
         """The rows in which the decoder computes this call."""
         layout = fusing.options.layout
-        rows = RowsCall(self.module, layout, arguments, shape)
+        rows = RowsCall(self.module, layout, arguments, labels.shape)
+        rows.refuse_unless_computed(labels, nll_labels)
         self._cover(DecoderOverride, rows.decoder)
         if fusing.options.check and not fusing.computes_rows(rows.decoder):
             override = DecoderOverride.on(rows.decoder)

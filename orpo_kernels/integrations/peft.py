@@ -8,6 +8,7 @@ PEFT is looked up, never imported: where nobody imported it, no module can be on
 """
 
 import sys
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def base_model(model: nn.Module) -> nn.Module:
     """The model inside a `PeftModel`; any other module as it is.
 
     Raises:
-        NotImplementedError: prompt-learning adapter (its virtual tokens shift the positions).
+        NotImplementedError: prompt-learning adapter (its virtual tokens shift the positions), or
+            one that kept the model's forward when it was put on, and calls it past the fused head.
     """
     module = _loaded("peft_model")
     if module is None or not isinstance(model, module.PeftModel):
@@ -36,6 +38,13 @@ def base_model(model: nn.Module) -> nn.Module:
                 "LoRA, or train this adapter on the model's own logits"
             )
     base: nn.Module = model.get_base_model()
+    kept = vars(model.base_model).get("forward")
+    if isinstance(kept, MethodType) and kept.__self__ is base:
+        raise NotImplementedError(
+            f"{type(model.base_model).__name__} kept the forward that {type(base).__name__} had "
+            "when the adapter was put on, and would call it past the fused head, for the model's "
+            "own loss: fuse the model first and put the adapter on it then, or use LoRA"
+        )
     return base
 
 

@@ -200,6 +200,19 @@ def test_other_adapters_are_refused_by_name(config: Any, message: str) -> None:
         fuse_head(model)
 
 
+def test_an_adapter_that_keeps_the_forward_is_put_on_a_fused_model_only() -> None:
+    base, batch = build("llama"), make_batch()
+    config = peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    fused = fuse_head(base, loss=LOSS, mean_logits=True)
+    model = peft.get_peft_model(base, config)
+    ours = fused_step(model, batch)
+    fused.unfuse()
+    assert_same_step(ours, unfused_step(model, batch))
+    model = peft.get_peft_model(build("llama"), config)
+    with pytest.raises(NotImplementedError, match=r"AdaptionPromptModel kept the forward .* first"):
+        fuse_head(model, loss=LOSS)
+
+
 def test_mixed_batches_of_adapters_are_refused() -> None:
     model = with_lora(target_modules=["lm_head"]).eval()
     with fuse_head(model), pytest.raises(NotImplementedError, match="adapter_names"):

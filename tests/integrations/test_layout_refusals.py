@@ -135,6 +135,20 @@ def test_embeddings_instead_of_ids():
         model(inputs_embeds=embeddings, **batch)
 
 
+@pytest.mark.parametrize("name", ["labels", "nll_labels"])
+def test_labels_that_are_scored_from_padding(name):
+    batch = ragged_pairs()
+    row = int(batch["attention_mask"].sum(-1).argmin() if name == "labels" else 0)
+    length = int(batch["attention_mask"][row].sum())
+    batch[name][row, length] = 7  # scored from the last token
+    model = build("llama")
+    with fuse_head(model, loss=ORPOLoss(BETA), layout="packed"):
+        model(**batch)
+        batch[name][row, length + 1] = 7
+        with pytest.raises(ValueError, match="score tokens that follow padding"):
+            model(**batch)
+
+
 def test_padding_on_the_left():
     model, batch = build("llama"), ragged_pairs()
     batch["attention_mask"] = batch["attention_mask"].flip(1)
