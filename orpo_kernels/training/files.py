@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Sequence
 from glob import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas
 from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 
 from orpo_kernels.training.options import OptionError
@@ -30,7 +31,7 @@ _KINDS = {
     ".csv": _Kind("csv", ","),
     ".tsv": _Kind("csv", "\t"),
 }
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}  # modules
 ENDINGS = f"{', '.join(_KINDS)}, alone or with {', '.join(_COMPRESSIONS)} behind"
 """What the name of a file with pairs may end in, in upper or lower case."""
 
@@ -40,6 +41,7 @@ _SPLIT_WORDS = {
     "validation": "validation", "valid": "validation", "dev": "validation", "val": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+_LONGEST_CELL = 2**31 - 1  # characters; Python's csv takes 2**17 unless told
 _NOT_PAIRS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` keeps beside its files
 
 
@@ -121,17 +123,59 @@ def _load_files(name: str, splits: dict[str, list[Path]], load: Callable[..., An
     (kind,) = kinds
     options: dict[str, Any] = {}
     if kind.separator is not None:
-        options = {"sep": kind.separator, **_all_text(files[0], kind.separator, load)}
+        options = {"sep": kind.separator, **_all_text(files, kind.separator, load)}
     # Escaped: to `datasets` these are patterns.
     paths = {split: [escape(str(file)) for file in found] for split, found in splits.items()}
     loaded: DatasetDict = load(name, load_dataset, kind.builder, data_files=paths, **options)
     return loaded
 
 
-def _all_text(file: Path, separator: str, load: Callable[..., Any]) -> dict[str, Any]:
+def _all_text(files: Sequence[Path], separator: str, load: Callable[..., Any]) -> dict[str, Any]:
     """Options that take every cell of a table for text: answers may read "42", "None" or "NA"."""
-    header = load(file, pandas.read_csv, file, sep=separator, nrows=0)
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+    first, *_ = [load(file, _column_names, file, separator) for file in files]
+    return {"features": Features({name: Value("string") for name in first}), "na_filter": False}
+
+
+def _column_names(file: Path, separator: str) -> list[str]:
+    """What the first line of a table says, which all others must have a cell for, and no more.
+
+    pandas fills a short row with empty text, and takes the first cells of rows that are all longer
+    than the first line for an index: "a,b,c," would be prompt b, chosen c, rejected "".
+    """
+    compression = _COMPRESSIONS.get(file.suffix.lower())
+    opened: Any = open if compression is None else import_module(compression).open
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
+            return _checked_rows(csv.reader(stream, delimiter=separator, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _checked_rows(lines: Any) -> list[str]:
+    names: list[str] = []
+    try:
+        for row in lines:
+            if not any(cell.strip() for cell in row) and len(row) < 2:
+                continue  # a blank line
+            names = names or row
+            if len(row) != len(names):
+                raise ValueError(
+                    f"the row that ends in line {lines.line_num} has {len(row)} cells, but the "
+                    f"first line names {len(names)} columns, {names}; put cells that hold the "
+                    "separator or a line break into quotes, and no separator behind the last"
+                )
+    except csv.Error as error:
+        raise ValueError(
+            f"line {lines.line_num}: {error}; a cell that begins with a quote must end with one, "
+            'and quotes in it are doubled ("")'
+        ) from None
+    if not names:
+        raise ValueError("there is nothing in it; the first line must name the columns")
+    if len({*names}) < len(names):
+        raise ValueError(f"the first line must name every column once, got {names}")
+    # As pandas calls the column of a data frame's index, which `to_csv` writes without a name.
+    return [name or f"Unnamed: {i}" for i, name in enumerate(names)]
 
 
 def _kind(name: str) -> _Kind | None:

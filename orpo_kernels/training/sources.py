@@ -258,7 +258,10 @@ def _or_explain(what: object, load: Callable[..., Any], *args: Any, **kwargs: An
     except ImportError as error:
         hint = "; pip install 'orpo_kernels[qlora]'" if "bitsandbytes" in str(error) else ""
         raise OptionError(f"cannot load {what}: {error}{hint}") from error
+    except StopIteration as error:  # of a JSON file without a row
+        raise OptionError(f"cannot load {what}: there is no row in it") from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         hint = "; pip install zstandard" if "zstd" in str(error) else ""
+        hint = "; there is no row in it" if "corresponds to no data" in str(error) else hint
         raise OptionError(f"cannot load {what}: {error}{cause}{hint}") from error

@@ -161,6 +161,48 @@ def test_refused(tmp_path: Path) -> None:
     assert "has a.csv and b.tsv; name one file, or a pattern" in refused(f"{tmp_path}/*.?sv")
 
 
+# What pandas reads without a word, and the words of the refusal. The first line is TABLE's.
+TABLE = "prompt,chosen,rejected\n"
+BROKEN_TABLES = {
+    "separator behind the last cell": (TABLE + "a,b,c,\nd,e,f,\n", "line 2 has 4 cells"),
+    "too few cells": (TABLE + "a,b,c\n" * 3 + "d,e\n", "line 5 has 2 cells"),
+    "line break without quotes": (TABLE + "a,b\rc,d\n", "line 2 has 2 cells"),
+    "quotes that swallow rows": (TABLE + '"a,b,c\nd,e,f\n"g,h,i\n', "quotes in it are doubled"),
+    "quotes behind a backslash": (TABLE + '"a \\"b\\" c",d,e\n', "quotes in it are doubled"),
+    "a name twice": ("prompt,chosen,chosen,rejected\na,b,c,d\n", "every column once"),
+    "nothing": ("", "there is nothing in it"),
+    "no row": (TABLE, "there is no row in it"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_TABLES)
+def test_broken_table(what: str, tmp_path: Path) -> None:
+    text, message = BROKEN_TABLES[what]
+    (tmp_path / "pairs.csv").write_text(text, newline="")
+    (tmp_path / "pairs.csv.xz").write_bytes(lzma.compress(text.encode()))
+    for name in ("pairs.csv", "pairs.csv.xz"):
+        with pytest.raises(options.OptionError, match=message):
+            load(tmp_path / name)
+
+
+def test_tables_that_are_whole(tmp_path: Path) -> None:
+    # Blank lines; an index, as `DataFrame.to_csv` writes it; a cell longer than csv's own limit.
+    long = "x" * 200_000
+    text = f",prompt,chosen,rejected\n\n0,{long},b,c\n  \n1,d,,\n"
+    (tmp_path / "pairs.csv").write_text(text)
+    train, _ = load(tmp_path / "pairs.csv")
+    assert train.remove_columns("Unnamed: 0").to_list() == [
+        {"prompt": long, "chosen": "b", "rejected": "c"},
+        {"prompt": "d", "chosen": "", "rejected": ""},
+    ]
+
+
+def test_json_without_a_row(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("")
+    with pytest.raises(options.OptionError, match="there is no row in it"):
+        load(tmp_path / "pairs.jsonl")
+
+
 def test_documentation_names_the_endings() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text()
     for ending in ENDINGS.replace(",", "").split():
