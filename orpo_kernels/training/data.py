@@ -163,8 +163,9 @@ def tokenize_pair(
     inference; a token that holds the end of the prompt and the beginning of the answer counts as
     answer. BOS goes in front and EOS to the end where they are missing. An answer is cut where
     prompt + answer exceed `max_length`. Two differences to TRL: a prompt that is itself longer is
-    cut too (its pair is not scored, so only memory is at stake), and prompts whose tokens change
-    by more than one in front of an answer are split at the first change instead of refused.
+    cut too (its pair is not scored, so only memory is at stake), and prompts of which more than the
+    last token changes in front of an answer are split at the first change, where TRL stops or
+    takes the answer's first tokens for the prompt.
 
     Args:
         example: row as in `extract_prompt`.
@@ -180,13 +181,11 @@ def tokenize_pair(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     prompt, chosen, rejected = render(example, processing_class, options)
-    alone, *full = (
-        _encode(tokenizer, text) for text in (prompt, prompt + chosen, prompt + rejected)
-    )
+    alone = _encode(tokenizer, prompt)
     row = {}
-    for side, ids, start in zip(
-        ("chosen", "rejected"), full, _answer_starts(alone, *full), strict=True
-    ):
+    for side, answer_text in (("chosen", chosen), ("rejected", rejected)):
+        ids = _encode(tokenizer, prompt + answer_text)
+        start = common_length(alone, ids)
         opening, answer = ids[:start], ids[start:]
         if tokenizer.bos_token_id is not None and opening[:1] != [tokenizer.bos_token_id]:
             opening = [tokenizer.bos_token_id, *opening]
@@ -240,18 +239,6 @@ def _prepare_row(
 def _encode(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: no warning about the length of what is about to be cut.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _answer_starts(prompt: list[int], *full: list[int]) -> list[int]:
-    """Where the answer begins in each tokenised prompt + answer, given the prompt's own tokens."""
-    length = len(prompt)
-    # TRL's rule: a changed prompt is taken to have changed in its last token.
-    starts = [length - (ids[:length] != prompt) for ids in full]
-    openings = [ids[:start] for ids, start in zip(full, starts, strict=True)]
-    changes = sum(a != b for a, b in zip(*openings, strict=False))
-    if changes > 1 or any(len(ids) < length for ids in full):
-        starts = [common_length(prompt, ids) for ids in full]
-    return starts
 
 
 def _without_bad_rows(dataset: Any, name: str) -> Any:

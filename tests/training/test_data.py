@@ -176,8 +176,8 @@ def test_columns_of_other_tasks_are_ignored() -> None:
         trl_row(row | {"label": True}, tiny_tokenizer(), 90)
 
 
-def test_merge_deeper_than_one_token_is_split_at_the_first_change() -> None:
-    # "e", "a", "b" alone; "e", "abcd" with the answer: fewer tokens than the prompt. TRL refuses.
+def abcd_tokenizer() -> PreTrainedTokenizerFast:
+    """ "e", "a", "b" alone; "e", "abcd" where "cd" follows: fewer tokens than the prompt."""
     tokenizer = Tokenizer(
         models.BPE(
             vocab={"?": 0, "a": 1, "b": 2, "c": 3, "d": 4, "bc": 5, "abc": 6, "abcd": 7, "e": 8},
@@ -185,14 +185,26 @@ def test_merge_deeper_than_one_token_is_split_at_the_first_change() -> None:
             unk_token="?",
         )
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?")
+
+
+def test_merge_deeper_than_one_token_is_split_at_the_first_change() -> None:
+    # TRL refuses this one.
     row = {"prompt": "eab", "chosen": "cd", "rejected": "e"}
     with pytest.raises(ValueError, match="same length"):
-        trl_row(row, fast, 10)
-    ours = tokenize_pair(row, fast, 10)
+        trl_row(row, abcd_tokenizer(), 10)
+    ours = tokenize_pair(row, abcd_tokenizer(), 10)
     assert ours["chosen_input_ids"] == [8, 7, 0]
     assert ours["chosen_labels"] == [-100, 7, 0]
     assert ours["rejected_labels"] == [-100, -100, -100, 8, 0]
+
+
+@pytest.mark.parametrize("rejected", ["cde", "ee"])
+def test_a_merge_that_trl_takes_for_the_prompt(rejected: str) -> None:
+    # TRL finds no difference, or one, between the two prompts, and does not score "abcd".
+    row = {"prompt": "eab", "chosen": "cdee", "rejected": rejected}
+    assert trl_row(row, abcd_tokenizer(), 10)["chosen_labels"] == [-100, -100, 8, 8, 0]
+    assert tokenize_pair(row, abcd_tokenizer(), 10)["chosen_labels"] == [-100, 7, 8, 8, 0]
 
 
 def test_difference_at_the_first_character() -> None:
