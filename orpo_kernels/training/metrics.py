@@ -68,6 +68,7 @@ def pair_table(
     mean_logits: Tensor | None = None,
     aux_loss: Tensor | None = None,
     weight: Tensor | float | None = None,
+    is_share: bool = False,
     layout: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """One row of metric terms for each pair of a batch; their column sums go to `MetricSums`.
@@ -76,8 +77,8 @@ def pair_table(
         orpo: the batch's loss.
         mean_logits: (P, 2) floating, chosen and rejected of each pair.
         aux_loss: 0-dim floating, weighted like the NLL.
-        weight: what the batch weighs in the means over batches; `orpo.nll_loss` is already
-            multiplied by it (a share of the step's). None: one for each pair, not multiplied yet.
+        weight: what the batch weighs in the means over batches. None: one for each pair.
+        is_share: whether `orpo.nll_loss` is multiplied by the weight already.
         layout: (1,) `layout_terms` of a fused call that was not computed padded.
 
     Returns:
@@ -103,7 +104,7 @@ def pair_table(
     batch = torch.stack((*aux, *reported(SPARSE_METRICS, fields), ones[0]))
     nll = orpo.nll_loss
     if weight is not None:
-        batch, nll = batch * weight / pairs, nll / pairs
+        batch, nll = batch * (weight / pairs), nll * ((1.0 if is_share else weight) / pairs)
     logits = zeros[:2].expand(pairs, 2) if mean_logits is None else mean_logits
     with_logits = zeros[:1] if mean_logits is None else ones
     clamped = orpo.clamped_logps / pairs

@@ -245,7 +245,8 @@ class ORPOTrainer(Trainer):
             0-dim float32 loss, or (loss, output).
         """
         counts: dict[str, Tensor] = {}
-        weight: Tensor | float = 1.0
+        # An epoch's last step may take fewer micro-batches.
+        weight: Tensor | float = 1.0 / getattr(self, "current_gradient_accumulation_steps", 1)
         if isinstance(num_items_in_batch, Tensor):
             num_nll_tokens, num_pairs = num_items_in_batch.unbind()
             counts = {"num_nll_tokens": num_nll_tokens, "num_pairs": num_pairs}
@@ -255,7 +256,7 @@ class ORPOTrainer(Trainer):
             weight = output.orpo.pair_mask.sum() / num_pairs.clamp(min=1)
             if self.args.average_tokens_across_devices:  # gradients will be averaged over ranks
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._train_sums.add(self._table(output, weight))
+        self._train_sums.add(self._table(output, weight, is_share=bool(counts)))
         self._count_tokens(inputs)
         loss = loss.to(self.args.device)
         return (loss, output) if return_outputs else loss
@@ -351,12 +352,13 @@ class ORPOTrainer(Trainer):
         with self.fused_head.active():
             return model(**inputs, **counts, use_cache=False)
 
-    def _table(self, output: Any, weight: Tensor | float | None) -> Tensor:
+    def _table(self, output: Any, weight: Tensor | float | None, is_share: bool = False) -> Tensor:
         return pair_table(
             output.orpo,
             mean_logits=output.mean_logits if self.args.log_mean_logits else None,
             aux_loss=getattr(output, "aux_loss", None),
             weight=weight,
+            is_share=is_share,
             layout=output.layout_terms,
         )
 

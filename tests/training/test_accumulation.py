@@ -85,6 +85,14 @@ def test_logged_loss_is_the_loss(normalization: str, every: int, tmp_path: Path)
         assert log["loss"] == pytest.approx(log["nll_loss"] - 0.3 * log["log_odds_ratio"], rel=1e-5)
 
 
+def test_logged_loss_of_a_last_step_of_fewer_micro_batches(tmp_path: Path) -> None:
+    # 14 pairs, of which the second step takes one batch of two; the log is of both steps. `loss` is
+    # the mean of their losses, so that is what `nll_loss` must be, ragged as the lengths are.
+    options = {"train_dataset": pairs(14), "max_steps": 2, "logging_steps": 2, "beta": 0.0}
+    _, logs = run(tmp_path, 2, 6, **options)
+    assert logs[0]["nll_loss"] == pytest.approx(logs[0]["loss"], rel=1e-6)
+
+
 def test_auxiliary_loss_is_logged_and_in_the_loss(tmp_path: Path) -> None:
     for normalization in ("micro_batch", "global"):
         trainer = make(

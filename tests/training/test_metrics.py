@@ -172,7 +172,7 @@ def test_a_table_is_few_operations(everything: bool) -> None:
         orpo = orpo._replace(sparse=Certificate(*[torch.tensor(0.5)] * 5))
         options = {"mean_logits": torch.ones(2, 2), "aux_loss": torch.tensor(1.0)}
     sums = MetricSums(0.1)
-    sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5)))
+    sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5), is_share=True))
     with Operations() as started:
-        sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5)))
+        sums.add(pair_table(orpo, **options, weight=torch.tensor(0.5), is_share=True))
     assert len(started.names) <= 16, started.names
