@@ -39,8 +39,9 @@ _OWN = ("attention_mask", "position_ids", "use_cache", "past_key_values", "cache
 def decoder_of(model: nn.Module) -> nn.Module:
     """What computes the hidden states of a causal LM, without its head."""
     found: Any = model.get_decoder()  # type: ignore[operator]
-    if found is model:  # Llama 4 keeps it under a name that transformers does not look for
-        found = getattr(model, "model", model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if found is model or found is head:  # Llama 4, whose name for it transformers does not look
+        found = getattr(model, "model", model)  # for; ModernBERT's decoder, whose head it finds
     decoder: nn.Module = getattr(found, "_fsdp_wrapped_module", found)
     if decoder is model:
         raise NotImplementedError(

@@ -6,6 +6,7 @@ its weight gets the narrower dtype back while the head is fused, if not one entr
 What the head computes stays what it was: it multiplies, and is saved, in its own dtype.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any, TypeGuard
@@ -119,6 +120,8 @@ def _may_be_narrowed(head: nn.Module, model: nn.Module) -> TypeGuard[nn.Linear]:
     plain = type(weight) is nn.Parameter and not weight.is_meta
     if not plain or weight.requires_grad or weight.dtype != torch.float32:
         return False
+    if _reads_dtype(model):
+        return False
     if any(os.environ.get(each, "").lower() in ("1", "true") for each in _SHARDED):
         return False  # pieces of several parameters become one tensor, of one dtype
     alike = (each for each in model.parameters() if each.shape == weight.shape)
@@ -126,6 +129,12 @@ def _may_be_narrowed(head: nn.Module, model: nn.Module) -> TypeGuard[nn.Linear]:
         module is not head and getattr(module, "weight", None) is weight
         for module in model.modules()
     )
+
+
+def _reads_dtype(model: nn.Module) -> bool:
+    """Whether the model casts hidden states to the dtype of its head's weight, as Mamba does."""
+    names = getattr(inspect.unwrap(model.forward), "__code__", _reads_dtype.__code__).co_names
+    return {"weight", "dtype"} <= set(names)
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:

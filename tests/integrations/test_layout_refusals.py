@@ -39,6 +39,12 @@ REFUSED = {
     "qwen3_next": ("Qwen3NextConfig", {}, "layers of the types .*linear_attention"),
     "openai-gpt": ("OpenAIGPTConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "RuntimeError"),
     "xlm": ("XLMConfig", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "AssertionError"),
+    # get_decoder() returns its head
+    "modernbert": (
+        "ModernBertDecoderConfig",
+        {"cls_token_id": 1, "sep_token_id": 2},
+        "local_atten",
+    ),
 }
 
 
