@@ -124,4 +124,5 @@ def lora_terms(
             bias = lora_b.bias * scaling + (0.0 if bias is None else bias)
     if not adapters:
         return None, None
-    return (torch.cat(hiddens, dim=-1), torch.cat(weights, dim=-1)), bias
+    with torch.autocast(hidden.device.type, enabled=False):  # it joins no tensors of another dtype
+        return (torch.cat(hiddens, dim=-1), torch.cat(weights, dim=-1)), bias

@@ -46,7 +46,7 @@ class SelfCheck:
         score: Score,
     ) -> None:
         """`own` is the head's own forward; `tokens` are hidden (1 or 2, H) and labels (1 or 2,)."""
-        hidden, labels = torch.stack((tokens[0][0], tokens[0][-1])), tokens[1].expand(2)
+        hidden, labels = tokens[0].expand(2, -1).clone(), tokens[1].expand(2)
         with torch.no_grad(), WithoutDropout():
             room = _LARGE_HIDDEN / hidden.abs().amax().float()
             factor = torch.minimum(_LARGE_LOGIT / own(hidden).abs().amax().float(), room)

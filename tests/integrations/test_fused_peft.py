@@ -19,7 +19,7 @@ from tests.integrations.helpers import (
     make_batch,
     unfused_step,
 )
-from tests.tiny_models import build
+from tests.tiny_models import VOCAB_SIZE, build
 
 peft = pytest.importorskip("peft")
 
@@ -172,6 +172,18 @@ def test_bfloat16_base_with_float32_adapters_on_the_head(autocast: bool) -> None
     # Logits of size 4 are rounded to 2^-8 of themselves by the model: 0.02 nats.
     assert_near("token_logps", ours.token_logps, expected.token_logps, 0.03)
     assert {g.dtype for g in ours.gradients.values()} == {torch.float32}
+
+
+def test_adapters_and_hidden_states_in_another_16_bit_dtype_than_autocasts() -> None:
+    # A bfloat16 checkpoint trained with fp16=True. Autocast joins no tensors of a third dtype.
+    small = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**small))
+    config = peft.LoraConfig(target_modules=["lm_head"])
+    for model in (mamba, randomised(peft.get_peft_model(build("llama"), config))):
+        with torch.autocast("cpu", torch.float16):
+            ours, expected = both_steps(model.to(torch.bfloat16))
+        assert_near("token_logps", ours.token_logps, expected.token_logps, 0.03)
+        assert {g.dtype for g in ours.gradients.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
