@@ -27,6 +27,9 @@ class NarrowLinear(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden (..., H), multiplied in the head's own dtype, or autocast's."""
+        if self.weight.requires_grad:  # since it was narrowed
+            widen(self)
+            return nn.Linear.forward(self, hidden)
         kind = self.weight.device.type
         if torch.is_autocast_enabled(kind) or self.weight.dtype == self.wide_dtype:
             return super().forward(hidden)

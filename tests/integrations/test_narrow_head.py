@@ -159,6 +159,19 @@ def test_a_head_that_is_to_be_trained_gets_its_own_dtype_back() -> None:
         assert head.weight.dtype == head.weight.grad.dtype == F32
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_it_trains_on_the_models_own_loss_too(autocast: bool) -> None:
+    model, ids = prepared(), make_batch()["input_ids"]
+    head = model.get_output_embeddings()
+    with fuse_head(model) as fused, torch.autocast("cpu", BF16, enabled=autocast):
+        assert head.weight.dtype == BF16
+        head.weight.requires_grad_(True)
+        with fused.paused():
+            model(ids, labels=ids).loss.backward()
+    assert head.weight.grad.dtype == head.weight.dtype == F32
+    assert head.weight.grad.abs().max() > 0
+
+
 def test_saved_loaded_and_copied_it_has_its_own_dtype(tmp_path: Path) -> None:
     model = prepared()
     head = model.get_output_embeddings()
