@@ -36,6 +36,13 @@ class NarrowLinear(nn.Linear):
         logits: Tensor = _WideProduct.apply(hidden, self.weight, self.wide_dtype)  # type: ignore[no-untyped-call]
         return logits if self.bias is None else logits + self.bias
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # `model.to(dtype)` gives it that dtype for good; another device does not change it.
+        if fn(self.weight.new_empty(0, dtype=self.wide_dtype)).dtype != self.wide_dtype:
+            widen(self)
+        changed: nn.Module = nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        return changed
+
     def extra_repr(self) -> str:
         """With the dtype that it is kept in."""
         kept = str(self.weight.dtype).removeprefix("torch.")

@@ -159,6 +159,24 @@ def test_a_head_that_is_to_be_trained_gets_its_own_dtype_back() -> None:
         assert head.weight.dtype == head.weight.grad.dtype == F32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, BF16, F32])
+def test_a_dtype_given_to_the_model_is_the_heads_for_good(dtype: torch.dtype) -> None:
+    model, ids = prepared(), make_batch()["input_ids"]
+    head = model.get_output_embeddings()
+    with fuse_head(model):
+        model.to(dtype)
+        assert model.state_dict()["lm_head.weight"].dtype == dtype
+        fused = model(ids).logits
+    assert head.weight.dtype == fused.dtype == dtype
+    assert torch.equal(model(ids).logits, fused)
+
+
+def test_on_another_device_it_stays_as_narrow() -> None:
+    model = prepared()
+    with fuse_head(model):
+        assert model.to("meta").get_output_embeddings().weight.dtype == BF16
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_it_trains_on_the_models_own_loss_too(autocast: bool) -> None:
     model, ids = prepared(), make_batch()["input_ids"]
