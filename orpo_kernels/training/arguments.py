@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 
 from orpo_kernels.training.config import ORPOConfig
 from orpo_kernels.training.offload import refuse_offload_on_cpu
@@ -141,6 +141,24 @@ def refuse_split_sequences(context_size: int, sequence_size: int) -> None:
             f"its tokens do not allow (got sizes {context_size} and {sequence_size}); use data "
             "parallelism, FSDP or ZeRO"
         )
+
+
+def say_what_is_scaled(trainer: Any, is_scaled: bool) -> None:
+    """Whether the loss is already divided for gradient accumulation, in old and new ways.
+
+    Args:
+        trainer: a `transformers.Trainer`; changed.
+        is_scaled: it is.
+    """
+    trainer.loss_is_scaled_for_ga = is_scaled
+    trainer.model_accepts_loss_kwargs = False
+    if is_scaled and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        # transformers < 5.19 divides unless there is a loss function; ours is never called.
+        trainer.compute_loss_func = _never_called
+
+
+def _never_called(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("ORPOTrainer.compute_loss computes the loss; do not call this")
 
 
 def explained(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

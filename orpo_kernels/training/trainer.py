@@ -23,6 +23,7 @@ from orpo_kernels.training.arguments import (
     explained,
     named_datasets,
     refuse_split_sequences,
+    say_what_is_scaled,
 )
 from orpo_kernels.training.checkpoints import (
     check_complete,
@@ -45,6 +46,7 @@ from orpo_kernels.training.model_setup import (
     refuse_frozen,
     set_up_model,
 )
+from orpo_kernels.training.sampling import by_length_again
 
 
 class ORPOTrainer(Trainer):
@@ -80,7 +82,7 @@ class ORPOTrainer(Trainer):
 
     args: ORPOConfig
     fused_head: FusedHead
-    # Read by transformers >= 5.19; see `_tell_trainer_what_is_scaled` for older ones.
+    # Read by transformers >= 5.19; see `say_what_is_scaled` for older ones.
     loss_is_scaled_for_ga: bool | None = False
 
     def __init__(  # noqa: PLR0913 - TRL's signature
@@ -142,7 +144,7 @@ class ORPOTrainer(Trainer):
             optimizers=optimizers,
         )
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
-        self._tell_trainer_what_is_scaled()
+        say_what_is_scaled(self, args.loss_normalization == "global")
         if isinstance(self.data_collator, PreferenceCollator):
             scopes = (args.resolved_nll_scope, args.resolved_odds_scope)
             self.data_collator.bind(vocabulary_size(self.model), *scopes)
@@ -305,6 +307,11 @@ class ORPOTrainer(Trainer):
         """As Trainer's; the dataset passed to `predict` is prepared."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return by_length_again(sampler, seed, lambda: int(self.state.epoch or 0))
+
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         evaluates = isinstance(dataset, IterableDataset) and not kwargs.get("is_training", False)
         if evaluates and self.args.world_size > 1:
@@ -385,16 +392,3 @@ class ORPOTrainer(Trainer):
                 name=name,
                 **args.row_options,
             )
-
-    def _tell_trainer_what_is_scaled(self) -> None:
-        """Whether the loss is already divided for gradient accumulation, in old and new ways."""
-        scaled = self.args.loss_normalization == "global"
-        self.loss_is_scaled_for_ga = scaled
-        self.model_accepts_loss_kwargs = False
-        if scaled and not hasattr(Trainer, "loss_is_scaled_for_ga"):
-            # transformers < 5.19 divides unless there is a loss function; ours is never called.
-            self.compute_loss_func = _never_called
-
-
-def _never_called(*args: Any, **kwargs: Any) -> Tensor:
-    raise RuntimeError("ORPOTrainer.compute_loss computes the loss; do not call this")
