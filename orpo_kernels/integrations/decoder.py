@@ -120,7 +120,8 @@ class RowsCall:
             if arguments.get(name) not in (None, False):
                 raise NotImplementedError(
                     f"{name} is of one sequence in a row, which batch_layout='packed' and "
-                    "'shared_prompt' do not have; leave it out, or set batch_layout='padded'"
+                    "'shared_prompt' do not have; leave it out (use_cache=False, for models that "
+                    "make it themselves), or set batch_layout='padded'"
                 )
 
 
