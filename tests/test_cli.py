@@ -117,7 +117,14 @@ def test_wrong_options(capsys):
         (["--resume"], "--resume needs a complete checkpoint-<step> folder"),
         (["--output_dir={work}/data/train.jsonl"], "is a file"),
         (["--output_dir={work}/data"], "is not empty; continue the run in it with --resume"),
+        (["--resume_from_checkpoint=true"], "--resume needs a complete checkpoint-<step> folder"),
         (["--lora_target_modules", "nothing"], "nothing"),
+        (["--lora_modules_to_save", "embed_token"], "['embed_token'] are not there, and PEFT"),
+        (["--report_to=dvclive"], "requires dvclive"),
+        (["--learning_rate=-1"], "Invalid learning rate"),
+        (["--workspace_bytes=1"], "raise workspace_bytes"),
+        # 24 pairs
+        (["--per_device_train_batch_size=25", "--dataloader_drop_last"], "no step was taken"),
     ],
 )
 def test_unusable_input(flags, message, words, work, capsys):
@@ -252,8 +259,9 @@ def test_resume_continues_from_the_last_complete_checkpoint(words, tmp_path, cap
     assert "must be of the model that is trained" in message
 
 
-def test_full_fine_tuning_and_qlora(words, tmp_path):
+def test_full_fine_tuning_and_qlora(words, tmp_path, caplog):
     assert cli.main([*words, "--use_peft=false", f"--output_dir={tmp_path}/full"]) == 0
+    assert "lora_r, lora_target_modules: not used, as use_peft is false" in caplog.text
     assert (tmp_path / "full" / "model.safetensors").is_file()
     pytest.importorskip("bitsandbytes")
     nf4 = ["--load_in_4bit", "--use_bnb_nested_quant", "--optim=paged_adamw_8bit"]

@@ -115,20 +115,28 @@ def make_trainer(options: Options) -> ORPOTrainer:
             processing_class=tokenizer,
             peft_config=peft_config,
         )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+    # OSError and RuntimeError: `report_to` a library that is not there, a hub out of reach.
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         raise OptionError(str(error)) from error
 
 
 def _train(trainer: ORPOTrainer, options: Options) -> Any:
-    checkpoint: str | bool | None = options.training.resume_from_checkpoint
+    args = options.training
     try:
-        return trainer.train(resume_from_checkpoint=options.run.resume or checkpoint)
-    except (FileExistsError, FileNotFoundError) as error:
+        result = trainer.train(
+            resume_from_checkpoint=options.run.resume or args.resume_from_checkpoint
+        )
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise OptionError(str(error)) from error
-    except ValueError as error:
-        if options.run.resume or checkpoint:
-            raise OptionError(str(error)) from error
-        raise
+    if trainer.state.global_step == 0 and args.max_steps != 0 and args.num_train_epochs != 0:
+        pairs = len(cast(Any, trainer.train_dataset))
+        raise OptionError(
+            f"no step was taken, and nothing is saved: {pairs} pairs in batches of "
+            f"{args.train_batch_size}, dataloader_drop_last={args.dataloader_drop_last}, "
+            f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}; a batch must "
+            "be full where others are dropped, and epochs or steps more than 0"
+        )
+    return result
 
 
 def _evaluate_at_end(trainer: ORPOTrainer) -> None:

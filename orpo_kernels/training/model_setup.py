@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def set_up_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.Mod
 
     Raises:
         TypeError: `peft_config` is not a `PeftConfig`.
-        ValueError: a `PeftModel` together with a `peft_config`.
+        ValueError: a `PeftModel` together with a `peft_config`; `modules_to_save` it does not have.
         NotImplementedError: an encoder-decoder model.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -201,10 +202,23 @@ def _with_adapters(model: nn.Module, args: ORPOConfig, peft_config: Any) -> nn.M
     plugin = args.deepspeed_plugin
     # ZeRO-3 gathers parameters of one dtype only, so the adapter keeps the base model's.
     sharded = plugin is not None and plugin.zero_stage == 3 and not quantised
+    _refuse_absent(model, getattr(peft_config, "modules_to_save", None))
     model = get_peft_model(model, peft_config, autocast_adapter_dtype=not sharded)
     if args.bf16 and getattr(model, "is_loaded_in_4bit", False):
         _cast_unquantised_to_bf16(model)
     return model
+
+
+def _refuse_absent(model: nn.Module, modules_to_save: Sequence[str] | None) -> None:
+    """PEFT passes over names that it does not find, and these modules stay as they are."""
+    paths = [path for path, _ in model.named_modules()]
+    absent = [each for each in modules_to_save or () if not any(p.endswith(each) for p in paths)]
+    if absent:
+        raise ValueError(
+            f"modules_to_save must name modules of the {type(model).__name__}, to train them in "
+            f"full; {absent} are not there, and PEFT would go on without; print(model) shows the "
+            "names, e.g. embed_tokens and lm_head"
+        )
 
 
 def _cast_unquantised_to_bf16(model: nn.Module) -> None:

@@ -235,6 +235,10 @@ def parse_options(argv: Sequence[str], *, elsewhere: bool = False) -> Options:
         raise OptionError(_where(parser, from_file, path, error) + str(error)) from error
     if elsewhere:
         training.fp16 = parser.fp16
+    word = str(training.resume_from_checkpoint).lower()
+    if word in ("true", "false"):  # in Python it takes these besides a path
+        training.resume_from_checkpoint = None
+        run.resume = run.resume or word == "true"
     if run.merge_adapter and not model.use_peft:
         raise OptionError(
             "merge_adapter is for a run that trains an adapter; set use_peft: true, or leave it out"

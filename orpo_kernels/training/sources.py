@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,11 @@ def make_peft_config(model: ModelOptions) -> Any:
         OptionError: peft is not installed.
     """
     if not model.use_peft:
+        unused = [each.name for each in fields(model) if _is_of_adapter(model, each)]
+        if unused:
+            logger.warning(
+                "%s: not used, as use_peft is false: all of the model is trained", ", ".join(unused)
+            )
         return None
     try:
         from peft import LoraConfig
@@ -160,6 +166,12 @@ def make_peft_config(model: ModelOptions) -> Any:
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,
     )
+
+
+def _is_of_adapter(model: ModelOptions, each: Field[Any]) -> bool:
+    """Whether a field is about the adapter alone, and was set."""
+    named = each.name.startswith("lora_") or each.name in ("use_rslora", "use_dora")
+    return named and getattr(model, each.name) != each.default
 
 
 def _load_splits(data: DataOptions) -> DatasetDict:

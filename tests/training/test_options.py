@@ -64,6 +64,7 @@ def test_a_flag_repairs_what_is_wrong_in_the_file(tmp_path):
         ("lora_target_modules: [{a: 1}]", "list of plain values"),
         ("dtype: int8", "invalid choice: 'int8'"),
         ("bf16: perhaps", "perhaps"),
+        ("gradient_accumulation_steps: 0", "must be at least 1, got 0"),
         ("beta: -1", "beta must be a finite number >= 0"),
         ("load_in_4bit: true", "set use_peft: true"),
         ("load_in_4bit: true\nload_in_8bit: true\nuse_peft: true", "choose one"),
@@ -98,3 +99,10 @@ def test_wrong_words(words, message):
     with pytest.raises(options.OptionError) as found:
         options.parse_options(words)
     assert message in str(found.value)
+
+
+def test_words_for_a_checkpoint():
+    for word, resume in (("true", True), ("False", False)):
+        found = options.parse_options([f"--resume_from_checkpoint={word}"])
+        assert found.training.resume_from_checkpoint is None
+        assert found.run.resume is resume
