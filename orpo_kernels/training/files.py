@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from datasets import DatasetDict, Features, Value, load_dataset, load_from_disk
 
+from orpo_kernels.training.json_texts import with_its_texts
 from orpo_kernels.training.options import OptionError
 
 
@@ -127,7 +128,13 @@ def _load_files(name: str, splits: dict[str, list[Path]], load: Callable[..., An
     # Escaped: to `datasets` these are patterns.
     paths = {split: [escape(str(file)) for file in found] for split, found in splits.items()}
     loaded: DatasetDict = load(name, load_dataset, kind.builder, data_files=paths, **options)
-    return loaded
+    if kind.builder != "json":
+        return loaded
+    whole = {
+        split: load(name, with_its_texts, data, splits[str(split)], _opened)
+        for split, data in loaded.items()
+    }
+    return DatasetDict(whole)
 
 
 def _all_text(files: Sequence[Path], separator: str, load: Callable[..., Any]) -> dict[str, Any]:
@@ -142,14 +149,19 @@ def _column_names(file: Path, separator: str) -> list[str]:
     pandas fills a short row with empty text, and takes the first cells of rows that are all longer
     than the first line for an index: "a,b,c," would be prompt b, chosen c, rejected "".
     """
-    compression = _COMPRESSIONS.get(file.suffix.lower())
-    opened: Any = open if compression is None else import_module(compression).open
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
-        with opened(file, "rt", encoding="utf-8-sig", newline="") as stream:
+        with _opened(file) as stream:
             return _checked_rows(csv.reader(stream, delimiter=separator, strict=True))
     finally:
         csv.field_size_limit(limit)
+
+
+def _opened(file: Path) -> Any:
+    """The file for reading its text, line breaks as they are."""
+    compression = _COMPRESSIONS.get(file.suffix.lower())
+    function: Any = open if compression is None else import_module(compression).open
+    return function(file, "rt", encoding="utf-8-sig", newline="")
 
 
 def _checked_rows(lines: Any) -> list[str]:

@@ -31,7 +31,7 @@ def without_filled_entries(value: Any, feature: Any) -> Any:
     Returns:
         The value with those entries left out.
     """
-    if isinstance(feature, _JSON):
+    if is_json(feature):
         return value
     if isinstance(value, Mapping):
         inner = feature if isinstance(feature, Mapping) else {}
@@ -45,3 +45,8 @@ def without_filled_entries(value: Any, feature: Any) -> Any:
         of_items = getattr(feature, "feature", None)  # of a List or LargeList
         return [without_filled_entries(item, of_items) for item in value]
     return value
+
+
+def is_json(feature: Any) -> bool:
+    """Whether a column, or a part of one, is held as JSON."""
+    return isinstance(feature, _JSON)

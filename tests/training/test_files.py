@@ -7,7 +7,7 @@ import csv
 import gzip
 import json
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ ROWS = [
 ]
 
 
-def jsonl(rows: list[dict[str, str]] = ROWS) -> bytes:
+def jsonl(rows: Sequence[dict[str, Any]] = ROWS) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
@@ -195,6 +195,29 @@ def test_tables_that_are_whole(tmp_path: Path) -> None:
         {"prompt": long, "chosen": "b", "rejected": "c"},
         {"prompt": "d", "chosen": "", "rejected": ""},
     ]
+
+
+def test_json_texts_beside_other_kinds(tmp_path: Path) -> None:
+    # `datasets` 5.2 makes these 42, None, He said and a list, where another row has messages.
+    pytest.importorskip("datasets", "5.0")  # older ones refuse such files
+    texts = ["42", "null", '"He said"', "[1, 2]", " plain", ""]
+    messages = [{"role": "assistant", "content": '"so"'}]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": '"so"'}]}]
+    kinds = {
+        "whole": [*texts, messages],
+        "content": [*([{"role": "assistant", "content": text}] for text in texts), parts],
+        "absent": [*texts, None, messages],
+    }
+    for name, answers in kinds.items():
+        rows = [{"prompt": "p", "chosen": each, "rejected": " no"} for each in answers]
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(rows))
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+        for ending in (".jsonl", ".json.gz"):
+            train, _ = load(tmp_path / f"{name}{ending}")
+            got = [{key: row[key] for key in rows[0]} for row in train]
+            assert got == rows, (name, ending)
+    train, _ = load(f"{tmp_path}/[wa]*.jsonl")
+    assert train["chosen"] == [*kinds["absent"], *kinds["whole"]]
 
 
 def test_json_without_a_row(tmp_path: Path) -> None:
