@@ -1,16 +1,15 @@
 """Fused models drawn at random, beside the same model on its own logits, in float64.
 
 What no list of cases thought of: families, adapters, what is frozen, checkpoints, layouts, batches
-and options in any combination. A search of this kind, of some 30,000 draws over 140 families,
-found nine faults (November 2026); these are few enough for every run of the tests.
+and options in any combination. A search of this kind, over 136 families, with calls in 16 bits and
+changes between calls, found ten faults (November 2026); these are enough for every run.
 """
 
+import random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from orpo_kernels import ORPOLoss
@@ -23,37 +22,37 @@ peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),  # GPT-2's layers beside its head
+    pytest.mark.filterwarnings("ignore:`lora_bias=True`"),
     pytest.mark.filterwarnings("ignore:None of the inputs"),  # the layout's check, checkpointed
 ]
 
 
-@st.composite
-def draws(draw: Any) -> dict[str, Any]:
-    """A model, what trains of it, a batch and options; the numbers themselves by a seed."""
+def drawn_by(seed: int) -> dict[str, Any]:
+    """A model, what trains of it, a batch and options; the numbers themselves by the same seed."""
+    choose = random.Random(seed).choice
     return {
-        "family": draw(st.sampled_from(sorted(_CAUSAL))),
-        "tied": draw(st.booleans()),
-        "vocab_size": draw(st.sampled_from((61, 128, 331))),
-        "adapter": draw(st.sampled_from(("none", "none", "body", "head", "saved", "two"))),
-        "frozen": draw(st.sampled_from(("nothing", "head", "body", "half"))),
-        "checkpoints": draw(st.sampled_from((None, None, False, True))),  # True: reentrant
-        "train": draw(st.booleans()),
-        "pairs": draw(st.integers(1, 3)),
-        "length": draw(st.integers(2, 24)),  # beyond the windows of 16
-        "unscored": draw(st.sampled_from((0.0, 0.3))),
-        "empty": draw(st.sampled_from((None, None, 0, -1))),  # row without a scored token
-        "layout": draw(st.sampled_from(("padded", "packed", "shared_prompt"))),
-        "workspace_bytes": draw(st.sampled_from((None, 2**19))),
-        "mean_logits": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**31)),
+        "family": choose(sorted(_CAUSAL)),
+        "tied": choose((True, False)),
+        "vocab_size": choose((61, 128, 331)),
+        "adapter": choose(("none", "none", "body", "head", "saved", "two")),
+        "frozen": choose(("nothing", "head", "body", "half")),
+        "checkpoints": choose((None, None, False, True)),  # True: reentrant
+        "train": choose((True, False)),
+        "pairs": choose((1, 2, 3)),
+        "length": choose((2, 5, 9, 24)),  # to beyond the windows of 16
+        "unscored": choose((0.0, 0.3)),
+        "empty": choose((None, None, 0, -1)),  # the row without a scored token
+        "layout": choose(("padded", "packed", "shared_prompt")),
+        "workspace_bytes": choose((None, 2**19)),
+        "mean_logits": choose((True, False)),
+        "seed": seed,
     }
 
 
-# Not made smaller where it fails: it says what was drawn anyway.
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
-@given(draws())
-def test_any_model(drawn: dict[str, Any]) -> None:
-    torch.manual_seed(drawn["seed"])
+@pytest.mark.parametrize("seed", range(60))
+def test_any_model(seed: int) -> None:
+    drawn = drawn_by(seed)
+    torch.manual_seed(seed)
     model, batch = model_of(drawn), batch_of(drawn)
     # Eager attention is NaN in float64 where a row of its mask is empty; Gemma 2 has no other.
     padded = drawn["layout"] == "padded" or drawn["family"] == "gemma2"
@@ -110,14 +109,16 @@ def adapted(model: Any, adapter: str) -> Any:
     saved = [name] if adapter == "saved" else None
     if not body:  # GPT-2's layers are Conv1D
         targets += ["c_attn"]
-    config = peft.LoraConfig(r=3, target_modules=targets, modules_to_save=saved)
+    config = peft.LoraConfig(
+        r=3, target_modules=targets, modules_to_save=saved, lora_bias=adapter == "head"
+    )
     model = peft.get_peft_model(model, config)
     if adapter == "two":
         model.add_adapter("second", peft.LoraConfig(r=2, target_modules=[name], use_rslora=True))
         model.base_model.set_adapter(["default", "second"])
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)  # B is 0 at first, which hides the rest
+        if "lora_" in name:  # B and its bias are 0 at first, which hides the rest
+            nn.init.normal_(parameter, std=0.2)
     return model
 
 
