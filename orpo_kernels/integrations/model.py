@@ -310,6 +310,14 @@ class ModelOverride(ForwardOverride):
                 self._parts.append(override)
             self._known_parts = list(dict.fromkeys((*known, override)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        def alive(parts: list[ForwardOverride]) -> list[ForwardOverride]:
+            return [each for each in parts if each.is_alive]  # a head may have been replaced
+
+        state = super().__getstate__()
+        lists = {"_parts": alive(self._parts), "_known_parts": alive(self._known_parts)}
+        return {**state, **lists}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._users = len(self.fusings)  # a copy is fused for everybody, not for a thread

@@ -115,6 +115,17 @@ def model_of(fused: Any) -> nn.Module:
     return fused.model
 
 
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_fused_model_whose_head_was_replaced(how: str) -> None:
+    model = build("llama")
+    fused = fuse_head(model, loss=LOSS, mean_logits=True)
+    model(**make_batch())
+    model.resize_token_embeddings(model.config.vocab_size + 5, mean_resizing=False)
+    copied = COPIES[how](model)
+    fused.unfuse()
+    assert_same_step(fused_step(copied, make_batch()), unfused_step(model, make_batch()))
+
+
 def test_a_head_copied_by_peft_after_fusing_is_restored_too() -> None:
     peft = pytest.importorskip("peft")
     base = build("llama")
