@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from orpo_kernels.integrations import narrow, peft
 
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_SCALINGS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
+_SCALINGS = ("logits_scaling",)
+# To which power logits are multiplied by it: MiniCPM3 has applied it to the hidden states already.
+_POWERS = {"granite": -1, "hyperclovax": 1, "minicpm3": 0}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -113,13 +115,14 @@ def _refuse_unless_linear(linear: nn.Module, model_name: str) -> None:
 def logit_transforms(model: nn.Module) -> list[LogitTransform]:
     """Possible readings of the config's logit transform, the likeliest first.
 
-    A key does not say how it is used (Granite divides by `logits_scaling`, HyperCLOVA X multiplies,
-    MiniCPM3 has applied it to the hidden states already) nor whether it is (Gemma 3's multimodal
-    class ignores its text model's softcap): the model's own logits decide, see `selfcheck`.
+    A key does not say how it is used (Granite divides by `logits_scaling`, HyperCLOVA X multiplies)
+    nor whether it is (Gemma 3's multimodal class ignores its text model's softcap): of a model that
+    is not known the own logits decide, see `selfcheck`.
     """
     config: Any = getattr(model, "config", None)
     nested = hasattr(config, "get_text_config")
-    sources = (model, config.get_text_config(decoder=True) if nested else None, config)
+    text: Any = config.get_text_config(decoder=True) if nested else None
+    sources = (model, text, config)
 
     def read(keys: tuple[str, ...]) -> float | None:
         values = (getattr(source, key, None) for source in sources for key in keys)
@@ -127,9 +130,6 @@ def logit_transforms(model: nn.Module) -> list[LogitTransform]:
         return next((float(number) for number in numbers if number), None)
 
     scale, scaling, softcap = read(_MULTIPLIERS) or 1.0, read(_SCALINGS) or 1.0, read(_SOFTCAPS)
-    readings = [
-        LogitTransform(scale / scaling, softcap),
-        LogitTransform(scale * scaling, softcap),
-        LogitTransform(),
-    ]
-    return list(dict.fromkeys(readings))
+    likeliest = _POWERS.get(getattr(text, "model_type", ""), -1)
+    readings = [LogitTransform(scale * scaling**power, softcap) for power in (likeliest, -1, 1)]
+    return list(dict.fromkeys((*readings, LogitTransform())))

@@ -258,9 +258,10 @@ def test_transforms_of_other_families(
         torch.nn.init.normal_(parameter, std=0.2)
     batch = make_batch()
     step = unfused_step(model, batch)
-    with fuse_head(model, loss=LOSS) as fused:
-        assert_same_step(fused_step(model, batch), step)
-        assert fused.transform == expected
+    for check in (True, False):  # known by name
+        with fuse_head(model, loss=LOSS, check=check) as fused:
+            assert_same_step(fused_step(model, batch), step)
+            assert fused.transform == expected
 
 
 def test_encoder_decoder_is_refused() -> None:
