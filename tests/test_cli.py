@@ -259,6 +259,22 @@ def test_resume_continues_from_the_last_complete_checkpoint(words, tmp_path, cap
     assert "must be of the model that is trained" in message
 
 
+@pytest.mark.parametrize("step", [2, 3])  # in the middle of the training, and at its end
+def test_a_full_disk(step, words, tmp_path, capsys, monkeypatch):
+    # What torch says of one; safetensors and the system say others.
+    def save(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 0")
+        written(self, *args, **kwargs)
+
+    written = launch.ORPOTrainer._save
+    monkeypatch.setattr(launch.ORPOTrainer, "_save", save)
+    message = refused([*words, "--save_steps=1", "--max_steps=3", "--save_total_limit=5"], capsys)
+    assert f"cannot save to '{tmp_path}/out'" in message
+    assert "GiB are free: [enforce" in message
+    assert "--resume" in message
+
+
 def test_full_fine_tuning_and_qlora(words, tmp_path, caplog):
     assert cli.main([*words, "--use_peft=false", f"--output_dir={tmp_path}/full"]) == 0
     assert "lora_r, lora_target_modules: not used, as use_peft is false" in caplog.text

@@ -10,6 +10,8 @@ import json
 import logging
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,6 +110,27 @@ def check_complete(checkpoint: Path) -> None:
             f"expected a complete checkpoint in {str(checkpoint)!r}, got {'; '.join(problems)}; "
             "resume_from_checkpoint=True takes the last complete one of the output folder"
         )
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """What fails in here has failed to be saved: say where, and what is left.
+
+    Args:
+        folder: the output folder.
+
+    Raises:
+        OSError: for whatever torch, safetensors and the system call a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder if folder.is_dir() else ".").free
+        raise OSError(
+            f"cannot save to {str(folder)!r}, where {free / 2**30:.2f} GiB are free: {error}. "
+            "Earlier complete checkpoints are kept: make room (save_total_limit keeps fewer), and "
+            "go on with resume_from_checkpoint=True, or --resume"
+        ) from error
 
 
 def check_fits(model: nn.Module, checkpoint: Path) -> None:

@@ -306,8 +306,8 @@ class ORPOConfig(TrainingArguments):
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("on_bad_row", self.on_bad_row, ("raise", "skip"))
         check_choice("compute_dtype", self.compute_dtype, (None, *_DTYPES))
-        # Trainer would divide by 0, or end without a step.
-        check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
+        for name in _COUNTS:
+            check_integer(name, getattr(self, name), least=1)
         check_beta(self.beta)
         check_eps("sparse_eps", self.sparse_eps)
         check_workspace_bytes(self.workspace_bytes)
@@ -345,4 +345,8 @@ class ORPOConfig(TrainingArguments):
             )
 
 
+# Of Trainer, which divides by 0, or ends without a step.
+_COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from orpo_kernels.training import report
-from orpo_kernels.training.checkpoints import last_complete_checkpoint
+from orpo_kernels.training.checkpoints import last_complete_checkpoint, saving
 from orpo_kernels.training.merging import merge_adapter
 from orpo_kernels.training.options import OptionError, Options
 from orpo_kernels.training.sources import (
@@ -46,8 +46,7 @@ def run(options: Options) -> dict[str, Any]:
     _say(trainer, _opening(trainer, folder))
     started = time.monotonic()
     result = _train(trainer, options)
-    trainer.save_model()
-    trainer.save_state()
+    _save(trainer, folder)
     _evaluate_at_end(trainer)
     if options.run.merge_adapter and trainer.is_world_process_zero():
         hub_name = trainer.hub_model_id if options.training.push_to_hub else None
@@ -126,7 +125,7 @@ def _train(trainer: ORPOTrainer, options: Options) -> Any:
         result = trainer.train(
             resume_from_checkpoint=options.run.resume or args.resume_from_checkpoint
         )
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise OptionError(str(error)) from error
     if trainer.state.global_step == 0 and args.max_steps != 0 and args.num_train_epochs != 0:
         pairs = len(cast(Any, trainer.train_dataset))
@@ -137,6 +136,15 @@ def _train(trainer: ORPOTrainer, options: Options) -> Any:
             "be full where others are dropped, and epochs or steps more than 0"
         )
     return result
+
+
+def _save(trainer: ORPOTrainer, folder: Path) -> None:
+    try:
+        with saving(folder):
+            trainer.save_model()
+            trainer.save_state()
+    except OSError as error:
+        raise OptionError(str(error)) from error
 
 
 def _evaluate_at_end(trainer: ORPOTrainer) -> None:

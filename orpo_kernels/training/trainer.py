@@ -31,6 +31,7 @@ from orpo_kernels.training.checkpoints import (
     check_output_dir,
     last_complete_checkpoint,
     load_renamed,
+    saving,
 )
 from orpo_kernels.training.collator import PADDING, PreferenceCollator
 from orpo_kernels.training.config import ORPOConfig
@@ -327,6 +328,10 @@ class ORPOTrainer(Trainer):
             logs["train_tokens"] = tokens
             logs["train_tokens_per_second"] = round(tokens / max(logs["train_runtime"], 1e-9), 1)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with saving(Path(self.args.output_dir or ".")):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         whole = cast(nn.Module, self.model)

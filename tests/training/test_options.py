@@ -65,6 +65,7 @@ def test_a_flag_repairs_what_is_wrong_in_the_file(tmp_path):
         ("dtype: int8", "invalid choice: 'int8'"),
         ("bf16: perhaps", "perhaps"),
         ("gradient_accumulation_steps: 0", "must be at least 1, got 0"),
+        ("per_device_train_batch_size: 0", "must be at least 1, got 0"),
         ("beta: -1", "beta must be a finite number >= 0"),
         ("load_in_4bit: true", "set use_peft: true"),
         ("load_in_4bit: true\nload_in_8bit: true\nuse_peft: true", "choose one"),
