@@ -339,6 +339,12 @@ class ORPOConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} has no definition in the "
                 "ORPO loss; set it to 0"
             )
+        if self.neftune_noise_alpha and self.batch_layout != "padded":
+            raise NotImplementedError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to what a row reads, "
+                "less the longer the row, so that it would be another in the rows of "
+                f"batch_layout={self.batch_layout!r}; set batch_layout to padded, or leave it out"
+            )
         if DebugOption.UNDERFLOW_OVERFLOW in self.debug:
             raise NotImplementedError(
                 'debug="underflow_overflow" reads the logits, which are never formed; leave it out'

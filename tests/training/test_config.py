@@ -75,6 +75,11 @@ def test_max_length_none_is_trl_default() -> None:
         ({"is_encoder_decoder": True}, NotImplementedError, "encoder-decoder models are not"),
         ({"generate_during_eval": True}, NotImplementedError, "set it to False and call"),
         ({"label_smoothing_factor": 0.1}, NotImplementedError, "set it to 0"),
+        (
+            {"neftune_noise_alpha": 5.0, "batch_layout": "packed"},
+            NotImplementedError,
+            "less the longer the row.* set batch_layout to padded",
+        ),
     ],
 )
 def test_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
