@@ -88,7 +88,8 @@ def extract_prompt(
 ) -> tuple[Any, Any, Any]:
     """Split a row into prompt, chosen answer and rejected answer, all text or all messages.
 
-    A prompt of the same kind as the answers is taken as it is. A prompt of text in front of
+    A prompt of the same kind as the answers is taken as it is; messages of it that both answers
+    repeat in front, as full conversations do, count once. A prompt of text in front of
     messages that begin with the assistant's is the user's message. Otherwise the prompt is the
     common beginning of the two answers, which must then be full conversations (or texts); a
     `prompt` column of text beside conversations, as in mlabonne/orpo-dpo-mix-40k, is ignored.
@@ -190,7 +191,10 @@ def _split_messages(
 ) -> tuple[Any, Any, Any]:
     chosen, rejected = example["chosen"], example["rejected"]
     if not _is_blank(prompt) and _kind(named, prompt) == "messages":
-        return prompt, chosen, rejected
+        length = common_length(prompt, chosen, rejected)
+        is_repeated = length == len(prompt) < min(len(chosen), len(rejected))
+        start = length if is_repeated else 0
+        return prompt, chosen[start:], rejected[start:]
     if not _is_blank(prompt) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return [{"role": "user", "content": prompt}], chosen, rejected
     length = _implied_prompt_length(chosen, rejected)

@@ -218,6 +218,17 @@ def test_equal_answers_keep_their_last_message() -> None:
     assert extract_prompt({"chosen": turns, "rejected": turns}) == (turns[:1], turns[1:], turns[1:])
 
 
+def test_a_prompt_that_the_answers_repeat_counts_once() -> None:
+    other = {"role": "assistant", "content": "b"}
+    row = {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, other]}
+    assert extract_prompt(row) == ([USER], [ANSWER], [other])
+    # Not where one of them does not, or has nothing else.
+    row["rejected"] = [other]
+    assert extract_prompt(row) == ([USER], [USER, ANSWER], [other])
+    row["rejected"] = [USER]
+    assert extract_prompt(row) == ([USER], [USER, ANSWER], [USER])
+
+
 def test_tokenizer_without_eos() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
