@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -154,8 +155,9 @@ def make_peft_config(model: ModelOptions) -> Any:
     except ImportError as error:
         raise OptionError("use_peft needs peft: pip install 'orpo_kernels[hf]'") from error
     targets: Any = model.lora_target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0]  # "all-linear", or a regular expression
+    # A name would be read as a regular expression of a module's whole path.
+    if targets is not None and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]  # "all-linear", or such an expression
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,

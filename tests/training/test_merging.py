@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples import tiny_base
 from examples.synthetic import preference_pairs, write_jsonl
 from orpo_kernels import cli
+from tests.tiny_models import build, tiny_tokenizer
+from tests.training.runs import pairs
 
 # 64 wide: what nf4 needs; one layer: the shortest way through all of it.
 SIZE = tiny_base.Size(vocab_size=400, hidden_size=64, layers=1, steps=1)
@@ -57,6 +59,30 @@ def test_the_published_recipe_to_its_end(work: Path, tmp_path: Path) -> None:
             base = adapter(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (expected - base).abs().max() > 1e-2  # the adapter says something
+
+
+@pytest.mark.parametrize("flag", ["target", "save"])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "q_proj"])
+def test_a_tied_head(module: str, flag: str, tmp_path: Path) -> None:
+    # A name alone, as "q_proj": the layer of that name, not a pattern of whole paths.
+    flags = [f"--lora_target_modules={module}"]
+    if flag == "save":
+        flags = ["--lora_target_modules=v_proj", f"--lora_modules_to_save={module}"]
+    build("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    pairs(6).to_json(tmp_path / "train.jsonl")
+    out = tmp_path / "out"
+    given = ["use_cpu=true", "use_peft=true", "merge_adapter=true", "max_steps=2", "report_to=none"]
+    given += ["learning_rate=1e-1", "save_strategy=no", f"output_dir={out}"]
+    given += [f"model_name_or_path={tmp_path}/base", f"dataset_name={tmp_path}/train.jsonl"]
+    assert cli.main(["train", *(f"--{each}" for each in given), *flags]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    adapter = AutoPeftModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, rtol=1e-4, atol=1e-4)
+    is_tied = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert is_tied == (module == "q_proj")  # where the adapter leaves both as they are
 
 
 def test_it_is_pushed_by_transformers(
