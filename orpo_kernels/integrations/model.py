@@ -285,6 +285,10 @@ class ModelOverride(ForwardOverride):
         for each in self._parts:
             each.release()
         self._parts = []
+        for module in self.module.get_output_embeddings().modules():  # type: ignore[operator]
+            copied = HeadOverride.on(module)  # with its head, by PEFT say; no call has used it
+            if copied is not None:
+                copied.withdraw()
         attributes = self.module.__dict__
         for name in _ATTRIBUTES:
             attributes.pop(name, None)

@@ -126,6 +126,15 @@ def test_a_copy_of_a_fused_model_whose_head_was_replaced(how: str) -> None:
     assert_same_step(fused_step(copied, make_batch()), unfused_step(model, make_batch()))
 
 
+def test_a_head_copied_by_peft_and_never_called_is_restored_too() -> None:
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    with fuse_head(model, loss=LOSS):
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        wrapped = peft.get_peft_model(model, config)
+    assert not any("forward" in vars(module) for module in wrapped.modules())
+
+
 def test_a_head_copied_by_peft_after_fusing_is_restored_too() -> None:
     peft = pytest.importorskip("peft")
     base = build("llama")
