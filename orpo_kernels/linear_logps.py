@@ -123,7 +123,7 @@ def certified_logps(
         groups = options.tail_groups
         groups = None if groups is None else groups.to(device, torch.int64)
         logps, fields, *_ = sparse.sparse_token_logps(
-            *problem, groups, options.eps_of(weight.shape[0], trains=needs[1]), *needs, True
+            *problem, groups, options.threshold(weight.shape[0], trains=needs[1]), *needs, True
         )
         certificate = Certificate(*fields.unbind())
     else:

@@ -90,10 +90,14 @@ class LogpsOptions:
             _check_pair("low_rank", self.low_rank)
 
     def eps_of(self, vocabulary: int, *, trains: bool) -> float:
-        """The threshold of a head of so many entries, given or the default."""
+        """The threshold of a head of so many entries, given or the default: a probability."""
         if self.eps is not None:
             return float(self.eps)
         return LARGEST_EPS if trains else min(LARGEST_EPS, FINE_EPS / vocabulary)
+
+    def threshold(self, vocabulary: int, *, trains: bool) -> float:
+        """The same for entries `p d` of the gradient on the raw logits: d has the scale in it."""
+        return self.eps_of(vocabulary, trains=trains) * float(self.logit_scale)
 
     def is_sparse(self, dtype: torch.dtype) -> bool:
         """Whether the sparse strategy is taken with GEMMs in `dtype`."""
@@ -107,10 +111,11 @@ class Certificate(NamedTuple):
 
     Attributes:
         kept_share: kept entries, of rows x vocabulary.
-        tail_mass: mean over rows of m_t, the probability mass given back by its average.
+        tail_mass: mean over rows of m_t / logit_scale, the probability mass given back by its
+            average.
         tail_mass_max: its maximum.
-        residual_rms: mean over rows of sqrt(eps m_t), a bound of the root of the sum of squares of
-            the probabilities that are not kept.
+        residual_rms: mean over rows of the root of eps times that of the row, a bound of the root
+            of the sum of squares of the probabilities that are not kept.
         residual_rms_max: its maximum.
     """
 

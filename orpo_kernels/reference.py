@@ -141,18 +141,18 @@ class Compact(NamedTuple):
 
 def softmax_compact(
     entries: Tensor, total: Tensor, groups: Tensor, *, eps: float, block: int = 1,
-    rounding: torch.dtype | None = None,
+    rounding: torch.dtype | None = None, split: float = SPLIT,
 ) -> Compact:  # fmt: skip
     """Keeps a column in `block` consecutive rows if an entry of one is over `eps * total`.
 
     `entries (R, C)` of `softmax_grad`, `total (R, 1)` or (R, C), `groups (R,)` in [0, GROUPS).
-    Where those over it add to more than `SPLIT`, the column is kept in two numbers of `rounding`.
+    Where those over it add to more than `split`, the column is kept in two numbers of `rounding`.
     """
     share = entries / total
     over = torch.split(share.masked_fill(entries <= eps * total, 0.0), block)
     sums = torch.cat([rows.sum(0, keepdim=True).expand_as(rows) for rows in over])
     mask, stored = sums > 0, rounded(entries, rounding)
-    stored = stored + rounded(entries - stored, rounding).masked_fill(sums <= SPLIT, 0.0)
+    stored = stored + rounded(entries - stored, rounding).masked_fill(sums <= split, 0.0)
     dropped = share.masked_fill(mask, 0.0)
     tail = torch.stack([dropped[groups == group].sum(0) for group in range(GROUPS)])
     return Compact(stored.masked_fill(~mask, 0.0), mask, tail)
@@ -174,21 +174,18 @@ class SparseSoftmax(NamedTuple):
 
 
 def sparse_softmax(
-    entries: Tensor,
-    groups: Tensor,
-    *,
-    eps: float,
-    block: int = 1,
-    rounding: torch.dtype | None = None,
-    known: Tensor | None = None,
-) -> SparseSoftmax:
+    entries: Tensor, groups: Tensor, *, eps: float, block: int = 1,
+    rounding: torch.dtype | None = None, split: float = SPLIT, known: Tensor | None = None,
+) -> SparseSoftmax:  # fmt: skip
     """The sparse form of `entries (N, V)`, `p d` with the label columns 0; row sums are kept.
 
     `known (N, V)` in (0, 1]: the share of the row's sum of exponentials that is in sight when the
     column is decided on; None: all. Options as in `softmax_compact`.
     """
     known = torch.ones_like(entries[:, :1]) if known is None else known
-    compact = softmax_compact(entries, known, groups, eps=eps, block=block, rounding=rounding)
+    compact = softmax_compact(
+        entries, known, groups, eps=eps, block=block, rounding=rounding, split=split
+    )
     kept_sum = compact.kept.sum(1)
     mass = entries.sum(1) - kept_sum
     sums = compact.tail.sum(1, keepdim=True)
@@ -240,7 +237,7 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         labels: one or two of (N,); rows that no set scores are left out, of blocks of rows too.
         coefficients: as many, (N,): `d loss / d logp`.
         bias: (V,).
-        eps: entries `p d` of at most this are dropped.
+        eps: a probability: entries `p d` of at most this, times the scale in d, are dropped.
         groups: (N,) in [0, GROUPS): rows that share a tail; None: all of them.
         block: scored rows that share the set of kept columns.
         columns: width of the blocks of the vocabulary where one look at the logits must do: a block
@@ -273,7 +270,8 @@ def sparse_gradients(  # noqa: PLR0913 - as linear_logps
         known = torch.where(whole[:, None], 1e-300, torch.ones_like(p) if known is None else known)
     entries = (p * slope).masked_fill(is_label, 0.0)
     sparse = sparse_softmax(
-        entries, group, eps=eps, block=block, rounding=rounding, known=known,
+        entries, group, eps=eps * logit_scale, block=block, rounding=rounding,
+        split=SPLIT * logit_scale, known=known,
     )  # fmt: skip
     dlogits = (
         torch.zeros_like(z).scatter_add(1, targets.clamp(min=0).t(), a.t()) - a.sum(0)[:, None] * p

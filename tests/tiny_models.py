@@ -52,7 +52,7 @@ _MOE: dict[str, Any] = {
 _HEAD_DIM: dict[str, Any] = {"head_dim": 8}
 
 # name -> (config class, what differs from _SMALL)
-_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", {}),
@@ -75,7 +75,7 @@ _CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _causal(name: str, **overrides: Any) -> PreTrainedModel:
-    config_class, extra = _CAUSAL[name]
+    config_class, extra = CAUSAL[name]
     settings = {"vocab_size": VOCAB_SIZE, **_SPECIAL_IDS, **_SMALL, **extra, **overrides}
     config = getattr(transformers, config_class)(**settings)
     return transformers.AutoModelForCausalLM.from_config(config)
@@ -115,7 +115,7 @@ def _qwen2_5_vl(**overrides: Any) -> PreTrainedModel:
 
 
 FACTORIES: dict[str, Callable[..., PreTrainedModel]] = {
-    **{name: (lambda name=name, **kw: _causal(name, **kw)) for name in _CAUSAL},
+    **{name: (lambda name=name, **kw: _causal(name, **kw)) for name in CAUSAL},
     "gemma3_vl": _gemma3_vl,
     "qwen2_5_vl": _qwen2_5_vl,
 }

@@ -41,7 +41,7 @@ class Problem:
         workspace_bytes: as the caller gave it, None for the default.
         trainable: whether the head needs a gradient, so that the forward provides for its backward.
         groups: (...) int64 in [0, 2), tail groups of the sparse gradient; None: one.
-        eps: of the sparse gradient.
+        eps: of the sparse gradient, of entries `p d`.
     """
 
     hidden: Tensor

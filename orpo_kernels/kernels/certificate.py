@@ -1,9 +1,9 @@
 """The certificate of a sparse call: what was dropped of how many rows, in one launch.
 
-    mass_t = m_t (1 - p_t),   R_t = sqrt(eps (mass_t + rho max(0, s (1 - p_t) - mass_t)))
+    mass_t = m_t (1 - p_t) / s,   R_t = sqrt(eps (mass_t + rho max(0, 1 - p_t - mass_t)))
 
 N positions, of which those with a label count; m_t and 1 - p_t are statistics, s the scale of the
-logits. One program takes them in blocks, one after the other: what its lanes have summed is added
+logits, eps a probability. One program takes them in blocks, one after the other: what its lanes have summed is added
 up in the end. Bytes: 16 per position.
 
 Fields (5,) float32: kept entries as a share of all; mean and largest mass; mean and largest R.
@@ -54,8 +54,8 @@ def _certificate_kernel(
         label = tl.load(labels_ptr + position, mask=position < N, other=-1)
         scored = label >= 0
         beside = tl.load(beside_ptr + position, mask=scored, other=0.0)
-        mass = tl.load(dropped_ptr + position, mask=scored, other=0.0) * beside
-        residual = tl.sqrt(_positive(eps * (mass + rounding * _positive(scale * beside - mass))))
+        mass = tl.load(dropped_ptr + position, mask=scored, other=0.0) * beside / scale
+        residual = tl.sqrt(_positive(eps * (mass + rounding * _positive(beside - mass))))
         rows += scored.to(tl.int32)
         mass_sum += mass
         residual_sum += residual

@@ -4,7 +4,7 @@
     estimate_t <= log of the sum of all exponentials of row t, its labels' among them
     s_t = sum_v E_tv e^-reference
     column v of 64 rows is live when some E_tv r_tv e^-estimate_t > eps / |scale|
-    and has two slots, not one, when these of 64 rows, of those over, add to SPLIT / |scale|
+    and has two slots, not one, when these of 64 rows, of those over, add to SPLIT
     tail_gv = sum over rows t of group g of E_tv r_tv e^-estimate_t, v not live
 
 As no estimate is above the true logarithm, every entry of the softmax gradient over eps is in a live
@@ -342,8 +342,8 @@ class Scan:
         """Takes what stays the same from tile to tile."""
         self.state, self.row = state, state.row
         numbers = state.numbers(inputs)
-        threshold, heavy = (each / abs(inputs.logit_scale) for each in (eps, SPLIT))
-        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, heavy, *numbers)
+        threshold = eps / abs(inputs.logit_scale)
+        self.last = (state.logits.stride(0), state.rows.shape[1], threshold, SPLIT, *numbers)
         # Of logits between -softcap and softcap, that of a label among them.
         near = inputs.softcap is not None and 2.0 * numbers[1] <= _NEAR
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from orpo_kernels import ORPOLoss
 from orpo_kernels.integrations.transformers import fuse_head
 from tests.integrations.helpers import BETA, FIRST_ID, assert_same_step, fused_step, unfused_step
-from tests.tiny_models import _CAUSAL, build
+from tests.tiny_models import CAUSAL, build
 
 peft = pytest.importorskip("peft")
 
@@ -31,7 +31,7 @@ def drawn_by(seed: int) -> dict[str, Any]:
     """A model, what trains of it, a batch and options; the numbers themselves by the same seed."""
     choose = random.Random(seed).choice
     return {
-        "family": choose(sorted(_CAUSAL)),
+        "family": choose(sorted(CAUSAL)),
         "tied": choose((True, False)),
         "vocab_size": choose((61, 128, 331)),
         "adapter": choose(("none", "none", "body", "head", "saved", "two")),

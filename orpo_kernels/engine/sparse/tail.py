@@ -68,22 +68,22 @@ def certificate_fields(
 ) -> Tensor:
     """The fields of `Certificate`, (5,) float32; `entries` (any length) are the kept ones, counted.
 
-    What was dropped may be as much more than m_t as the kept entries, `rounding` of each, were
-    rounded up by. Their sum is that of all, at most the scale times the mass beside the labels
-    (with a softcap less), without m_t.
+    All as probabilities, without the scale that entries have. What was dropped may be as much more
+    than m_t as the kept entries, `rounding` of each, were rounded up by. Their sum is that of all,
+    at most the mass beside the labels (with a softcap less), without m_t.
     """
     vocabulary, scale = problem.weight.shape[0], problem.transform.scale
     rounded = rounding / (1.0 - rounding)
     if runs_triton(statistics.device, statistics.dtype) and scored.labels.first.shape[0] > 0:
-        numbers = (scale, problem.eps, rounded)
+        numbers = (scale, problem.eps / scale, rounded)
         launch = launcher("certificate", "certificate")
         fields: Tensor = launch(scored.labels.first, statistics, entries, vocabulary, numbers)
         return fields
     is_scored, figures = scored.labels.first >= 0, Statistics.of(statistics)
     rows, beside = is_scored.sum().clamp(min=1), figures.beside
-    mass = torch.where(is_scored, _dropped(figures) * beside, 0.0)
-    kept_sum = torch.where(is_scored, scale * beside - mass, 0.0).clamp(min=0.0)
-    residual = (problem.eps * (mass + rounded * kept_sum).clamp(min=0.0)).sqrt()
+    mass = torch.where(is_scored, _dropped(figures) * beside / scale, 0.0)
+    kept_sum = torch.where(is_scored, beside - mass, 0.0).clamp(min=0.0)
+    residual = (problem.eps / scale * (mass + rounded * kept_sum).clamp(min=0.0)).sqrt()
     share = entries.sum() / vocabulary / rows
     of_rows = (share, mass.sum() / rows, mass.amax(), residual.sum() / rows, residual.amax())
     return torch.stack([each.to(torch.float32) for each in of_rows])

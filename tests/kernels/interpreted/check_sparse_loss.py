@@ -198,19 +198,33 @@ def test_gradients(case, monkeypatch):
             mine.double(), expected, rtol=1e-5 + rounding, atol=1e-5 + rounding
         )
     # The certificate of the definition, kept entries in bfloat16; a bound with a softcap.
-    mass, residual = true.softmax.mass, certificate.residual_rms
+    mass, residual = true.softmax.mass / case.scale, certificate.residual_rms
     unit = KEPT_ROUNDING / (1 - KEPT_ROUNDING)
-    total = case.scale * (1 - torch.exp(logps.double()).sum(0))[true.rows]
-    kept_sum = (true.entries.sum(1) if case.softcap is None else total) - mass
+    total = (1 - torch.exp(logps.double()).sum(0))[true.rows]
+    kept_sum = (true.entries.sum(1) / case.scale if case.softcap is None else total) - mass
     expected = (EPS * (mass + unit * kept_sum).clamp(min=0.0)).sqrt().mean()
     if case.widens and case.sets == 1:
         torch.testing.assert_close(certificate.tail_mass.double(), mass.mean(), rtol=0, atol=2e-3)
         torch.testing.assert_close(residual.double(), expected, rtol=0.05, atol=0)
-    dropped = true.entries.masked_fill(true.softmax.mask, 0.0).norm(dim=1)
+    dropped = true.entries.masked_fill(true.softmax.mask, 0.0).norm(dim=1) / case.scale
     assert residual > dropped.mean()
     assert certificate.residual_rms_max > dropped.amax()
     share = true.softmax.mask.double().mean()
     torch.testing.assert_close(certificate.kept_share.double(), share, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_the_scale_changes_no_choice(trains, monkeypatch):
+    # Cohere's and Granite's logits are a 16th of the product: a power of two, so bits are the same.
+    given = problem(Case(trains=trains), monkeypatch)
+    large = given._replace(hidden=(16 * given.hidden.detach()).requires_grad_())
+    logps, certificate, found = run(Case(trains=trains), given)
+    scaled, of_scaled, its = run(Case(trains=trains, scale=1 / 16), large)
+    assert torch.equal(logps, scaled)
+    assert torch.equal(torch.stack(certificate), torch.stack(of_scaled))
+    assert certificate.tail_mass > 0.05
+    assert torch.equal(found["hidden"], 16 * its["hidden"])
+    assert not trains or torch.equal(found["weight"], its["weight"])
 
 
 @pytest.mark.parametrize("workspace", [None, BLOCKS], ids=["the vocabulary", "wide blocks"])
