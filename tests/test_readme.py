@@ -80,6 +80,7 @@ REFUSALS = {
     "twice in one forward": "called twice in a forward",
     "adapter_names": "called with `adapter_names`",
     "prompt-learning": "prompt-learning adapters",
+    "kept the forward that": "adapters that kept the model's forward before it was fused",
     "which rebuilds the": "`trainable_token_indices` on it",
     "supports plain LoRA": "any adapter on the head but plain LoRA",
     "only plain LoRA": "DoRA",
