@@ -360,8 +360,8 @@ def test_the_certificate(rounding):
 
     fields = certificate(labels, statistics, entries, vocabulary, (scale, eps, rho))
     beside, dropped = statistics[2].double()[~unscored], statistics[7].double()[~unscored]
-    mass = dropped * beside
-    residual = (eps * (mass + rho * (scale * beside - mass).clamp(min=0))).sqrt()
+    mass = dropped * beside / scale  # of statistics that have the scale in them, a probability
+    residual = (eps * (mass + rho * (beside - mass).clamp(min=0))).sqrt()
     share = entries.sum().double() / vocabulary / len(mass)
     expected = torch.stack([share, mass.mean(), mass.amax(), residual.mean(), residual.amax()])
     torch.testing.assert_close(fields, expected.float(), rtol=1e-6, atol=0)
