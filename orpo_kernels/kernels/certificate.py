@@ -3,8 +3,8 @@
     mass_t = m_t (1 - p_t) / s,   R_t = sqrt(eps (mass_t + rho max(0, 1 - p_t - mass_t)))
 
 N positions, of which those with a label count; m_t and 1 - p_t are statistics, s the scale of the
-logits, eps a probability. One program takes them in blocks, one after the other: what its lanes have summed is added
-up in the end. Bytes: 16 per position.
+logits, eps a probability. One program takes them in blocks, one after the other: what its lanes
+have summed is added up in the end. Bytes: 16 per position.
 
 Fields (5,) float32: kept entries as a share of all; mean and largest mass; mean and largest R.
 """
